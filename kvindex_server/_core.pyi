@@ -1,0 +1,106 @@
+"""Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
+
+from collections.abc import Sequence
+
+Buffer = bytes | bytearray | memoryview
+
+def xxh3_64(data: bytes, seed: int = 0) -> int: ...
+
+def block_keys(
+    tokens: bytes,  # u32 little-endian, 4 bytes a token
+    block_size: int,
+    seed: int = 1337,
+    lora_name: str = "",
+    cache_salt: str = "",
+    mm_features: Sequence[tuple[str, int, int]] = (),  # (hash, offset, length) in tokens
+) -> bytes: ...  # u64 little-endian, 8 bytes a full block
+
+def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) -> bytes | None:
+    """Values of `message.outer.inner` straight from the encoded request.
+
+    width 4: packed (or unpacked) varint uint32 -> u32 LE bytes, ValueError for one above u32;
+    width 8: packed or unpacked fixed64 -> u64 LE bytes. None when the outer field is absent.
+    """
+
+class Index:
+    """The blocks of one model. `block_size` 0 means learn it from the first event."""
+
+    def __init__(self, block_size: int = 0, seed: int = 1337, max_claims: int = 0) -> None: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...  # distinct keys
+    @property
+    def claims(self) -> int: ...  # live (stream, group, tier, engine hash)
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def tiers(self) -> list[str]: ...  # by bit: gpu, cpu, disk, then as engines named them
+    def add_stream(self, pod: str, rank: int) -> Stream: ...
+    def score(
+        self,
+        keys: bytes,  # u64 LE
+        pods: Sequence[str],  # candidates; empty = every pod of the index
+        weights: Sequence[float],  # by tier bit, as `tiers`; missing ones weigh as the lowest given
+    ) -> list[tuple[str, int, int, float, list[int]]]:
+        """(pod, rank, matched blocks, score, blocks per tier bit) of each pod with a match > 0, unordered."""
+
+    def score_tokens(
+        self,
+        tokens: bytes,
+        pods: Sequence[str],
+        weights: Sequence[float],
+        lora_name: str = "",
+        cache_salt: str = "",
+        mm_features: Sequence[tuple[str, int, int]] = (),
+    ) -> list[tuple[str, int, int, float, list[int]]]:
+        """The same from token ids: hashing stops where the last match ends."""
+
+    def holders(self, keys: bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int]]]:
+        """Per key: (pod, rank, tier bit, group), ordered by (pod, rank, group, tier)."""
+
+    def holders_of_ints(
+        self, hashes: bytes, pods: Sequence[str]
+    ) -> list[tuple[int, list[tuple[str, int, int, int]]]]:
+        """Per engine hash (u64 LE): (key or 0, holders)."""
+
+    def holders_of_bytes(
+        self, hashes: Sequence[bytes], pods: Sequence[str]
+    ) -> list[tuple[int, list[tuple[str, int, int, int]]]]: ...
+
+class Applied:
+    """What one `Stream.apply` did; counters of this call only."""
+
+    @property
+    def messages(self) -> int: ...  # payloads with a readable batch
+    @property
+    def events(self) -> int: ...  # events applied
+    @property
+    def blocks_stored(self) -> int: ...
+    @property
+    def blocks_removed(self) -> int: ...
+    @property
+    def clears(self) -> int: ...
+    @property
+    def timestamp(self) -> float: ...  # engine's time of the last batch, seconds; 0 when none
+    @property
+    def reasons(self) -> dict[str, int]: ...  # what was dropped or odd, by reason (names below)
+
+class Stream:
+    """One (pod, rank). Calls to one stream come from one thread at a time; readers are free."""
+
+    def apply(self, payloads: Sequence[bytes]) -> Applied: ...
+    def clear(self) -> int: ...  # drops all claims (a fence); returns how many
+    def close(self) -> int: ...  # the same, and the stream is gone from answers
+    @property
+    def claims(self) -> int: ...
+    @property
+    def claims_by_tier(self) -> list[int]: ...
+    @property
+    def orphans(self) -> int: ...  # blocks waiting for their parent
+    @property
+    def unresolved(self) -> int: ...  # claims whose key is not known
+    @property
+    def closed(self) -> bool: ...
