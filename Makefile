@@ -1,0 +1,84 @@
+# The only list of commands. `make` alone shows it.
+# The environment lives in .venv; a stamp per step makes a second run start at once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SANITIZED := build/native-tests
+
+NATIVE_FILES := $(shell find native -type f)
+NATIVE_CODE  := $(filter %.cpp %.hpp,$(NATIVE_FILES))
+CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint lint-native native-test bench soak proto image chart clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- environment -----------------------------------------------------------
+
+$(VENV)/.dev-installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kvindex-server needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q scikit-build-core nanobind cmake ninja
+	$(BIN)/python -m pip install -q --group dev
+	@touch $@
+
+# No build isolation: the incremental build in build/ keeps its compiler cache and include paths.
+$(VENV)/.project-installed: $(VENV)/.dev-installed $(CORE_FILES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+setup: $(VENV)/.project-installed ## Make .venv, build the native core, install everything (again only after a change)
+
+# ---- daily work ------------------------------------------------------------
+
+run: setup ## Start a server with simulated engines and show what it answers
+	$(BIN)/kvindex-server demo
+
+test: setup ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style, types, import layers, proto files and C++ format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
+
+lint-native: setup ## Run clang-tidy on the native core (slow)
+	scripts/tidy.sh
+
+native-test: setup ## Build the C++ tests with ASan and UBSan, and run them
+	$(BIN)/cmake -S native -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=Debug -DKVINDEX_NATIVE_TESTS=ON -DKVINDEX_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZED)
+	$(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure
+
+bench: setup ## Run every benchmark, one after another
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+soak: setup ## Run the fault and oracle tests at length
+	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+
+proto: setup ## Generate kvindex_server/pb from proto/
+	scripts/proto.sh
+
+# ---- delivery --------------------------------------------------------------
+
+image: ## Build the container image (docker, podman or buildah)
+	scripts/image.sh
+
+chart: setup ## Lint and render the Helm chart
+	@set -e; helm=$$(scripts/helm.sh); \
+	"$$helm" lint --strict deploy/helm/kvindex-server; \
+	"$$helm" template kvindex deploy/helm/kvindex-server
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

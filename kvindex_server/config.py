@@ -1,0 +1,540 @@
+"""Settings of the server: one frozen schema, filled from a YAML file, the environment and flags."""
+
+import difflib
+import json
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.pods import MAX_RANKS, PodSpec, split_tcp
+
+PREFIX = "KVINDEX_"
+MIB = 1024 * 1024
+
+# Kubernetes puts these into every container of a namespace that has a Service called kvindex-something.
+_SERVICE_LINK = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z"
+)
+_WILDCARDS = ("0.0.0.0", "[::]")
+
+
+class ConfigError(Exception):
+    """A setting is wrong: `key` names it as the user wrote it, `reason` says why; one line as a string."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        self.key = _one_line(key)
+        self.reason = _one_line(reason)
+        super().__init__(f"{self.key}: {self.reason}")
+
+
+class _WrongField(ValueError):
+    """A check across fields failed; carries the key relative to the model that checked."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[ipv6]:port` (brackets kept); ValueError for anything else."""
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]") and len(host) > 2
+    if not colon or not host or any(c.isspace() for c in host) or (":" in host and not bracketed):
+        raise ValueError("must have the form host:port")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError("port must be in 0..65535")
+    return host, int(port)
+
+
+def _address(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a boolean")
+    return value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _tier_weights(weights: dict[str, float]) -> dict[str, float]:
+    if not weights:
+        raise ValueError("must name at least one tier")
+    lowered: dict[str, float] = {}
+    for tier, weight in weights.items():
+        if not tier:
+            raise ValueError("a tier's name must not be empty")
+        if not math.isfinite(weight) or weight < 0:
+            raise _WrongField(tier, "must be a finite number >= 0")
+        if tier.lower() in lowered:
+            raise _WrongField(tier, "is given twice; case does not matter")
+        lowered[tier.lower()] = weight
+    return lowered
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Section):
+    """A model known from the start."""
+
+    name: Name = Field(description="Base model name, as requests and pods call it")
+    tokenizer: str | None = Field(
+        default=None,
+        description="Directory with the model's tokenizer files; without it text cannot be scored",
+    )
+    block_size: Integer = Field(
+        default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events"
+    )
+    aliases: tuple[Name, ...] = Field(default=(), description="Other names requests may use for the model")
+    loras: tuple[Name, ...] = Field(
+        default=(), description="LoRA adapters that requests name in place of the model"
+    )
+
+
+class PodSettings(_Section):
+    """A pod subscribed to from the start; the same fields as RegisterPodRequest."""
+
+    pod: str = Field(description="The identifier the router uses, normally ip:port")
+    model: str = Field(description="Model the pod serves")
+    endpoint: str = Field(description="`tcp://host:port` of rank 0's events; rank r is at port + r")
+    replay_endpoint: str = Field(
+        default="", description="Where rank 0's events can be asked for again; likewise"
+    )
+    ranks: Integer = Field(default=1, ge=1, le=MAX_RANKS, description="Data-parallel ranks of the pod")
+    topic: str = Field(default="", description="Subscription prefix; empty = everything")
+    engine: str = Field(default="", description="`vllm`, `sglang` or `trtllm`; empty = detect")
+    block_size: Integer = Field(
+        default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events"
+    )
+    bind: bool = Field(default=False, description="Bind `endpoint`; the engine dials in")
+
+    def spec(self) -> PodSpec:
+        """The registration, as the fleet takes it."""
+        return PodSpec(**self.model_dump())
+
+    @model_validator(mode="after")
+    def _valid(self) -> "PodSettings":
+        try:
+            self.spec().validate()
+        except InvalidArgument as error:
+            raise _WrongField(error.field, error.reason) from None
+        return self
+
+
+class LimitSettings(_Section):
+    """Bounds on what one caller or one fleet may cost."""
+
+    max_tokens: Integer = Field(default=2_097_152, ge=1, description="Token ids in one request")
+    max_pods: Integer = Field(default=16_384, ge=1, description="Candidate pods in one request")
+    max_keys: Integer = Field(default=262_144, ge=1, description="Keys or engine hashes in one request")
+    max_prompt_bytes: Integer = Field(default=16 * MIB, ge=1, description="Bytes of a prompt or chat body")
+    max_message_bytes: Integer = Field(
+        default=64 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message"
+    )
+    max_in_flight: Integer = Field(
+        default=256, ge=1, description="Requests at work at once; the rest are refused"
+    )
+    max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
+    max_registered_pods: Integer = Field(default=4096, ge=1, description="Pods registered at once")
+
+
+class StreamSettings(_Section):
+    """How event streams are followed and repaired."""
+
+    on_gap: Literal["keep", "drop"] = Field(
+        default="keep", description="What becomes of a stream's claims after a hole that cannot be repaired"
+    )
+    buffer_messages: Integer = Field(
+        default=100_000, ge=1, description="Messages buffered per stream during a replay"
+    )
+    buffer_bytes: Integer = Field(
+        default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay"
+    )
+    buffer_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to buffer during a replay")
+    replay_timeout_seconds: Seconds = Field(default=5.0, gt=0, description="Wait for a replay's next message")
+    drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
+
+
+class ServerSettings(_Section):
+    """The gRPC server's own behaviour."""
+
+    workers: Integer = Field(default=4, ge=1, le=1024, description="Threads that answer requests")
+    drain_seconds: Seconds = Field(default=10.0, description="Time for requests at work to end after SIGTERM")
+    ready_timeout_seconds: Seconds = Field(
+        default=30.0,
+        description="Longest wait for the configured pods' first synchronisation before being ready",
+    )
+
+
+class LogSettings(_Section):
+    """What is written to stderr."""
+
+    format: Annotated[Literal["json", "console"], BeforeValidator(_lower)] = Field(
+        default="json", description="One JSON object per line, or text for people"
+    )
+    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        default="info", description="Least severe level written"
+    )
+
+
+class Settings(_Section):
+    """Everything that can be configured."""
+
+    listen: Address = Field(default="0.0.0.0:50051", description="gRPC address; port 0 picks a free one")
+    admin_listen: Address | None = Field(
+        default=None, description="Separate address of the admin service; unset = it shares `listen`"
+    )
+    metrics_listen: Address = Field(
+        default="0.0.0.0:9090", description="HTTP address of `/metrics`, `/healthz` and `/readyz`"
+    )
+    models: tuple[ModelSettings, ...] = Field(default=(), description="Models known from the start")
+    pods: tuple[PodSettings, ...] = Field(default=(), description="Pods subscribed to from the start")
+    tier_weights: Annotated[dict[str, Number], AfterValidator(_tier_weights)] = Field(
+        default_factory=lambda: {"gpu": 1.0, "cpu": 0.8, "disk": 0.5},
+        description="Score of one block by the best tier it lies on; unnamed tiers weigh as the lowest named",
+    )
+    hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys")
+    limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
+    stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
+    server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
+    log: LogSettings = Field(default=LogSettings(), description="Logging")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        self._check_addresses()
+        self._check_names()
+        self._check_pods()
+        return self
+
+    def _check_addresses(self) -> None:
+        taken: list[tuple[str, str, int]] = []
+        for key in ("listen", "metrics_listen", "admin_listen"):
+            if getattr(self, key) is None:
+                continue
+            host, port = split_address(getattr(self, key))
+            for other, other_host, other_port in taken:
+                same_host = host == other_host or host in _WILDCARDS or other_host in _WILDCARDS
+                if port and port == other_port and same_host:
+                    raise _WrongField(key, f"is the same address as {other}")
+            taken.append((key, host, port))
+
+    def _check_names(self) -> None:
+        seen: dict[str, str] = {}
+        for index, model in enumerate(self.models):
+            keys = [(f"models[{index}].name", model.name)]
+            keys += [(f"models[{index}].aliases[{i}]", alias) for i, alias in enumerate(model.aliases)]
+            keys += [(f"models[{index}].loras[{i}]", lora) for i, lora in enumerate(model.loras)]
+            for key, name in keys:
+                if name in seen:
+                    raise _WrongField(key, f"the name {name!r} is already used by {seen[name]}")
+                seen[name] = key
+
+    def _check_pods(self) -> None:
+        seen: dict[tuple[str, str], int] = {}
+        ports: dict[tuple[str, int, str], int] = {}
+        for index, pod in enumerate(self.pods):
+            first = seen.setdefault((pod.pod, pod.model), index)
+            if first != index:
+                raise _WrongField(f"pods[{index}].pod", f"{pod.pod!r} is already given by pods[{first}]")
+            # Two pods reading one publisher would both be credited with its blocks.
+            host, port = split_tcp(pod.endpoint, "endpoint")
+            for rank in range(pod.ranks):
+                first = ports.setdefault((host, port + rank, pod.topic), index)
+                if first != index:
+                    raise _WrongField(
+                        f"pods[{index}].endpoint",
+                        f"port {port + rank} (rank {rank}) is read by pods[{first}] too, with the same topic",
+                    )
+
+
+def load_settings(
+    argv_overrides: Mapping[str, object],
+    env: Mapping[str, str],
+    file: Path | None,
+    *,
+    tokenizers: Mapping[str, str] | None = None,
+) -> Settings:
+    """Settings by precedence: flags, then environment, then file, then defaults. ConfigError when wrong.
+
+    `argv_overrides` has dotted keys ("log.format"); None means the flag was not given. `tokenizers` maps a
+    model's name to a directory and adds to `models`.
+    """
+    sources: dict[tuple[str | int, ...], str] = {}
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read_yaml(file)
+        sources[()] = str(file)
+    for name, path, value in _from_env(env):
+        _put(values, path, value, name)
+        sources[path] = name
+    for key, value in argv_overrides.items():
+        if value is not None:
+            path = tuple(key.split("."))
+            flag = f"--{key.replace('.', '-').replace('_', '-')}"
+            _put(values, path, value, flag)
+            sources[path] = flag
+    if tokenizers:
+        values["models"] = _with_tokenizers(values.get("models"), tokenizers)
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise _config_error(error, sources) from None
+    for index, model in enumerate(settings.models):
+        if model.tokenizer is not None and not Path(model.tokenizer).is_dir():
+            raise ConfigError(f"models[{index}].tokenizer", f"{model.tokenizer} is not a directory")
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One row of the reference table."""
+
+    key: str
+    environment: str
+    type: str
+    default: str
+    meaning: str
+
+
+def describe() -> list[Described]:
+    """Every setting, in the schema's order."""
+    return list(_describe(Settings, ()))
+
+
+def settings_table() -> str:
+    """The reference table of docs/configuration.md."""
+    rows = ["| key | environment | type | default | meaning |", "|---|---|---|---|---|"]
+    for row in describe():
+        environment = f"`{row.environment}`" if row.environment else ""
+        default = f"`{row.default}`" if row.default not in ("", "required") else row.default
+        rows.append(f"| `{row.key}` | {environment} | {row.type} | {default} | {row.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _describe(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[Described]:
+    for name, field in section.model_fields.items():
+        here = (*path, name)
+        inner = _inner_section(field.annotation)
+        is_list = get_origin(field.annotation) is tuple
+        if inner is not None and not is_list:
+            yield from _describe(inner, here)
+            continue
+        default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+        # Members of a list have no variable of their own: the list is given whole, as JSON.
+        in_list = any(part.endswith("[]") for part in path)
+        environment = "" if in_list else PREFIX + "__".join(here).upper()
+        meaning = field.description or ""
+        yield Described(".".join(here), environment, _type_name(field.annotation), default, meaning)
+        if inner is not None:
+            yield from _describe(inner, (*path, f"{name}[]"))
+
+
+def _shown(default: object) -> str:
+    if default is None or default == "":
+        return ""
+    if isinstance(default, tuple):
+        return json.dumps(list(default))
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in args if arg is not type(None))
+    if origin is Literal:
+        return " or ".join(f"`{arg}`" for arg in args)
+    if origin is tuple:
+        return f"list of {_type_name(args[0])}"
+    if origin is dict:
+        return f"map of {_type_name(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mappings"
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}[annotation]
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML silently lets the last of two equal keys win; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {key_node.value} is given twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(file), f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(str(file), "is not UTF-8") from None
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds plain data only
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(str(file), f"{line}{error.problem or 'is not valid YAML'}") from None
+    except (yaml.YAMLError, ValueError):
+        raise ConfigError(str(file), "is not valid YAML") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(str(file), "must be a mapping of settings")
+    for key in document:
+        if not isinstance(key, str):
+            raise ConfigError(str(key), f"unknown key (from {file})")
+    return document
+
+
+def _from_env(env: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...], object]]:
+    # Sorted, a section comes before its members, so that KVINDEX_LIMITS__MAX_PODS refines KVINDEX_LIMITS.
+    for name in sorted(name for name in env if name.startswith(PREFIX)):
+        path = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        annotation: Any = Settings
+        for part in path:
+            fields = annotation.model_fields if _is_section(annotation) else {}
+            if part not in fields or name != name.upper():
+                annotation = None
+                break
+            annotation = fields[part].annotation
+        if annotation is None:
+            if _SERVICE_LINK.search(name):
+                continue
+            known = [row.environment for row in describe()]
+            raise ConfigError(name, "unknown setting" + _suggestion(name, known))
+        yield name, path, _env_value(name, env[name], annotation)
+
+
+def _env_value(name: str, text: str, annotation: Any) -> object:
+    if _is_section(annotation) or get_origin(annotation) in (tuple, dict):
+        try:
+            return cast(object, json.loads(text))
+        except (ValueError, RecursionError):
+            raise ConfigError(name, "is not valid JSON") from None
+    if not text and type(None) in get_args(annotation):
+        return None
+    return text
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: object, source: str) -> None:
+    """Set one value, going into sections and replacing anything else."""
+    for depth, part in enumerate(path[:-1]):
+        inner = values.get(part)
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(".".join(path[: depth + 1]), f"must be a mapping, to be refined by {source}")
+        values[part] = dict(inner)
+        values = values[part]
+    section = values.get(path[-1])
+    if isinstance(section, dict) and isinstance(value, dict) and path[-1] != "tier_weights":
+        value = {**section, **value}
+    values[path[-1]] = value
+
+
+def _with_tokenizers(models: object, tokenizers: Mapping[str, str]) -> object:
+    if models is None:
+        models = []
+    if not isinstance(models, list):
+        return models  # the schema says what is wrong with it
+    merged = [dict(model) if isinstance(model, dict) else model for model in models]
+    for name, directory in tokenizers.items():
+        for model in merged:
+            if isinstance(model, dict) and model.get("name") == name:
+                model["tokenizer"] = directory
+                break
+        else:
+            merged.append({"name": name, "tokenizer": directory})
+    return merged
+
+
+def _config_error(error: ValidationError, sources: Mapping[tuple[str | int, ...], str]) -> ConfigError:
+    """The first thing wrong, in the user's words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    location = tuple(part for part in first["loc"] if part != "[key]")
+    key = ""
+    for part in location:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _WrongField):
+        key = f"{key}.{cause.key}" if key else cause.key
+    if first["type"] == "extra_forbidden":
+        reason = "unknown key" + _suggestion(str(location[-1]), _siblings(location))
+    elif first["type"] == "missing":
+        reason = "is required"
+    elif cause is not None:
+        reason = str(cause)
+    else:
+        reason = first["msg"].replace("Input should", "must").replace("Value should", "must")
+        if first["type"] in ("model_type", "model_attributes_type"):
+            reason = "must be a mapping"
+    top = location or tuple(re.split(r"[.\[]", key)[:1])
+    for length in range(len(top), -1, -1):
+        if top[:length] in sources:
+            return ConfigError(key, f"{reason} (from {sources[top[:length]]})")
+    return ConfigError(key, reason)
+
+
+def _siblings(location: tuple[str | int, ...]) -> list[str]:
+    section: Any = Settings
+    for part in location[:-1]:
+        if isinstance(part, str) and _is_section(section) and part in section.model_fields:
+            section = _inner_section(section.model_fields[part].annotation)
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, [each for each in known if each], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

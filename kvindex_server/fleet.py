@@ -1,0 +1,135 @@
+"""The pods the server listens to: registered, listed, cleared, and taken away with all their claims."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvindex_server import wire
+from kvindex_server.errors import InvalidArgument, NotFound, ResourceExhausted
+from kvindex_server.ingest import Bounds
+from kvindex_server.models import Models
+from kvindex_server.pods import PodSpec
+from kvindex_server.stream import StreamStatus, Trust
+from kvindex_server.subscriber import Subscriber
+
+_log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Subscribers by (model, pod). Readers take no lock: the table is replaced whole."""
+
+    def __init__(
+        self,
+        models: Models,
+        configured: Sequence[PodSpec] = (),
+        *,
+        bounds: Bounds | None = None,
+        drain_messages: int = 512,
+        max_pods: int = 4096,
+    ) -> None:
+        self._models = models
+        self._configured = tuple(configured)
+        self._bounds = bounds or Bounds()
+        self._drain_messages = drain_messages
+        self._max_pods = max_pods
+        self._lock = threading.Lock()
+        self._subscribers: dict[tuple[str, str], Subscriber] = {}
+
+    def start(self) -> None:
+        """Subscribe to every configured pod. InvalidArgument when one cannot be bound."""
+        for spec in self._configured:
+            self.register(spec)
+
+    def stop(self) -> None:
+        """Take every pod away."""
+        with self._lock:
+            subscribers, self._subscribers = list(self._subscribers.values()), {}
+        for subscriber in subscribers:
+            subscriber.stop()
+
+    @property
+    def synced(self) -> bool:
+        """The first synchronisation of every configured pod is over."""
+        subscribers = self._subscribers
+        return all(
+            (found := subscribers.get((self._models.get(spec.model).name, spec.pod))) is None or found.tried
+            for spec in self._configured
+        )
+
+    def register(self, spec: PodSpec) -> bool:
+        """Subscribe to a pod. False when the same registration stood already; another one is replaced."""
+        spec = spec.validate()
+        with self._lock:
+            model = self._models.seen(spec.model, spec.block_size)
+            if spec.block_size and model.index.block_size and model.index.block_size != spec.block_size:
+                raise InvalidArgument(
+                    "block_size", f"{spec.block_size} is not the model's block size {model.index.block_size}"
+                )
+            spec = replace(spec, model=model.name)
+            key = (model.name, spec.pod)
+            standing = self._subscribers.get(key)
+            if standing is not None:
+                if standing.spec == spec:
+                    return False
+                self._replace_without(key)
+                standing.stop()
+            if len(self._subscribers) >= self._max_pods:
+                raise ResourceExhausted(f"{self._max_pods} pods are registered, which is the limit")
+            try:
+                subscriber = Subscriber(spec, model.index, self._bounds, self._drain_messages)
+            except wire.BindError as error:
+                raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
+            self._subscribers = {**self._subscribers, key: subscriber}
+            subscriber.start()
+        _log.info("pod registered", extra={"fields": {"pod": spec.pod, "model": spec.model, "ranks": spec.ranks}})
+        return True
+
+    def unregister(self, pod: str, model: str) -> int:
+        """Take a pod away; returns the claims it had. NotFound when it is not registered."""
+        with self._lock:
+            key = self._key(pod, model)
+            subscriber = self._subscribers[key]
+            self._replace_without(key)
+        dropped = subscriber.stop()
+        _log.info("pod unregistered", extra={"fields": {"pod": pod, "model": model, "claims": dropped}})
+        return dropped
+
+    def clear(self, pod: str, model: str) -> int:
+        """Drop a pod's claims and synchronise again; returns how many. NotFound when it is not registered."""
+        return self._subscribers[self._key(pod, model)].clear()
+
+    def statuses(self, model: str | None = None) -> list[StreamStatus]:
+        """One per stream, in order of registration."""
+        name = self._models.get(model).name if model else None
+        return [
+            status
+            for (of_model, _), subscriber in self._subscribers.items()
+            if name is None or of_model == name
+            for status in subscriber.statuses()
+        ]
+
+    def pods(self, model: str) -> list[str]:
+        """The pods of a model (its real name), in order of registration."""
+        return [pod for of_model, pod in self._subscribers if of_model == model]
+
+    def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]:
+        """(trust, reason, age in seconds) of a rank; without a rank, of the pod's least trusted one."""
+        subscriber = self._subscribers.get((model, pod))
+        if subscriber is None:
+            return Trust.COLD, "pod is not registered", -1.0
+        ranks = range(subscriber.spec.ranks) if rank is None else (rank,)
+        status = min((subscriber.status(each) for each in ranks), key=lambda each: _DOUBT.index(each.trust))
+        return status.trust, status.trust_reason, status.age_seconds
+
+    def _key(self, pod: str, model: str) -> tuple[str, str]:
+        key = (self._models.get(model).name, pod)
+        if key not in self._subscribers:
+            raise NotFound(f"pod: {pod!r} is not registered for model {model!r}")
+        return key
+
+    def _replace_without(self, key: tuple[str, str]) -> None:
+        self._subscribers = {each: value for each, value in self._subscribers.items() if each != key}
+
+
+_DOUBT = (Trust.STALE, Trust.COLD, Trust.PARTIAL, Trust.EXACT)

@@ -1,0 +1,369 @@
+"""Prometheus metrics: what requests cost, and the state of every stream and model, read at scrape."""
+
+import logging
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal, Protocol, cast
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kvindex_server import __version__, logs
+from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
+
+logger = logging.getLogger(__name__)
+
+STAGE_BOUNDS = (
+    *(5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+)
+RPC_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+MATCH_BOUNDS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+RATIO_BOUNDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+MAX_METHODS = 64
+"""Method names come from the wire; above so many distinct ones the rest count as `other`."""
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricName:
+    """One row of docs/metrics.md; `name` is as it appears in a scrape."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    meaning: str
+
+
+_STREAM = ("model", "pod", "rank")
+
+REQUESTS = (
+    MetricName("kvindex_build_info", "info", ("version",), "Version of the server; always 1"),
+    MetricName("kvindex_ready", "gauge", (), "1 when the server is ready to answer"),
+    MetricName("kvindex_rpc_total", "counter", ("method", "code"), "RPCs answered, by gRPC status code"),
+    MetricName("kvindex_rpc_seconds", "histogram", ("method",), "Time from an RPC's arrival to its answer"),
+    MetricName("kvindex_score_stage_seconds", "histogram", ("stage",), "Time of one stage of a lookup"),
+    MetricName("kvindex_blocks_looked_up_total", "counter", ("model",), "Blocks of the prompts asked about"),
+    MetricName("kvindex_blocks_matched_total", "counter", ("model",), "Those of them the best pod held"),
+    MetricName("kvindex_best_match_blocks", "histogram", ("model",), "Blocks the best pod held, by request"),
+    MetricName("kvindex_best_match_ratio", "histogram", ("model",), "Share the best pod held, by request"),
+    MetricName("kvindex_unknown_tier_total", "counter", ("model",), "Scores over a tier that has no weight"),
+)
+
+STREAMS = (
+    MetricName("kvindex_stream_messages_total", "counter", _STREAM, "Messages applied"),
+    MetricName("kvindex_stream_events_total", "counter", _STREAM, "Events applied"),
+    MetricName("kvindex_stream_blocks_stored_total", "counter", _STREAM, "Blocks engines reported as stored"),
+    MetricName("kvindex_stream_blocks_removed_total", "counter", _STREAM, "Blocks reported as removed"),
+    MetricName("kvindex_ingest_lag_seconds", "histogram", _STREAM, "Engine's time of a batch to applied"),
+    MetricName("kvindex_ingest_last_lag_seconds", "gauge", _STREAM, "The same, of the last batch"),
+    MetricName("kvindex_stream_gaps_total", "counter", _STREAM, "Holes in the sequence"),
+    MetricName("kvindex_stream_restarts_total", "counter", _STREAM, "Engine restarts noticed"),
+    MetricName("kvindex_stream_replays_total", "counter", _STREAM, "Replays asked for"),
+    MetricName("kvindex_stream_duplicates_total", "counter", _STREAM, "Messages received again and skipped"),
+    MetricName("kvindex_stream_orphans", "gauge", _STREAM, "Blocks waiting for their parent"),
+    MetricName("kvindex_stream_unresolved", "gauge", _STREAM, "Claims whose key is not known"),
+    MetricName(
+        "kvindex_stream_decode_errors_total",
+        "counter",
+        (*_STREAM, "reason"),
+        "Events or messages not understood",
+    ),
+    MetricName(
+        "kvindex_stream_dropped_total", "counter", (*_STREAM, "reason"), "Events dropped or left open"
+    ),
+    MetricName("kvindex_stream_blocks", "gauge", (*_STREAM, "tier"), "Blocks held, by tier"),
+    MetricName("kvindex_stream_trust", "gauge", (*_STREAM, "trust"), "1 for the current trust, 0 for others"),
+    MetricName("kvindex_stream_state", "gauge", (*_STREAM, "state"), "1 for the current state, 0 for others"),
+    MetricName("kvindex_stream_last_sequence", "gauge", _STREAM, "Last applied sequence; absent before any"),
+    MetricName("kvindex_index_blocks", "gauge", ("model",), "Distinct blocks known"),
+    MetricName("kvindex_index_claims", "gauge", ("model",), "Claims kept"),
+    MetricName("kvindex_index_bytes", "gauge", ("model",), "Memory of the index"),
+    MetricName("kvindex_index_block_size", "gauge", ("model",), "Tokens per block; 0 while not known"),
+)
+
+
+def metrics_table() -> str:
+    """The table of docs/metrics.md."""
+    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for row in (*REQUESTS, *STREAMS):
+        labels = ", ".join(f"`{label}`" for label in row.labels)
+        rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+class ModelStats(Protocol):
+    """What is shown of a model: its index, asked at scrape."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def claims(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+
+
+class Metrics:
+    """The server's metrics, on a registry of their own. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        # A `_created` series beside every series would double a scrape.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        names = {row.name: row for row in REQUESTS}
+
+        def of(name: str) -> tuple[str, str, tuple[str, ...]]:
+            return name, names[name].meaning, names[name].labels
+
+        build = Info("kvindex_build", names["kvindex_build_info"].meaning, registry=self.registry)
+        build.info({"version": __version__})
+        self._ready = Gauge(*of("kvindex_ready"), registry=self.registry)
+        self._rpcs = Counter(*of("kvindex_rpc_total"), registry=self.registry)
+        self._rpc_seconds = Histogram(*of("kvindex_rpc_seconds"), buckets=RPC_BOUNDS, registry=self.registry)
+        self._stages = Histogram(
+            *of("kvindex_score_stage_seconds"), buckets=STAGE_BOUNDS, registry=self.registry
+        )
+        self._looked_up = Counter(*of("kvindex_blocks_looked_up_total"), registry=self.registry)
+        self._matched = Counter(*of("kvindex_blocks_matched_total"), registry=self.registry)
+        self._best = Histogram(*of("kvindex_best_match_blocks"), buckets=MATCH_BOUNDS, registry=self.registry)
+        self._ratio = Histogram(*of("kvindex_best_match_ratio"), buckets=RATIO_BOUNDS, registry=self.registry)
+        self._unknown_tiers = Counter(*of("kvindex_unknown_tier_total"), registry=self.registry)
+        ProcessCollector(registry=self.registry)
+        # `labels()` validates and locks; the read path keeps the children it needs instead.
+        self._of_stage: dict[str, Histogram] = {}
+        self._of_model: dict[str, tuple[Counter, Counter, Histogram, Histogram]] = {}
+        self._of_rpc: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._methods: set[str] = set()
+        self._warned_tiers: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+        self.is_ready = False
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Time of one stage of a lookup; stages are a fixed set."""
+        child = self._of_stage.get(stage)
+        if child is None:
+            child = self._of_stage[stage] = self._stages.labels(stage)
+        child.observe(seconds)
+
+    def observe_lookup(self, model: str, blocks: int, best_match: int) -> None:
+        """One answered lookup: the prompt's blocks, and how many the best pod held. Known models only."""
+        children = self._of_model.get(model)
+        if children is None:
+            families = (self._looked_up, self._matched, self._best, self._ratio)
+            children = self._of_model[model] = cast(
+                tuple[Counter, Counter, Histogram, Histogram],
+                tuple(family.labels(model) for family in families),
+            )
+        looked_up, matched, best, ratio = children
+        looked_up.inc(blocks)
+        matched.inc(best_match)
+        best.observe(best_match)
+        if blocks:
+            ratio.observe(best_match / blocks)
+
+    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
+        """One finished RPC: full method name and the status code's name."""
+        children = self._of_rpc.get((method, code))
+        if children is None:
+            children = self._rpc_children(method, code)
+        children[0].inc()
+        children[1].observe(seconds)
+
+    def _rpc_children(self, method: str, code: str) -> tuple[Counter, Histogram]:
+        with self._lock:
+            if method not in self._methods and len(self._methods) >= MAX_METHODS:
+                return self._rpcs.labels("other", code), self._rpc_seconds.labels("other")
+            self._methods.add(method)
+            children = (self._rpcs.labels(method, code), self._rpc_seconds.labels(method))
+            self._of_rpc[(method, code)] = children
+            return children
+
+    def unknown_tier(self, model: str, tier: str) -> None:
+        """A score met a tier without a weight; logged once per model and tier, counted always."""
+        self._unknown_tiers.labels(model).inc()
+        with self._lock:
+            first = (model, tier) not in self._warned_tiers and len(self._warned_tiers) < 1024
+            if first:
+                self._warned_tiers.add((model, tier))
+        if first:
+            logs.event(
+                logger, logging.WARNING, "tier has no weight; weighs as the lowest", model=model, tier=tier
+            )
+
+    def ready(self, ready: bool) -> None:
+        """Say whether the server is ready to answer."""
+        self.is_ready = ready
+        self._ready.set(1 if ready else 0)
+
+    def watch(
+        self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]
+    ) -> None:
+        """Show the fleet's streams and models in every scrape from now on."""
+        self.registry.register(FleetCollector(statuses, models))
+
+    def serve(self, host: str, port: int) -> "MetricsServer":
+        """Answer HTTP on this address; port 0 picks a free one."""
+        return MetricsServer(self, host, port)
+
+
+class FleetCollector(Collector):
+    """Builds the series of streams and models anew at each scrape, so they end with their pod."""
+
+    def __init__(
+        self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]
+    ) -> None:
+        self._statuses = statuses
+        self._models = models
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples: registering must not ask the fleet."""
+        return list(_families().values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families = _families()
+        for status in self._statuses():
+            _add_stream(families, status)
+        for model in self._models():
+            for what in ("blocks", "claims", "bytes", "block_size"):
+                _add(families, f"kvindex_index_{what}", (model.name,), getattr(model, what))
+        yield from families.values()
+
+
+def _families() -> dict[str, Metric]:
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+    return {row.name: kinds[row.kind](row.name, row.meaning, labels=row.labels) for row in STREAMS}
+
+
+def _add(families: dict[str, Metric], name: str, labels: Sequence[str], value: float) -> None:
+    cast(GaugeMetricFamily | CounterMetricFamily, families[name]).add_metric(labels, value)
+
+
+def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:
+    labels = (status.model, status.pod, str(status.rank))
+    for what in (
+        *("messages", "events", "blocks_stored", "blocks_removed"),
+        *("gaps", "restarts", "replays", "duplicates"),
+    ):
+        _add(families, f"kvindex_stream_{what}_total", labels, getattr(status, what))
+    _add(families, "kvindex_stream_orphans", labels, status.orphans)
+    _add(families, "kvindex_stream_unresolved", labels, status.unresolved)
+    _add(families, "kvindex_ingest_last_lag_seconds", labels, status.lag_seconds)
+    bounds = [*(str(bound) for bound in LAG_BOUNDS), "+Inf"]
+    cast(HistogramMetricFamily, families["kvindex_ingest_lag_seconds"]).add_metric(
+        labels, buckets=list(zip(bounds, status.lag_buckets, strict=True)), sum_value=status.lag_sum
+    )
+    # Copied before the walk: the stream's own thread may be adding a reason or a tier meanwhile.
+    for reason, count in dict(status.decode_errors).items():
+        _add(families, "kvindex_stream_decode_errors_total", (*labels, reason), count)
+    for reason, count in dict(status.dropped).items():
+        _add(families, "kvindex_stream_dropped_total", (*labels, reason), count)
+    for tier, blocks in dict(status.blocks_by_tier).items():
+        _add(families, "kvindex_stream_blocks", (*labels, tier), blocks)
+    for trust in Trust:
+        _add(families, "kvindex_stream_trust", (*labels, trust.name), trust is status.trust)
+    for state in StreamState:
+        _add(families, "kvindex_stream_state", (*labels, state.name), state is status.state)
+    if status.last_sequence is not None:
+        _add(families, "kvindex_stream_last_sequence", labels, status.last_sequence)
+
+
+class MetricsServer:
+    """A running HTTP server with `/metrics`, `/healthz` and `/readyz`."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        self._http = _HTTPServer(metrics, host, port)
+        self.port: int = self._http.server_address[1]
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics-http", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the port and wait for the accepting thread to end."""
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join(timeout=5)
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # an idle scraper must not hold up the end
+    request_queue_size = 32
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        host = host.strip("[]")
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.metrics = metrics
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        # HTTPServer.server_bind asks DNS for the host's full name, which can hang and is used for nothing.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        logs.event(logger, logging.DEBUG, "metrics connection failed", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "kvindex-server"
+    sys_version = ""
+    timeout = 30  # a silent client gives its thread back
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._metrics()
+        elif path == "/healthz":
+            self._text(200, "ok\n")
+        elif path == "/readyz":
+            ready = self._server.metrics.is_ready
+            self._text(200 if ready else 503, "ready\n" if ready else "not ready\n")
+        else:
+            self._text(404, "not found\n")
+
+    do_HEAD = do_GET
+
+    @property
+    def _server(self) -> _HTTPServer:
+        return cast(_HTTPServer, self.server)
+
+    def _metrics(self) -> None:
+        encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+        try:
+            body = encode(self._server.metrics.registry)
+        except Exception:  # noqa: BLE001  a scrape must not end the connection without an answer
+            logs.event(logger, logging.ERROR, "scrape failed", exc_info=True)
+            self._text(500, "scrape failed\n")
+            return
+        self._send(200, content_type, body)
+
+    def _text(self, status: int, text: str) -> None:
+        self._send(status, "text/plain; charset=utf-8", text.encode())
+
+    def _send(self, status: int, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not logged: a scrape every few seconds is noise."""

@@ -1,0 +1,83 @@
+"""What a registered pod is: its identity, model and the endpoints of its event streams."""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from kvindex_server.errors import InvalidArgument
+
+MAX_RANKS = 1024
+ENGINES = ("", "vllm", "sglang", "trtllm")
+_TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\s\[\]]+):(\d{1,5})\Z")
+
+
+def split_tcp(endpoint: str, field: str) -> tuple[str, int]:
+    """Host and port of `tcp://host:port`; InvalidArgument naming `field` for anything else."""
+    found = _TCP.match(endpoint)
+    if found is None:
+        raise InvalidArgument(field, "must have the form tcp://host:port")
+    host, port = found.group(1), int(found.group(2))
+    if not 0 < port < 65536:
+        raise InvalidArgument(field, "port must be in 1..65535")
+    if host.startswith("["):
+        try:
+            ipaddress.IPv6Address(host[1:-1].split("%")[0])
+        except ValueError:
+            raise InvalidArgument(field, "is not a valid IPv6 address") from None
+    return host, port
+
+
+@dataclass(frozen=True, slots=True)
+class PodSpec:
+    """One registration. `endpoint` is rank 0's; rank r is at port + r on both endpoints."""
+
+    pod: str
+    model: str
+    endpoint: str
+    replay_endpoint: str = ""
+    ranks: int = 1
+    topic: str = ""
+    engine: str = ""
+    block_size: int = 0
+    bind: bool = False
+
+    def validate(self) -> "PodSpec":
+        """Itself, or InvalidArgument naming the first wrong field."""
+        for field in ("pod", "model", "endpoint"):
+            if not getattr(self, field):
+                raise InvalidArgument(field, "must not be empty")
+        if len(self.pod) > 256:
+            raise InvalidArgument("pod", "is longer than 256 characters")
+        if len(self.model) > 512:
+            raise InvalidArgument("model", "is longer than 512 characters")
+        if not 1 <= self.ranks <= MAX_RANKS:
+            raise InvalidArgument("ranks", f"must be in 1..{MAX_RANKS}")
+        if self.engine not in ENGINES:
+            raise InvalidArgument("engine", "must be vllm, sglang, trtllm or empty")
+        if not 0 <= self.block_size <= 65536:
+            raise InvalidArgument("block_size", "must be in 0..65536")
+        host, port = split_tcp(self.endpoint, "endpoint")
+        if port + self.ranks - 1 > 65535:
+            raise InvalidArgument("endpoint", "port + ranks - 1 is above 65535")
+        if host == "*" and not self.bind:
+            raise InvalidArgument("endpoint", "host * can only be bound; set bind or name a host")
+        if self.replay_endpoint:
+            replay_host, replay_port = split_tcp(self.replay_endpoint, "replay_endpoint")
+            if replay_port + self.ranks - 1 > 65535:
+                raise InvalidArgument("replay_endpoint", "port + ranks - 1 is above 65535")
+            if replay_host == host and abs(replay_port - port) < self.ranks:
+                raise InvalidArgument("replay_endpoint", "its ports overlap those of endpoint")
+        return self
+
+    def endpoint_of(self, rank: int) -> str:
+        """Where rank's events come from."""
+        return _shift(self.endpoint, rank)
+
+    def replay_endpoint_of(self, rank: int) -> str:
+        """Where rank's events can be asked for again; empty when nowhere."""
+        return _shift(self.replay_endpoint, rank) if self.replay_endpoint else ""
+
+
+def _shift(endpoint: str, rank: int) -> str:
+    host, port = split_tcp(endpoint, "endpoint")
+    return f"tcp://{host}:{port + rank}"

@@ -1,0 +1,107 @@
+"""The order of one event stream: a pure sequence state machine, without sockets or a clock of its own."""
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds, in seconds, of the ingestion-lag histogram; a last bucket is unbounded."""
+
+REMEMBERED = 1024
+"""Digests kept of the last applied messages, to tell a duplicate from a restarted engine."""
+
+
+class StreamState(enum.IntEnum):
+    """Where a stream stands; the values are those of the proto."""
+
+    CONNECTING = 1
+    SYNCING = 2
+    LIVE = 3
+    GAP = 4
+    DOWN = 5
+
+
+class Trust(enum.IntEnum):
+    """How far a stream's claims can be believed; the values are those of the proto."""
+
+    COLD = 1
+    PARTIAL = 2
+    EXACT = 3
+    STALE = 4
+
+
+class Outcome(enum.Enum):
+    """What a message's sequence number means after those applied before it."""
+
+    FIRST = "first"
+    NEXT = "next"
+    DUPLICATE = "duplicate"
+    GAP = "gap"
+    RESTART = "restart"
+
+
+@dataclass
+class StreamStatus:
+    """What is known of one (pod, rank) for answers, lists and metrics."""
+
+    pod: str
+    rank: int
+    model: str
+    state: StreamState = StreamState.CONNECTING
+    trust: Trust = Trust.COLD
+    trust_reason: str = "nothing heard"
+    endpoint: str = ""
+    replay_endpoint: str = ""
+    last_sequence: int | None = None
+    lag_seconds: float = 0.0
+    age_seconds: float = -1.0
+    blocks: int = 0
+    blocks_by_tier: dict[str, int] = field(default_factory=dict)
+    gaps: int = 0
+    restarts: int = 0
+    replays: int = 0
+    orphans: int = 0
+    unresolved: int = 0
+    decode_errors: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    messages: int = 0
+    events: int = 0
+    blocks_stored: int = 0
+    blocks_removed: int = 0
+    epoch: int = 0
+    lag_buckets: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
+    lag_sum: float = 0.0
+
+
+class Sequence:
+    """Judges sequence numbers. The caller applies what it is told to and reports it with `applied`."""
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+        self._digests: OrderedDict[int, int] = OrderedDict()
+
+    def judge(self, sequence: int, digest: int) -> Outcome:
+        """The meaning of a message; `digest` is a hash of its payload (which carries the engine's time)."""
+        if self.last is None:
+            return Outcome.FIRST
+        if sequence == self.last + 1:
+            return Outcome.NEXT
+        if sequence > self.last:
+            return Outcome.GAP
+        # An engine counts from 0 again when it restarts, and says nothing else about it. A number already
+        # passed is a duplicate only if it is the very message seen under it; when that is not remembered
+        # any more, a restart is assumed: dropping true claims costs a replay, keeping dead ones is wrong.
+        return Outcome.DUPLICATE if self._digests.get(sequence) == digest else Outcome.RESTART
+
+    def applied(self, sequence: int, digest: int) -> None:
+        """The message has been applied; it is the last one now."""
+        self.last = sequence
+        self._digests[sequence] = digest
+        if len(self._digests) > REMEMBERED:
+            self._digests.popitem(last=False)
+
+    def restarted(self) -> None:
+        """Forget the old life."""
+        self.last = None
+        self._digests.clear()

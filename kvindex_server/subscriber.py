@@ -1,0 +1,197 @@
+"""One pod's subscription: a thread per data-parallel rank that owns its sockets and feeds the index."""
+
+import itertools
+import logging
+import threading
+from dataclasses import replace
+
+from kvindex_server import wire
+from kvindex_server._core import Index, Stream
+from kvindex_server.ingest import Bounds, Ingest
+from kvindex_server.pods import PodSpec
+from kvindex_server.stream import StreamStatus
+
+_log = logging.getLogger(__name__)
+_names = itertools.count()
+
+SYNC_WAIT_MS = 50
+IDLE_WAIT_MS = 5_000
+
+
+class Subscriber:
+    """All ranks of one registered pod."""
+
+    def __init__(self, spec: PodSpec, index: Index, bounds: Bounds, drain_messages: int) -> None:
+        self.spec = spec
+        self._index = index
+        self._ranks: list[_Rank] = []
+        try:
+            for rank in range(spec.ranks):
+                self._ranks.append(_Rank(spec, rank, index, bounds, drain_messages))
+        except wire.BindError:
+            self.stop()
+            raise
+
+    def start(self) -> None:
+        """Begin to listen."""
+        for rank in self._ranks:
+            rank.start()
+
+    def stop(self) -> int:
+        """Stop listening and drop every claim; returns how many there were."""
+        for rank in self._ranks:
+            rank.signal_stop()
+        return sum(rank.join() for rank in self._ranks)
+
+    def clear(self) -> int:
+        """Drop every claim and synchronise again; returns how many there were."""
+        return sum(rank.clear() for rank in self._ranks)
+
+    @property
+    def tried(self) -> bool:
+        """The first synchronisation of every rank is over."""
+        return all(rank.ingest.tried for rank in self._ranks)
+
+    def statuses(self) -> list[StreamStatus]:
+        """One per rank."""
+        tiers = self._index.tiers
+        return [rank.status(tiers) for rank in self._ranks]
+
+    def status(self, rank: int) -> StreamStatus:
+        """Trust, state and counters of one rank, without its block counts."""
+        return self._ranks[rank].ingest.status()
+
+
+class _Rank(threading.Thread):
+    def __init__(self, spec: PodSpec, rank: int, index: Index, bounds: Bounds, drain_messages: int) -> None:
+        super().__init__(name=f"stream-{spec.pod}-{rank}", daemon=True)
+        self._drain_messages = drain_messages
+        self._replay_endpoint = spec.replay_endpoint_of(rank)
+        self._halt = threading.Event()
+        self._resync = threading.Event()
+        # Bound here, so that an address in use is told to whoever registers; owned by the thread from start on.
+        self._events = wire.subscriber(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
+        self._monitor = wire.Monitor(self._events)
+        self._woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
+        self._replay: wire.Socket | None = None
+        self._waiter = wire.Waiter()
+        for socket in (self._events, self._monitor.socket, self._woken):
+            self._waiter.add(socket)
+        self.stream: Stream = index.add_stream(spec.pod, rank)
+        self.ingest = Ingest(
+            self.stream,
+            StreamStatus(
+                spec.pod, rank, spec.model, endpoint=spec.endpoint_of(rank), replay_endpoint=self._replay_endpoint
+            ),
+            bounds,
+            self._ask if self._replay_endpoint else None,
+        )
+
+    def status(self, tiers: list[str]) -> StreamStatus:
+        by_tier = dict(zip(tiers, self.stream.claims_by_tier, strict=False))
+        return replace(
+            self.ingest.status(),
+            blocks=self.stream.claims,
+            blocks_by_tier={tier: blocks for tier, blocks in by_tier.items() if blocks},
+            orphans=self.stream.orphans,
+            unresolved=self.stream.unresolved,
+        )
+
+    def signal_stop(self) -> None:
+        self._halt.set()
+        self._wake()
+
+    def join(self, timeout: float | None = None) -> int:  # type: ignore[override]
+        if self.ident is not None:
+            super().join(timeout)
+        else:
+            self._close_sockets()
+        self._waker.close()
+        return self.stream.close()
+
+    def clear(self) -> int:
+        dropped = self.stream.clear()
+        self._resync.set()
+        self._wake()
+        return dropped
+
+    def _wake(self) -> None:
+        self._waker.send([b""])
+
+    def run(self) -> None:
+        self.ingest.start()
+        while not self._halt.is_set():
+            self._waiter.wait(SYNC_WAIT_MS if self.ingest.waiting_for_replay else IDLE_WAIT_MS)
+            try:
+                self._turn()
+            except Exception:  # noqa: BLE001 - one bad turn must not end the stream; it is logged and counted
+                self.ingest.bad_message("internal")
+                _log.exception("stream turn failed", extra={"fields": {"stream": self.name}})
+        self._close_sockets()
+
+    def _turn(self) -> None:
+        while self._woken.receive() is not None:
+            pass
+        if self._resync.is_set():
+            self._resync.clear()
+            self.ingest.resync()
+        for up in self._monitor.changes():
+            self.ingest.connection(up)
+        # A replay is worked off before live messages, which wait in the buffer for its end.
+        if self._replay is not None:
+            self._read_replay(self._replay)
+        self._read_events()
+        self.ingest.tick()
+        if self._replay is not None and not self.ingest.waiting_for_replay:
+            self._close_replay()
+
+    def _read_events(self) -> None:
+        messages: list[tuple[int, bytes]] = []
+        for _ in range(self._drain_messages):
+            frames = self._events.receive()
+            if frames is None:
+                break
+            try:
+                messages.append(wire.read_event(frames))
+            except wire.BadFrames as bad:
+                self.ingest.bad_message(bad.reason)
+        if messages:
+            self.ingest.live(messages)
+
+    def _read_replay(self, replay: wire.Socket) -> None:
+        messages: list[tuple[int, bytes]] = []
+        ended = False
+        for _ in range(self._drain_messages):
+            frames = replay.receive()
+            if frames is None:
+                break
+            try:
+                sequence, payload = wire.read_replay(frames)
+            except wire.BadFrames as bad:
+                self.ingest.bad_message(bad.reason)
+                continue
+            if sequence == wire.END_SEQUENCE:
+                ended = True
+                break
+            messages.append((sequence, payload))
+        if messages or ended:
+            self.ingest.replayed(messages, ended=ended)
+
+    def _ask(self, start_sequence: int) -> None:
+        # A fresh socket has a fresh identity: late answers to an earlier question cannot mix in.
+        self._close_replay()
+        self._replay = wire.replay_client(self._replay_endpoint)
+        self._waiter.add(self._replay)
+        wire.request_replay(self._replay, start_sequence)
+
+    def _close_replay(self) -> None:
+        if self._replay is not None:
+            self._waiter.remove(self._replay)
+            self._replay.close()
+            self._replay = None
+
+    def _close_sockets(self) -> None:
+        self._close_replay()
+        self._monitor.close()
+        self._events.close()
+        self._woken.close()

@@ -1,0 +1,368 @@
+#include "events.hpp"
+
+#include <algorithm>
+
+#include "keys.hpp"
+#include "msgpack.hpp"
+#include "xxh3.hpp"
+
+namespace kvindex {
+
+const char* name_of(Reason reason) {
+  static constexpr const char* kNames[kReasons] = {
+      "bad_batch",    "truncated",        "bad_event",    "unknown_event",   "bad_field",           "token_range",
+      "token_ids",    "tier_limit",       "group_limit",  "claim_limit",     "unresolved_limit",    "orphan_limit",
+      "unknown_removal", "block_size_mismatch", "unknown_group_kind", "rank_mismatch"};
+  return kNames[static_cast<size_t>(reason)];
+}
+
+uint64_t hash_of_bytes(std::string_view bytes) {
+  constexpr uint64_t kSeed = 0x6B76696E64657862ULL;  // apart from every other use of the hash
+  return xxh3_64(bytes.data(), bytes.size(), kSeed);
+}
+
+void Event::reset() {
+  hashes.clear();
+  has_parent = false;
+  parent = 0;
+  tokens.clear();
+  block_size = 0;
+  has_lora_id = false;
+  lora_id = 0;
+  medium = lora_name = cache_salt = kind = {};
+  group = 0;
+  has_window = false;
+  window = 0;
+  extras.clear();
+}
+
+namespace {
+
+enum class Field : uint8_t {
+  kHashes, kParent, kTokens, kBlockSize, kLoraId, kMedium, kLoraName, kExtraKeys, kGroup, kKind, kWindow, kSalt, kOther
+};
+
+// Positions of the array form, the tag at 0.
+constexpr Field kStoredAt[] = {Field::kHashes, Field::kParent, Field::kTokens,    Field::kBlockSize,
+                               Field::kLoraId, Field::kMedium, Field::kLoraName,  Field::kExtraKeys,
+                               Field::kGroup,  Field::kKind,   Field::kWindow};
+constexpr Field kRemovedAt[] = {Field::kHashes, Field::kMedium, Field::kGroup};
+
+Field field_of(std::string_view name) {
+  if (name == "block_hashes") return Field::kHashes;
+  if (name == "parent_block_hash") return Field::kParent;
+  if (name == "token_ids") return Field::kTokens;
+  if (name == "block_size") return Field::kBlockSize;
+  if (name == "lora_id") return Field::kLoraId;
+  if (name == "medium") return Field::kMedium;
+  if (name == "lora_name") return Field::kLoraName;
+  if (name == "extra_keys") return Field::kExtraKeys;
+  if (name == "group_idx") return Field::kGroup;
+  if (name == "kv_cache_spec_kind") return Field::kKind;
+  if (name == "kv_cache_spec_sliding_window") return Field::kWindow;
+  if (name == "cache_salt") return Field::kSalt;
+  return Field::kOther;
+}
+
+bool tag_of(std::string_view name, Tag& tag) {
+  if (name == "BlockStored") return tag = Tag::kStored, true;
+  if (name == "BlockRemoved") return tag = Tag::kRemoved, true;
+  if (name == "AllBlocksCleared") return tag = Tag::kCleared, true;
+  return false;
+}
+
+bool read_hash(Cursor& in, uint64_t& hash) {
+  bool negative;
+  if (in.integer(hash, negative)) return true;
+  std::string_view bytes;
+  if (!in.bin(bytes)) return false;
+  hash = hash_of_bytes(bytes);
+  return true;
+}
+
+bool read_optional_uint(Cursor& in, bool& present, uint64_t& value) {
+  present = false;
+  if (in.nil()) return true;
+  bool negative;
+  if (!in.integer(value, negative) || negative) return false;
+  present = true;
+  return true;
+}
+
+bool read_optional_str(Cursor& in, std::string_view& value) { return in.nil() || in.str(value); }
+
+bool read_tokens(Cursor& in, std::vector<uint32_t>& tokens, Reason& reason) {
+  uint32_t count;
+  if (in.nil()) return true;
+  if (!in.array(count)) return reason = Reason::kBadField, false;
+  for (uint32_t i = 0; i < count; ++i) {
+    uint64_t value;
+    bool negative;
+    if (!in.integer(value, negative)) return reason = Reason::kTokenIds, false;
+    if (negative || value > 0xFFFFFFFFULL) return reason = Reason::kTokenRange, false;
+    tokens.push_back(static_cast<uint32_t>(value));
+  }
+  return true;
+}
+
+// One item of a block's extra_keys: untagged, or a tuple that names its kind (wire facts, section 6).
+struct ExtraItem {
+  enum class Kind { kText, kMultimodal, kEmbeds, kLora, kSalt } kind;
+  std::string_view bytes;
+};
+
+bool read_extra_item(Cursor& in, ExtraItem& item) {
+  std::string_view bytes;
+  switch (in.peek()) {
+    case Type::kStr:
+      if (!in.str(bytes)) return false;
+      item = {ExtraItem::Kind::kText, bytes};
+      return true;
+    case Type::kBin:
+      if (!in.bin(bytes)) return false;
+      item = {ExtraItem::Kind::kEmbeds, bytes};
+      return true;
+    case Type::kArray: {
+      const Cursor start = in;
+      uint32_t count;
+      if (!in.array(count) || count < 2) return false;
+      std::string_view first;
+      if (!in.str(first) && !in.bin(first)) return false;
+      const Type second = in.peek();
+      if (first == "mm" || first == "lora" || first == "cache_salt" || first == "prompt_embeds") {
+        if (second == Type::kStr || second == Type::kBin) {
+          if (!in.str(bytes) && !in.bin(bytes)) return false;
+          const auto kind = first == "mm"           ? ExtraItem::Kind::kMultimodal
+                            : first == "lora"       ? ExtraItem::Kind::kLora
+                            : first == "cache_salt" ? ExtraItem::Kind::kSalt
+                                                    : ExtraItem::Kind::kEmbeds;
+          item = {kind, bytes};
+          in = start;
+          return in.skip();
+        }
+      }
+      if (second != Type::kInt) return false;
+      item = {ExtraItem::Kind::kMultimodal, first};
+      in = start;
+      return in.skip();
+    }
+    default: return false;
+  }
+}
+
+bool read_extra_keys(Cursor& in, std::vector<std::vector<ExtraItem>>& entries) {
+  entries.clear();
+  if (in.nil()) return true;
+  uint32_t count;
+  if (!in.array(count)) return false;
+  for (uint32_t i = 0; i < count; ++i) {
+    auto& items = entries.emplace_back();
+    if (in.nil()) continue;
+    uint32_t size;
+    if (!in.array(size)) return false;
+    for (uint32_t j = 0; j < size; ++j)
+      if (!read_extra_item(in, items.emplace_back())) return false;
+  }
+  return true;
+}
+
+// Untagged strings: the adapter's name, else the salt (only in the request's first block, last of its strings), else
+// a multimodal id of an engine that sends it bare. A string that stands in several blocks is no salt.
+void encode_extras(Event& event, const std::vector<std::vector<ExtraItem>>& entries) {
+  std::string_view lora = event.lora_name;
+  if (lora.empty() && event.has_lora_id && !entries.empty() && !entries[0].empty() &&
+      entries[0][0].kind == ExtraItem::Kind::kText)
+    lora = entries[0][0].bytes;
+  for (const auto& items : entries)
+    for (const ExtraItem& item : items)
+      if (lora.empty() && item.kind == ExtraItem::Kind::kLora) lora = item.bytes;
+  const bool any = !entries.empty() && std::any_of(entries.begin(), entries.end(), [](const auto& e) { return !e.empty(); });
+  if (lora.empty() && !event.has_lora_id && event.cache_salt.empty() && !any) return;
+
+  event.extras.resize(event.hashes.size());
+  for (size_t i = 0; i < event.hashes.size(); ++i) {
+    std::string& out = event.extras[i];
+    if (!lora.empty()) {
+      append_extra(out, ExtraKind::kLora, lora);
+    } else if (event.has_lora_id) {
+      append_extra(out, ExtraKind::kLoraId, std::to_string(event.lora_id));
+    }
+    std::string_view salt = i == 0 && !event.has_parent ? event.cache_salt : std::string_view{};
+    std::vector<std::string_view> multimodal, embeds;
+    static const std::vector<ExtraItem> kNone;
+    const auto& items = i < entries.size() ? entries[i] : kNone;
+    size_t last_text = items.size();
+    for (size_t j = 0; j < items.size(); ++j)
+      if (items[j].kind == ExtraItem::Kind::kText && items[j].bytes != lora) last_text = j;
+    for (size_t j = 0; j < items.size(); ++j) {
+      const ExtraItem& item = items[j];
+      switch (item.kind) {
+        case ExtraItem::Kind::kMultimodal: multimodal.push_back(item.bytes); break;
+        case ExtraItem::Kind::kEmbeds: embeds.push_back(item.bytes); break;
+        case ExtraItem::Kind::kSalt: salt = item.bytes; break;
+        case ExtraItem::Kind::kLora: break;
+        case ExtraItem::Kind::kText: {
+          if (item.bytes == lora) break;
+          bool elsewhere = false;
+          for (size_t k = 0; k < entries.size(); ++k)
+            if (k != i)
+              for (const ExtraItem& other : entries[k])
+                elsewhere = elsewhere || (other.kind == ExtraItem::Kind::kText && other.bytes == item.bytes);
+          if (i == 0 && !event.has_parent && j == last_text && !elsewhere) {
+            salt = item.bytes;
+          } else {
+            multimodal.push_back(item.bytes);
+          }
+        }
+      }
+    }
+    for (const auto each : multimodal) append_extra(out, ExtraKind::kMultimodal, each);
+    if (!salt.empty()) append_extra(out, ExtraKind::kCacheSalt, salt);
+    for (const auto each : embeds) append_extra(out, ExtraKind::kPromptEmbeds, each);
+  }
+}
+
+bool read_field(Field field, Cursor& in, Event& event, std::vector<std::vector<ExtraItem>>& entries, Reason& reason) {
+  bool present;
+  uint64_t group;
+  reason = Reason::kBadField;
+  switch (field) {
+    case Field::kHashes: {
+      uint32_t count;
+      if (!in.array(count)) return false;
+      for (uint32_t i = 0; i < count; ++i)
+        if (!read_hash(in, event.hashes.emplace_back())) return false;
+      return true;
+    }
+    case Field::kParent:
+      if (in.nil()) return true;
+      event.has_parent = true;
+      return read_hash(in, event.parent);
+    case Field::kTokens: return read_tokens(in, event.tokens, reason);
+    case Field::kBlockSize: return read_optional_uint(in, present, event.block_size);
+    case Field::kLoraId:
+      if (in.peek() == Type::kStr) return event.lora_name.empty() ? in.str(event.lora_name) : in.skip();
+      return read_optional_uint(in, event.has_lora_id, event.lora_id);
+    case Field::kMedium: return read_optional_str(in, event.medium);
+    case Field::kLoraName: return in.nil() || in.str(event.lora_name);
+    case Field::kExtraKeys: return read_extra_keys(in, entries);
+    case Field::kGroup:
+      if (!read_optional_uint(in, present, group)) return false;
+      event.group = present ? group : 0;
+      return true;
+    case Field::kKind: return read_optional_str(in, event.kind);
+    case Field::kWindow: return read_optional_uint(in, event.has_window, event.window);
+    case Field::kSalt: return read_optional_str(in, event.cache_salt);
+    case Field::kOther: return in.skip();
+  }
+  return false;
+}
+
+// A whole event; `in` is bounded to it, so a lying length cannot reach the next one.
+bool read_event(Cursor in, Event& event, Reason& reason) {
+  event.reset();
+  std::vector<std::vector<ExtraItem>> entries;
+  bool has_hashes = false;
+  uint32_t count;
+  reason = Reason::kBadEvent;
+  if (in.array(count)) {
+    std::string_view tag;
+    if (count == 0 || !in.str(tag)) return false;
+    if (!tag_of(tag, event.tag)) return reason = Reason::kUnknownEvent, false;
+    for (uint32_t i = 1; i < count; ++i) {
+      Field field = Field::kOther;
+      if (event.tag == Tag::kStored && i - 1 < std::size(kStoredAt)) field = kStoredAt[i - 1];
+      if (event.tag == Tag::kRemoved && i - 1 < std::size(kRemovedAt)) field = kRemovedAt[i - 1];
+      if (!read_field(field, in, event, entries, reason)) return false;
+      has_hashes = has_hashes || field == Field::kHashes;
+    }
+  } else if (in.map(count)) {
+    bool has_tag = false;
+    // The tag decides nothing about how fields are read, so it may stand anywhere in the map.
+    for (uint32_t i = 0; i < count; ++i) {
+      std::string_view name;
+      if (!in.str(name)) {
+        if (!in.skip() || !in.skip()) return reason = Reason::kBadEvent, false;
+        continue;
+      }
+      if (name == "type") {
+        std::string_view tag;
+        if (!in.str(tag)) return reason = Reason::kBadEvent, false;
+        if (!tag_of(tag, event.tag)) return reason = Reason::kUnknownEvent, false;
+        has_tag = true;
+        continue;
+      }
+      const Field field = field_of(name);
+      if (!read_field(field, in, event, entries, reason)) return false;
+      has_hashes = has_hashes || field == Field::kHashes;
+    }
+    if (!has_tag) return reason = Reason::kBadEvent, false;
+  } else {
+    return false;
+  }
+  if (event.tag != Tag::kCleared && !has_hashes) return reason = Reason::kBadField, false;
+  if (event.tag == Tag::kStored) encode_extras(event, entries);
+  return true;
+}
+
+}  // namespace
+
+bool Batch::open(const uint8_t* data, size_t size) {
+  Cursor in(data, size);
+  *this = Batch{};
+  end_ = data + size;
+  uint32_t count;
+  bool has_events = false;
+  const auto read_rank = [&] {
+    return in.peek() == Type::kInt || in.peek() == Type::kNil ? read_optional_uint(in, has_rank_, rank_) : in.skip();
+  };
+  if (in.array(count)) {
+    if (count < 2 || (!in.number(timestamp_) && !in.nil())) return false;
+    if (!in.array(left_)) return false;
+    at_ = in.position();
+    // The rank stands behind the events; a payload cut inside them has none, and its first events still count.
+    for (uint32_t i = 0; i < left_; ++i)
+      if (!in.skip()) return true;
+    if (count > 2) read_rank();
+    return true;
+  }
+  if (!in.map(count)) return false;
+  for (uint32_t i = 0; i < count; ++i) {
+    std::string_view name;
+    if (!in.str(name)) {
+      if (!in.skip() || !in.skip()) return has_events;
+      continue;
+    }
+    if (name == "ts" || name == "timestamp") {
+      if (!in.number(timestamp_) && !in.skip()) return has_events;
+    } else if (name == "events") {
+      if (!in.array(left_)) return false;
+      at_ = in.position();
+      has_events = true;
+      for (uint32_t k = 0; k < left_; ++k)
+        if (!in.skip()) return true;
+    } else if (name == "data_parallel_rank" || name == "attn_dp_rank" || name == "dp_rank") {
+      if (!read_rank()) return has_events;
+    } else if (!in.skip()) {
+      return has_events;
+    }
+  }
+  return has_events;
+}
+
+Batch::Next Batch::next(Event& event, Reason& reason) {
+  if (left_ == 0) return Next::kEnd;
+  Cursor all(at_, static_cast<size_t>(end_ - at_));
+  Cursor whole = all;
+  if (!whole.skip()) {
+    left_ = 0;
+    reason = Reason::kTruncated;
+    return Next::kSkipped;
+  }
+  --left_;
+  const Cursor one(at_, static_cast<size_t>(whole.position() - at_));
+  at_ = whole.position();
+  return read_event(one, event, reason) ? Next::kEvent : Next::kSkipped;
+}
+
+}  // namespace kvindex

@@ -1,0 +1,85 @@
+// KV events of one msgpack payload, in every encoding engines send (contract section 5), read in place.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kvindex {
+
+// Why something was not applied, or was odd. The names are metric labels.
+enum class Reason : uint8_t {
+  kBadBatch,          // the payload is no batch of events
+  kTruncated,         // the payload ends inside an event; what came before is applied
+  kBadEvent,          // an event that is no array or map with a tag
+  kUnknownEvent,      // a tag nobody knows
+  kBadField,          // a field of the wrong type
+  kTokenRange,        // a token id above 32 bits or negative
+  kTokenIds,          // token ids that are no integers (pairs, strings)
+  kTierLimit,         // more than 8 tiers in one model
+  kGroupLimit,        // a group index above 31
+  kClaimLimit,        // the configured number of claims is reached
+  kUnresolvedLimit,   // too many claims whose key is unknown
+  kOrphanLimit,       // an orphan pushed out of the full buffer
+  kUnknownRemoval,    // a removal of something never seen
+  kBlockSizeMismatch, // an engine block that is not the model's block size
+  kUnknownGroupKind,  // a KV-cache kind nobody knows: that group's stream fails closed
+  kRankMismatch,      // the batch names another rank than the stream's
+  kCount
+};
+inline constexpr size_t kReasons = static_cast<size_t>(Reason::kCount);
+const char* name_of(Reason reason);
+
+struct EngineHash {
+  uint64_t value;  // ints as u64 (two's complement); bytes by their own hash
+};
+uint64_t hash_of_bytes(std::string_view bytes);
+
+enum class Tag : uint8_t { kStored, kRemoved, kCleared };
+
+// One event; the views point into the payload, the vectors are reused.
+struct Event {
+  Tag tag;
+  std::vector<uint64_t> hashes;
+  bool has_parent;
+  uint64_t parent;
+  std::vector<uint32_t> tokens;
+  uint64_t block_size;
+  bool has_lora_id;
+  uint64_t lora_id;
+  std::string_view medium;  // as sent; empty = absent
+  std::string_view lora_name;
+  std::string_view cache_salt;
+  uint64_t group;
+  std::string_view kind;
+  bool has_window;
+  uint64_t window;
+  std::vector<std::string> extras;  // per hash, encoded; empty = none at all
+
+  void reset();
+};
+
+class Batch {
+ public:
+  enum class Next { kEvent, kSkipped, kEnd };
+
+  // False when the payload is no batch (kBadBatch).
+  bool open(const uint8_t* data, size_t size);
+  // The next event into `event`; kSkipped with `reason` when it cannot be applied.
+  Next next(Event& event, Reason& reason);
+
+  double timestamp() const { return timestamp_; }
+  bool has_rank() const { return has_rank_; }
+  uint64_t rank() const { return rank_; }
+
+ private:
+  double timestamp_ = 0;
+  bool has_rank_ = false;
+  uint64_t rank_ = 0;
+  uint32_t left_ = 0;
+  const uint8_t* at_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,184 @@
+"""The Helm chart, rendered by Helm itself, is valid and gives the server a configuration it loads."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvindex_server.config import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "deploy" / "helm" / "kvindex-server"
+MODEL = "Qwen/Qwen3-32B"
+FULL: dict[str, Any] = {
+    "replicaCount": 2,
+    "config": {
+        "models": [{"name": MODEL, "block_size": 16, "aliases": ["qwen"]}],
+        "pods": [
+            {
+                "pod": "10.0.0.7:8000",
+                "model": MODEL,
+                "endpoint": "tcp://10.0.0.7:5557",
+                "replay_endpoint": "tcp://10.0.0.7:5567",
+                "ranks": 2,
+            },
+            {"pod": "10.0.0.8:8000", "model": MODEL, "endpoint": "tcp://*:5600", "bind": True},
+        ],
+        "tier_weights": {"gpu": 1.0, "cpu": 0.7, "disk": 0.3},
+        "limits": {"max_in_flight": 64, "max_prompt_bytes": 16777216},
+        "stream": {"on_gap": "drop"},
+        "server": {"drain_seconds": 12.5},
+        "log": {"format": "json", "level": "info"},
+    },
+    "ports": {"grpc": 6000, "metrics": 6001, "admin": 6002},
+    "bindPorts": [{"name": "events-a", "port": 5600}],
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "networkPolicy": {
+        "enabled": True,
+        "grpcFrom": [{"podSelector": {"matchLabels": {"app": "router"}}}],
+        "adminFrom": [{"podSelector": {"matchLabels": {"app": "operator"}}}],
+    },
+    "extraEnv": [{"name": "KVINDEX_LOG__LEVEL", "value": "debug"}],
+    "extraVolumes": [{"name": "tokenizers", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "tokenizers", "mountPath": "/tokenizers"}],
+    "tolerations": [{"operator": "Exists"}],
+}
+CASES = {"defaults": {}, "full": FULL}
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """Path of the Helm binary."""
+    fetched = subprocess.run(
+        [ROOT / "scripts" / "helm.sh"], capture_output=True, text=True, timeout=110, check=False
+    )
+    if fetched.returncode != 0:
+        pytest.skip(f"Helm cannot be fetched: {fetched.stderr.strip()[-300:]}")
+    return fetched.stdout.strip()
+
+
+def _helm(helm: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([helm, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def _render(helm: str, tmp_path: Path, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifests by kind."""
+    done = _helm(helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
+    assert done.returncode == 0, done.stderr
+    manifests = [document for document in yaml.safe_load_all(done.stdout) if document]
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    assert len(by_kind) == len(manifests)
+    return by_kind
+
+
+def _values_file(tmp_path: Path, values: dict[str, Any]) -> Path:
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def _settings(manifests: dict[str, dict[str, Any]], tmp_path: Path) -> Settings:
+    path = tmp_path / "config.yaml"
+    path.write_text(manifests["ConfigMap"]["data"]["config.yaml"], encoding="utf-8")
+    return load_settings({}, {}, path)
+
+
+def _container(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lints_strictly(helm: str, tmp_path: Path, case: str) -> None:
+    """`helm lint --strict` finds nothing."""
+    done = _helm(helm, "lint", "--strict", CHART, "--values", _values_file(tmp_path, CASES[case]))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rendered_config_loads(helm: str, tmp_path: Path, case: str) -> None:
+    """The server accepts the rendered configuration, and listens where probes and Service look for it."""
+    manifests = _render(helm, tmp_path, CASES[case])
+    settings = _settings(manifests, tmp_path)
+    ports = {port["name"]: port["containerPort"] for port in _container(manifests)["ports"]}
+    served = {port["name"]: port["port"] for port in manifests["Service"]["spec"]["ports"]}
+    assert settings.listen == f"0.0.0.0:{ports['grpc']}"
+    assert settings.metrics_listen == f"0.0.0.0:{ports['metrics']}"
+    assert settings.admin_listen == (f"0.0.0.0:{ports['admin']}" if "admin" in ports else None)
+    assert served == ports
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert _container(manifests)[probe]["grpc"]["port"] == ports["grpc"]
+
+
+def test_config_values_arrive_unchanged(helm: str, tmp_path: Path) -> None:
+    """What the user writes under `config` is what the server gets, large integers included."""
+    settings = _settings(_render(helm, tmp_path, FULL), tmp_path)
+    assert [model.name for model in settings.models] == [MODEL]
+    assert settings.limits.max_prompt_bytes == 16 * 1024 * 1024
+    assert settings.server.drain_seconds == 12.5
+    first, second = settings.pods
+    assert (first.ranks, first.replay_endpoint, second.bind) == (2, "tcp://10.0.0.7:5567", True)
+
+
+def test_pod_is_restricted(helm: str, tmp_path: Path) -> None:
+    """The pod meets the `restricted` Pod Security Standard, and has no token and no service links."""
+    manifests = _render(helm, tmp_path, {})
+    spec, container = manifests["Deployment"]["spec"]["template"]["spec"], _container(manifests)
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 65532
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert spec["automountServiceAccountToken"] is False
+    assert manifests["ServiceAccount"]["automountServiceAccountToken"] is False
+    # KVINDEX_SERVER_PORT and its like would stand among the server's own variables.
+    assert spec["enableServiceLinks"] is False
+
+
+def test_optional_manifests(helm: str, tmp_path: Path) -> None:
+    """A ServiceMonitor and a NetworkPolicy appear only when asked for."""
+    base = {"ConfigMap", "Deployment", "PodDisruptionBudget", "Service", "ServiceAccount"}
+    assert set(_render(helm, tmp_path, {})) == base
+    assert set(_render(helm, tmp_path, FULL)) == base | {"ServiceMonitor", "NetworkPolicy"}
+
+
+def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
+    """Another configuration gives another checksum annotation, the same one the same."""
+
+    def checksum(values: dict[str, Any]) -> str:
+        template = _render(helm, tmp_path, values)["Deployment"]["spec"]["template"]
+        return str(template["metadata"]["annotations"]["checksum/config"])
+
+    assert checksum({}) == checksum({"replicaCount": 3})
+    assert checksum({}) != checksum({"config": {"stream": {"on_gap": "drop"}}})
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"config": {"listen": "0.0.0.0:1"}}, "listen"),
+        ({"config": {"modells": []}}, "modells"),
+        ({"ports": {"grpc": 70000}}, "grpc"),
+        ({"replicas": 2}, "replicas"),
+        ({"config": {"server": {"drain_seconds": 60}}}, "terminationGracePeriodSeconds"),
+    ],
+)
+def test_wrong_values_are_refused(helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
+    """A misspelt or impossible value fails the render and is named."""
+    done = _helm(helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
+    assert done.returncode != 0
+    assert word in done.stderr
+
+
+def test_schema_knows_every_setting(helm: str) -> None:
+    """The chart's schema lists exactly the server's settings under `config`."""
+    done = _helm(helm, "show", "values", CHART)
+    assert done.returncode == 0
+    schema = yaml.safe_load((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    assert set(schema["properties"]["config"]["properties"]) == set(Settings.model_fields)
+    assert set(yaml.safe_load(done.stdout)) == set(schema["properties"]) - {"global"}
