@@ -259,10 +259,11 @@ class Settings(_Section):
                 seen[name] = key
 
     def _check_pods(self) -> None:
+        names = {name: model.name for model in self.models for name in (*model.aliases, *model.loras)}
         seen: dict[tuple[str, str], int] = {}
         ports: dict[tuple[str, int, str], int] = {}
         for index, pod in enumerate(self.pods):
-            first = seen.setdefault((pod.pod, pod.model), index)
+            first = seen.setdefault((pod.pod, names.get(pod.model, pod.model)), index)
             if first != index:
                 raise _WrongField(f"pods[{index}].pod", f"{pod.pod!r} is already given by pods[{first}]")
             # Two pods reading one publisher would both be credited with its blocks.
@@ -375,11 +376,11 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
-        return f"list of {_type_name(args[0])}"
+        return f"list of {_type_name(args[0])}s"
     if origin is dict:
-        return f"map of {_type_name(args[1])}"
+        return f"map of {_type_name(args[1])}s"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "mappings"
+        return "mapping"
     return {str: "string", int: "integer", float: "number", bool: "boolean"}[annotation]
 
 

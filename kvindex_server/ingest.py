@@ -80,6 +80,7 @@ class Ingest:
         self._applied_at: float | None = None
         self._lost_at: float | None = None
         self._tried = False
+        self._unanswered = False
 
     # --- what the subscriber tells ---
 
@@ -157,6 +158,7 @@ class Ingest:
             self._lost_at = self._lost_at or self._clock()
             return
         was_lost, self._lost_at = self._lost_at is not None, None
+        self._unanswered = False
         blind = self._order.last is None
         if self._ask_replay is not None and not self._syncing and (was_lost or blind):
             self._sync()  # another engine may answer at the same address: compare what it says it sent
@@ -234,7 +236,7 @@ class Ingest:
         """The first message of a life."""
         if sequence == 0:
             self._trust(Trust.EXACT, "in sequence from the first event")
-        elif self._ask_replay is not None and self._asked_last is None:
+        elif self._ask_replay is not None and not self._unanswered:
             self._sync()
             self._keep(sequence, payload)
             return
@@ -319,6 +321,7 @@ class Ingest:
         self._end_sync()
 
     def _give_up(self, why: str) -> None:
+        self._unanswered = True
         if self._order.last is None and not self._buffer:
             self._trust(Trust.COLD, why)
         elif self._order.last is not None and self._hole and not self._buffer:

@@ -50,7 +50,8 @@ def test_settings_are_frozen() -> None:
 def test_flags_beat_env_beats_file_beats_default(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        "listen: a:1\nmetrics_listen: a:2\nadmin_listen: a:3\nlimits: {max_tokens: 7, max_pods: 8}\nlog: {level: error}\n",
+        "listen: a:1\nmetrics_listen: a:2\nadmin_listen: a:3\n"
+        "limits: {max_tokens: 7, max_pods: 8}\nlog: {level: error}\n",
     )
     env = {
         "KVINDEX_LISTEN": "b:1",
@@ -223,10 +224,18 @@ def test_tokenizers_merge_into_models(tmp_path: Path) -> None:
 
 
 def test_pods_become_specs(tmp_path: Path) -> None:
-    text = "pods: [{pod: p, model: m, endpoint: 'tcp://p:1', ranks: 2, replay_endpoint: 'tcp://p:9', bind: true}]"
+    pod = "pod: p, model: m, endpoint: 'tcp://p:1', ranks: 2, replay_endpoint: 'tcp://p:9', bind: true"
+    text = f"pods: [{{{pod}}}]"
     assert load_settings({}, {}, write(tmp_path, text)).pods[0].spec() == PodSpec(
         pod="p", model="m", endpoint="tcp://p:1", replay_endpoint="tcp://p:9", ranks=2, bind=True
     )
+
+
+def test_an_alias_does_not_hide_a_duplicate(tmp_path: Path) -> None:
+    first = "{pod: p, model: a, endpoint: 'tcp://p:1'}"
+    second = "{pod: p, model: m, endpoint: 'tcp://q:1'}"
+    text = f"models: [{{name: m, aliases: [a]}}]\npods: [{first}, {second}]"
+    assert fails(tmp_path, text) == "pods[1].pod: 'p' is already given by pods[0] (from FILE)"
 
 
 def test_same_port_zero_and_different_hosts_are_fine() -> None:

@@ -1,0 +1,138 @@
+"""Loads a model's tokenizer directory, and encodes text to token ids exactly as the engine does."""
+
+import json
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.tokenize.chat import ChatTemplates
+
+# The named tokens that transformers gives to a chat template.
+_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """One model's tokenizer and chat templates; safe from many threads."""
+
+    def __init__(self, fast: FastTokenizer, chat: ChatTemplates) -> None:
+        # A prompt is encoded whole and alone: what the file says for training batches must not apply.
+        fast.no_truncation()
+        fast.no_padding()
+        self._fast = fast
+        self._chat = chat
+
+    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> bytes:
+        """Token ids as little-endian u32; `field` is the request's field that an error names."""
+        try:
+            # The batch call releases the GIL, which encode() holds for the whole text.
+            encoding = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except (TypeError, UnicodeError):
+            raise InvalidArgument(field, "the text is not valid Unicode") from None
+        ids = array("I", encoding.ids)
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()
+
+    def encode_prompt(self, text: str) -> bytes:
+        """Ids of a completions prompt: with the special tokens of the tokenizer's own post-processor."""
+        return self.encode(text, add_special_tokens=True)
+
+    def render_chat(self, body: str | bytes) -> str:
+        """The prompt text of an OpenAI chat-completions body."""
+        return self._chat.render(body)
+
+    def encode_chat(self, body: str | bytes) -> bytes:
+        """Ids of a chat-completions body: the template writes the special tokens, none are added."""
+        return self.encode(self.render_chat(body), add_special_tokens=False, field="chat")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Reads tokenizer.json, its config and the chat templates. InvalidArgument when one is broken."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise InvalidArgument("tokenizer", f"{directory} has no tokenizer.json")
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
+        raise InvalidArgument("tokenizer", f"{path} cannot be loaded: {error}") from None
+    config = _read_object(directory / "tokenizer_config.json")
+    special = _special_tokens(_read_object(directory / "special_tokens_map.json")) | _special_tokens(config)
+    return Tokenizer(fast, ChatTemplates(_chat_templates(directory, config), special))
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Template sources by name, with the precedence that the engine and transformers give the files."""
+    extra = {
+        path.stem: _read_text(path)
+        for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    }
+    single = directory / "chat_template.jinja"
+    if single.is_file():
+        return extra | {"default": _read_text(single)}
+    if extra:
+        return extra
+    templates = _configured(config.get("chat_template"), directory / "tokenizer_config.json")
+    processor_file = directory / "chat_template.json"
+    processor = _configured(_read_object(processor_file).get("chat_template"), processor_file)
+    if processor and "default" in templates:
+        # The engine prefers the processor's template, but not for a request with tools.
+        templates.setdefault("tool_use", templates["default"])
+    return templates | processor
+
+
+def _configured(value: Any, path: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        entries = [(each.get("name"), each.get("template")) for each in value]
+    else:
+        entries = [(None, None)]
+    if not all(isinstance(name, str) and isinstance(source, str) for name, source in entries):
+        raise InvalidArgument("tokenizer", f"{path}: chat_template is neither text nor named templates")
+    return dict(entries)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError:
+        raise InvalidArgument("tokenizer", f"{path} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument("tokenizer", f"{path} is not a JSON object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        raise InvalidArgument("tokenizer", f"{path} cannot be read") from None

@@ -1,0 +1,274 @@
+"""Order, repair and trust of one stream, driven without sockets and with a clock of the test's own."""
+
+import itertools
+
+import msgpack
+import pytest
+
+from kvindex_server._core import Index
+from kvindex_server.ingest import Bounds, Ingest
+from kvindex_server.stream import Outcome, Sequence, StreamState, StreamStatus, Trust
+
+_times = itertools.count(1000)
+
+
+def stored(number: int, parent: int | None = None) -> bytes:
+    """A batch that stores one block of 4 tokens named `number`; every call has its own timestamp."""
+    event = ["BlockStored", [number], parent, [number] * 4, 4, None, "GPU"]
+    return bytes(msgpack.packb([float(next(_times)), [event], 0]))
+
+
+def removed(number: int) -> bytes:
+    return bytes(msgpack.packb([float(next(_times)), [["BlockRemoved", [number], "GPU"]], 0]))
+
+
+class Engine:
+    """A publisher's memory: what it sent, and what a replay would answer."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def publish(self, payload: bytes) -> tuple[int, bytes]:
+        self.sent.append(payload)
+        return len(self.sent) - 1, payload
+
+    def replay(self, start: int, oldest: int = 0) -> list[tuple[int, bytes]]:
+        return [(i, p) for i, p in enumerate(self.sent) if i >= max(start, oldest)]
+
+
+class Rig:
+    def __init__(self, *, replay: bool = True, **bounds: object) -> None:
+        self.index = Index()
+        self.stream = self.index.add_stream("pod", 0)
+        self.now = 0.0
+        self.asked: list[int] = []
+        self.ingest = Ingest(
+            self.stream,
+            StreamStatus("pod", 0, "m"),
+            Bounds(**bounds),  # type: ignore[arg-type]
+            self.asked.append if replay else None,
+            clock=lambda: self.now,
+        )
+        self.ingest.start()
+
+    def holds(self, *numbers: int) -> bool:
+        return self.index.claims == len(numbers) and all(
+            holders
+            for _, holders in self.index.holders_of_ints(
+                b"".join(n.to_bytes(8, "little") for n in numbers), []
+            )
+        )
+
+    @property
+    def trust(self) -> Trust:
+        return self.ingest.status().trust
+
+
+def test_sequence_names_every_outcome() -> None:
+    """First, next, duplicate, gap and restart are told apart by number and digest."""
+    order = Sequence()
+    assert order.judge(5, 50) is Outcome.FIRST
+    order.applied(5, 50)
+    assert order.judge(6, 60) is Outcome.NEXT
+    assert order.judge(8, 80) is Outcome.GAP
+    assert order.judge(5, 50) is Outcome.DUPLICATE
+    assert order.judge(5, 51) is Outcome.RESTART
+    assert order.judge(0, 1) is Outcome.RESTART
+
+
+def test_without_replay_first_sequence_decides_trust() -> None:
+    """From sequence 0 on all is known; a later first message leaves the past unknown."""
+    rig = Rig(replay=False)
+    assert rig.trust is Trust.COLD
+    rig.ingest.live([(0, stored(1)), (1, stored(2))])
+    assert rig.trust is Trust.EXACT and rig.holds(1, 2)
+    late = Rig(replay=False)
+    late.ingest.live([(7, stored(1))])
+    assert late.trust is Trust.PARTIAL and late.holds(1)
+
+
+def test_gap_without_replay_is_stale_and_counted() -> None:
+    """A hole nobody can fill is counted and shown; the claims stay by default."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(0, stored(1)), (2, stored(3))])
+    status = rig.ingest.status()
+    assert (status.gaps, status.trust, status.state) == (1, Trust.STALE, StreamState.GAP)
+    assert "1 messages missing before sequence 2" in status.trust_reason
+    assert rig.holds(1, 3)
+
+
+def test_gap_policy_drop_clears_what_may_be_wrong() -> None:
+    """With on_gap=drop the claims go and what follows is sound."""
+    rig = Rig(replay=False, drop_on_gap=True)
+    rig.ingest.live([(0, stored(1)), (2, stored(3))])
+    assert rig.trust is Trust.PARTIAL and rig.holds(3)
+
+
+def test_first_contact_replays_from_zero() -> None:
+    """Joining late, everything published before is fetched, live messages wait, nothing is applied twice."""
+    engine, rig = Engine(), Rig()
+    for number in range(1, 6):
+        engine.publish(stored(number))
+    assert rig.asked == [0] and rig.ingest.status().state is StreamState.SYNCING
+    rig.ingest.live([engine.publish(stored(6))])
+    assert rig.index.claims == 0
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    rig.ingest.live([engine.publish(removed(1))])
+    assert rig.trust is Trust.EXACT and rig.holds(2, 3, 4, 5, 6)
+    assert rig.ingest.tried
+
+
+def test_first_contact_with_forgotten_past_is_partial() -> None:
+    """An engine whose replay buffer begins later tells so by its first sequence."""
+    engine, rig = Engine(), Rig()
+    for number in range(1, 6):
+        engine.publish(stored(number))
+    rig.ingest.replayed(engine.replay(0, oldest=3), ended=True)
+    assert rig.trust is Trust.PARTIAL and rig.holds(4, 5)
+
+
+def test_gap_is_repaired_by_replay() -> None:
+    """The hole is fetched from the last applied message on; afterwards nothing is missing."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    engine.publish(stored(2))
+    rig.ingest.live([engine.publish(stored(3))])
+    assert rig.asked == [0, 0] and rig.ingest.status().gaps == 1
+    rig.ingest.live([engine.publish(stored(4))])
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(1, 2, 3, 4)
+
+
+def test_replay_that_loses_messages_is_asked_again_from_the_hole() -> None:
+    """Engines before vLLM 0.33 drop replayed messages and even the end marker."""
+    engine, rig = Engine(), Rig()
+    for number in range(1, 101):
+        engine.publish(stored(number))
+    rig.ingest.replayed(engine.replay(0)[:40] + engine.replay(0)[60:], ended=True)
+    assert rig.asked == [0, 39]
+    rig.ingest.replayed(engine.replay(39)[:30], ended=False)
+    rig.now += 6
+    rig.ingest.tick()
+    assert rig.asked == [0, 39, 68]
+    rig.ingest.replayed(engine.replay(68), ended=True)
+    assert rig.trust is Trust.EXACT and rig.index.claims == 100
+
+
+def test_replay_not_answered_ends_at_its_deadline() -> None:
+    """A pod without a working replay socket must not stay silent for ever: live messages are used."""
+    rig = Rig()
+    rig.ingest.live([(4, stored(1)), (5, stored(2))])
+    rig.now += 6
+    rig.ingest.tick()
+    assert rig.trust is Trust.PARTIAL and rig.holds(1, 2) and rig.ingest.tried
+
+
+def test_uncovered_hole_is_stale() -> None:
+    """When the engine has forgotten the missing messages too, the claims are marked."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    for number in range(2, 5):
+        engine.publish(stored(number))
+    rig.ingest.live([engine.publish(stored(5))])
+    rig.ingest.replayed(engine.replay(0, oldest=3), ended=True)
+    assert rig.trust is Trust.STALE and rig.holds(1, 5)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_restart_fences_the_old_life(replay: bool) -> None:
+    """When the sequence falls back, nothing of the dead engine is held after the new one's first message."""
+    rig = Rig(replay=replay)
+    first, second = Engine(), Engine()
+    if replay:
+        rig.ingest.replayed([], ended=True)
+    rig.ingest.live([first.publish(stored(number)) for number in range(1, 4)])
+    rig.ingest.live([second.publish(stored(9))])
+    status = rig.ingest.status()
+    assert (status.restarts, status.epoch) == (1, 1)
+    assert rig.holds(9) and rig.trust is Trust.EXACT
+
+
+def test_restart_in_the_middle_of_one_drain() -> None:
+    """Old and new life read by one wake-up are still told apart."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(0, stored(1)), (1, stored(2)), (0, stored(8)), (1, stored(9))])
+    assert rig.holds(8, 9) and rig.ingest.status().restarts == 1
+
+
+def test_restart_hidden_by_a_gap_is_seen_in_the_replay() -> None:
+    """A new life that has passed the old sequence sends another message under the last applied number."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(number)) for number in range(1, 4)])
+    reborn = Engine()
+    for number in range(11, 21):
+        reborn.publish(stored(number))
+    rig.ingest.live([(9, reborn.sent[9])])
+    rig.ingest.replayed(reborn.replay(2), ended=True)
+    assert rig.index.claims == 0
+    rig.ingest.replayed(reborn.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(*range(11, 21)) and rig.ingest.status().restarts == 1
+
+
+def test_duplicates_are_counted_and_change_nothing() -> None:
+    """The same message again is not applied again, though stores are counted per copy."""
+    rig = Rig(replay=False)
+    message = (0, stored(1))
+    rig.ingest.live([message, message])
+    rig.ingest.live([message, (1, removed(1))])
+    assert rig.ingest.status().duplicates == 2 and rig.index.claims == 0
+
+
+def test_buffer_overflow_gives_the_replay_up() -> None:
+    """Live messages waiting for a stuck replay are bounded."""
+    rig = Rig(messages=3)
+    rig.ingest.live([(number, stored(number)) for number in range(5)])
+    status = rig.ingest.status()
+    assert status.dropped == {"sync_buffer_full": 1} and status.trust is Trust.EXACT
+    assert rig.index.claims == 5
+
+
+def test_unreadable_batch_makes_claims_doubtful() -> None:
+    """A batch nobody could read may have removed something: counted, and said."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(0, stored(1)), (1, b""), (2, stored(2))])
+    status = rig.ingest.status()
+    assert status.decode_errors == {"bad_batch": 1}
+    assert status.trust is Trust.STALE and rig.holds(1, 2)
+
+
+def test_clear_event_makes_the_stream_exact_again() -> None:
+    """After an all-blocks-cleared everything is known, whatever was missed before."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(5, stored(1))])
+    rig.ingest.live([(6, bytes(msgpack.packb([1.0, [["AllBlocksCleared"]], 0])))])
+    assert rig.trust is Trust.EXACT and rig.index.claims == 0
+
+
+def test_lost_connection_is_shown_after_the_grace_time() -> None:
+    """A connection that stays away makes the claims doubtful; its return is checked by a replay."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    rig.ingest.connection(False)
+    rig.now += 11
+    status = rig.ingest.status()
+    assert (status.state, status.trust) == (StreamState.DOWN, Trust.STALE)
+    rig.ingest.connection(True)
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(1)
+
+
+def test_lag_is_measured_from_the_engines_clock() -> None:
+    """Batch timestamp to applied, as a histogram and a last value."""
+    index = Index()
+    wall = 100.0
+    ingest = Ingest(
+        index.add_stream("pod", 0), StreamStatus("pod", 0, "m"), Bounds(), None, wall=lambda: wall
+    )
+    ingest.live([(0, bytes(msgpack.packb([99.98, [["AllBlocksCleared"]], 0])))])
+    status = ingest.status()
+    assert status.lag_seconds == pytest.approx(0.02)
+    assert status.lag_buckets[3] == 0 and status.lag_buckets[4] == 1 and status.lag_buckets[-1] == 1
