@@ -38,6 +38,7 @@ class Index:
     def bytes(self) -> int: ...
     @property
     def tiers(self) -> list[str]: ...  # by bit: gpu, cpu, disk, then as engines named them
+    def learn_block_size(self, size: int) -> int: ...  # the size in force: `size` only if none was known
     def add_stream(self, pod: str, rank: int) -> Stream: ...
     def score(
         self,

@@ -62,10 +62,8 @@ class Fleet:
         spec = spec.validate()
         with self._lock:
             model = self._models.seen(spec.model, spec.block_size)
-            if spec.block_size and model.index.block_size and model.index.block_size != spec.block_size:
-                raise InvalidArgument(
-                    "block_size", f"{spec.block_size} is not the model's block size {model.index.block_size}"
-                )
+            if spec.block_size and (known := model.index.learn_block_size(spec.block_size)) != spec.block_size:
+                raise InvalidArgument("block_size", f"{spec.block_size} is not the model's block size {known}")
             spec = replace(spec, model=model.name)
             key = (model.name, spec.pod)
             standing = self._subscribers.get(key)

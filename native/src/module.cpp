@@ -183,6 +183,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("claims", &Index::claims)
       .def_prop_ro("bytes", &Index::bytes)
       .def_prop_ro("tiers", &Index::tiers)
+      .def("learn_block_size", &Index::learn_block_size, nb::arg("size"))
       .def(
           "add_stream",
           [](Index& self, const std::string& pod, uint32_t rank) {

@@ -1,0 +1,1 @@
+"""A small fleet of simulated engines that publish genuine KV events, for the demo, tests and benchmarks."""

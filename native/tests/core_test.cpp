@@ -1,0 +1,201 @@
+// The core without Python: behaviour and races, for the sanitizers.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "index.hpp"
+#include "scan.hpp"
+#include "stream.hpp"
+
+using namespace kvindex;
+
+namespace {
+
+int checks = 0;
+
+#define CHECK(condition)                                                      \
+  do {                                                                        \
+    ++checks;                                                                 \
+    if (!(condition)) {                                                       \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
+      std::exit(1);                                                           \
+    }                                                                         \
+  } while (0)
+
+// The least of a msgpack writer that events need.
+struct Pack {
+  std::string bytes;
+  Pack& array(uint8_t n) { return bytes.push_back(static_cast<char>(0x90 | n)), *this; }
+  Pack& nil() { return bytes.push_back(static_cast<char>(0xc0)), *this; }
+  Pack& text(const std::string& s) {
+    bytes.push_back(static_cast<char>(0xa0 | s.size()));
+    bytes += s;
+    return *this;
+  }
+  Pack& u64(uint64_t v) {
+    bytes.push_back(static_cast<char>(0xcf));
+    for (int shift = 56; shift >= 0; shift -= 8) bytes.push_back(static_cast<char>(v >> shift));
+    return *this;
+  }
+  Pack& many(size_t n) {
+    bytes.push_back(static_cast<char>(0xdc));
+    bytes.push_back(static_cast<char>(n >> 8));
+    bytes.push_back(static_cast<char>(n));
+    return *this;
+  }
+};
+
+constexpr size_t kBlock = 4;
+
+uint32_t token(uint64_t chain, size_t position) { return static_cast<uint32_t>(chain * 1000 + position); }
+
+std::string stored(uint64_t chain, size_t begin, size_t end) {
+  Pack pack;
+  pack.array(3).u64(1).array(1).array(7).text("BlockStored").many(end - begin);
+  for (size_t i = begin; i < end; ++i) pack.u64(chain << 32 | i);
+  if (begin == 0) {
+    pack.nil();
+  } else {
+    pack.u64(chain << 32 | (begin - 1));
+  }
+  pack.many((end - begin) * kBlock);
+  for (size_t i = begin * kBlock; i < end * kBlock; ++i) pack.u64(token(chain, i));
+  pack.u64(kBlock).nil().text("GPU").u64(0);
+  return pack.bytes;
+}
+
+std::string removed(uint64_t chain, size_t block) {
+  return Pack().array(3).u64(1).array(1).array(3).text("BlockRemoved").many(1).u64(chain << 32 | block).text("GPU").u64(0)
+      .bytes;
+}
+
+void apply(Stream& stream, const std::string& payload, Applied& applied) {
+  stream.apply(reinterpret_cast<const uint8_t*>(payload.data()), payload.size(), 0, applied);
+}
+
+std::vector<uint32_t> tokens_of(uint64_t chain, size_t blocks) {
+  std::vector<uint32_t> tokens;
+  for (size_t i = 0; i < blocks * kBlock; ++i) tokens.push_back(token(chain, i));
+  return tokens;
+}
+
+uint32_t matched(const Index& index, uint64_t chain, size_t blocks) {
+  const auto tokens = tokens_of(chain, blocks);
+  uint32_t best = 0;
+  for (const Match& each : index.score_tokens(tokens.data(), tokens.size(), {}, {1.0, 0.8, 0.5}, {}))
+    best = std::max(best, each.blocks);
+  return best;
+}
+
+void test_holes_heal() {
+  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto stream = index->add_stream("pod", 0);
+  Applied applied;
+  apply(*stream, stored(1, 0, 10), applied);
+  CHECK(matched(*index, 1, 10) == 10);
+  apply(*stream, removed(1, 4), applied);
+  CHECK(matched(*index, 1, 10) == 4);
+  apply(*stream, stored(1, 4, 5), applied);
+  CHECK(matched(*index, 1, 10) == 10);
+  CHECK(stream->close() == 10);
+  CHECK(index->blocks() == 0 && index->claims() == 0);
+}
+
+void test_orphans_in_any_order() {
+  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto stream = index->add_stream("pod", 0);
+  Applied applied;
+  apply(*stream, stored(1, 20, 30), applied);
+  apply(*stream, stored(1, 10, 20), applied);
+  CHECK(matched(*index, 1, 30) == 0 && stream->orphans() == 20);
+  apply(*stream, stored(1, 0, 10), applied);
+  CHECK(matched(*index, 1, 30) == 30 && stream->orphans() == 0 && stream->unresolved() == 0);
+}
+
+void test_copies_are_counted() {
+  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto stream = index->add_stream("pod", 0);
+  Applied applied;
+  apply(*stream, stored(1, 0, 2), applied);
+  apply(*stream, stored(1, 1, 2), applied);
+  apply(*stream, removed(1, 1), applied);
+  CHECK(matched(*index, 1, 2) == 2);
+  apply(*stream, removed(1, 1), applied);
+  CHECK(matched(*index, 1, 2) == 1);
+}
+
+void test_hostile_bytes() {
+  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto stream = index->add_stream("pod", 0);
+  Applied applied;
+  const std::string good = stored(1, 0, 10);
+  for (size_t cut = 0; cut < good.size(); ++cut) apply(*stream, good.substr(0, cut), applied);
+  std::mt19937_64 random(7);
+  for (int i = 0; i < 20000; ++i) {
+    std::string bad = good;
+    for (int flips = 0; flips < 3; ++flips) bad[random() % bad.size()] = static_cast<char>(random());
+    apply(*stream, bad, applied);
+    std::string out;
+    (void)scan_packed(bad, 4, 1, 4, out);
+  }
+  stream->clear();
+  apply(*stream, good, applied);
+  CHECK(matched(*index, 1, 10) >= 1 || index->block_size() != kBlock);
+}
+
+// Writers of several pods, fences and readers at once: a pod nobody touches keeps its whole match.
+void test_concurrency() {
+  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto calm = index->add_stream("calm", 0);
+  Applied once;
+  for (uint64_t chain = 0; chain < 8; ++chain) apply(*calm, stored(chain, 0, 64), once);
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int writer = 0; writer < 3; ++writer)
+    threads.emplace_back([&, writer] {
+      std::mt19937_64 random(writer);
+      auto stream = index->add_stream("pod-" + std::to_string(writer), 0);
+      Applied applied;
+      while (!stop) {
+        const uint64_t chain = random() % 8;
+        switch (random() % 8) {
+          case 0: stream->clear(); break;
+          case 1:
+            stream->close();
+            stream = index->add_stream("pod-" + std::to_string(writer), 0);
+            break;
+          case 2: case 3: apply(*stream, removed(chain, random() % 64), applied); break;
+          default: apply(*stream, stored(chain, 0, 64), applied);
+        }
+      }
+    });
+  for (int reader = 0; reader < 2; ++reader)
+    threads.emplace_back([&, reader] {
+      for (uint64_t turn = 0; turn < 3000; ++turn) {
+        const auto tokens = tokens_of((turn + reader) % 8, 64);
+        const auto matches = index->score_tokens(tokens.data(), tokens.size(), {"calm"}, {1.0}, {});
+        if (matches.size() != 1 || matches[0].blocks != 64) std::abort();
+        (void)index->holders_of_hashes({turn % 8 << 32}, {});
+      }
+    });
+  for (size_t i = 3; i < threads.size(); ++i) threads[i].join();
+  stop = true;
+  for (size_t i = 0; i < 3; ++i) threads[i].join();
+  CHECK(index->claims() == calm->claims());
+  CHECK(index->blocks() == 8 * 64);
+}
+
+}  // namespace
+
+int main() {
+  test_holes_heal();
+  test_orphans_in_any_order();
+  test_copies_are_counted();
+  test_hostile_bytes();
+  test_concurrency();
+  std::printf("%d passed, 0 failed\n", checks);
+}

@@ -1,0 +1,336 @@
+"""The index of one model as slow, obvious Python: what the native core must agree with."""
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+from event_encoding import Cleared, Event, Hash, Removed, Stored
+
+MmFeature = tuple[str, int, int]
+Holder = tuple[str, int, str, int]  # pod, rank, tier, group
+
+LORA, MM, SALT, EMBEDS, LORA_ID = 1, 2, 3, 4, 5
+FIXED_TIERS = ("gpu", "cpu", "disk")
+MAX_TIERS = 8
+FULL_KINDS = (None, "full_attention", "mla_attention", "sink_full_attention")
+SLIDING_KINDS = ("sliding_window", "sliding_window_mla")
+
+
+def item(kind: int, value: bytes) -> bytes:
+    """One thing that makes equal tokens different."""
+    return struct.pack("<BI", kind, len(value)) + value
+
+
+def chain_keys(
+    blocks: Sequence[Sequence[int]], extras: Sequence[bytes], seed: int, parent: int | None = None
+) -> list[int]:
+    """Keys of consecutive blocks after `parent`."""
+    keys = []
+    for tokens, extra in zip(blocks, extras, strict=True):
+        local = xxhash.xxh3_64_intdigest(struct.pack(f"<{len(tokens)}I", *tokens) + extra, seed)
+        if parent is not None:
+            local = xxhash.xxh3_64_intdigest(struct.pack("<QQ", parent, local), seed)
+        parent = local
+        keys.append(local)
+    return keys
+
+
+def split_blocks(tokens: Sequence[int], block_size: int) -> list[Sequence[int]]:
+    """The full blocks only."""
+    return [tokens[at : at + block_size] for at in range(0, len(tokens) - block_size + 1, block_size)]
+
+
+def query_keys(
+    tokens: Sequence[int],
+    block_size: int,
+    seed: int = 1337,
+    lora_name: str = "",
+    cache_salt: str = "",
+    mm_features: Sequence[MmFeature] = (),
+) -> list[int]:
+    """Keys of a prompt, as a client asks for them."""
+    blocks = split_blocks(tokens, block_size)
+    extras = []
+    for index in range(len(blocks)):
+        start, end = index * block_size, (index + 1) * block_size
+        extra = item(LORA, lora_name.encode()) if lora_name else b""
+        for name, offset, length in sorted(mm_features, key=lambda feature: feature[1]):
+            if offset < end and offset + length > start:
+                extra += item(MM, name.encode())
+        if cache_salt and index == 0:
+            extra += item(SALT, cache_salt.encode())
+        extras.append(extra)
+    return chain_keys(blocks, extras, seed)
+
+
+def event_extras(event: Stored, index: int) -> bytes:
+    """The same bytes for block `index` of an event, from what the engine says of it."""
+    entries = event.extra_keys or []
+    items: list[Any] = list(entries[index] or []) if index < len(entries) else []
+    first_of_chain = event.parent is None and index == 0
+    lora = event.lora_name or None
+    if lora is None and event.lora_id is not None and items and isinstance(items[0], str):
+        lora = items[0]
+    elsewhere = {
+        other
+        for at, entry in enumerate(entries)
+        if at != index
+        for other in entry or []
+        if isinstance(other, str)
+    }
+    bare = [value for value in items if isinstance(value, str) and value != lora]
+    salt = event.cache_salt if first_of_chain else None
+    mm: list[str] = []
+    embeds: list[bytes] = []
+    for value in items:
+        match value:
+            case bytes():
+                embeds.append(value)
+            case str() if value == lora:
+                pass
+            case str() if first_of_chain and value is bare[-1] and value not in elsewhere:
+                salt = value
+            case str():
+                mm.append(value)
+            case ["lora", str(name), str()]:
+                lora = name
+            case ["mm", str(name), int()]:
+                mm.append(name)
+            case ["cache_salt", str(text)]:
+                salt = text
+            case ["prompt_embeds", bytes(digest)]:
+                embeds.append(digest)
+            case [str(name), int()]:
+                mm.append(name)
+    out = b""
+    if lora:
+        out += item(LORA, lora.encode())
+    elif event.lora_id is not None:
+        out += item(LORA_ID, str(event.lora_id).encode())
+    out += b"".join(item(MM, name.encode()) for name in mm)
+    if salt:
+        out += item(SALT, salt.encode())
+    return out + b"".join(item(EMBEDS, digest) for digest in embeds)
+
+
+def normal(value: Hash) -> Hash:
+    """An engine hash as it is counted: ints in two's complement, bytes as they are."""
+    return value % 2**64 if isinstance(value, int) else value
+
+
+@dataclass(frozen=True)
+class Match:
+    """What one stream holds of a prompt."""
+
+    blocks: int
+    score: float
+    tiers: dict[str, int]
+
+
+@dataclass
+class Waiting:
+    """Blocks whose parent's key is not known."""
+
+    parent: Hash
+    hashes: list[Hash]
+    blocks: list[Sequence[int]]
+    extras: list[bytes]
+
+
+@dataclass
+class StreamOracle:
+    """What one (pod, rank) holds."""
+
+    model: "ModelOracle"
+    pod: str
+    rank: int
+    counts: dict[tuple[int, str, Hash], int] = field(default_factory=dict)
+    key_of: dict[Hash, int] = field(default_factory=dict)
+    waiting: list[Waiting] = field(default_factory=list)
+    groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
+    unknown_removals: int = 0
+
+    def apply(self, events: Iterable[Event]) -> None:
+        """Everything an engine announces, in order."""
+        for event in events:
+            if isinstance(event, Stored):
+                self._store(event)
+            elif isinstance(event, Removed):
+                self._remove(event)
+            else:
+                self._drop()
+
+    def _store(self, event: Stored) -> None:
+        group, tier = event.group or 0, (event.medium or "gpu").lower()
+        if not self.model.has_tier(tier):
+            return
+        kind, window = self.groups.get(group, (None, None))
+        self.groups[group] = (event.kind or kind, event.window or window)
+        hashes = [normal(value) for value in event.hashes]
+        for value in hashes:
+            claim = (group, tier, value)
+            self.counts[claim] = self.counts.get(claim, 0) + 1
+        size = event.block_size
+        exact = bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
+        if exact and self.model.block_size == 0 and event.kind in (*FULL_KINDS, *SLIDING_KINDS):
+            self.model.block_size = size
+        if not exact or size != self.model.block_size:
+            return
+        blocks = split_blocks(event.tokens, size)
+        extras = [event_extras(event, index) for index in range(len(hashes))]
+        if event.parent is None:
+            self._learn(hashes, chain_keys(blocks, extras, self.model.seed))
+        elif (parent := normal(event.parent)) in self.key_of:
+            self._learn(hashes, chain_keys(blocks, extras, self.model.seed, self.key_of[parent]))
+        else:
+            self.waiting.append(Waiting(parent, hashes, blocks, extras))
+
+    def _learn(self, hashes: list[Hash], keys: list[int]) -> None:
+        held = {value for _, _, value in self.counts}
+        for value, key in zip(hashes, keys, strict=True):
+            if value in held:
+                self.key_of[value] = key
+        for value, key in zip(hashes, keys, strict=True):
+            ready = [orphan for orphan in self.waiting if orphan.parent == value]
+            self.waiting = [orphan for orphan in self.waiting if orphan.parent != value]
+            for orphan in ready:
+                self._learn(orphan.hashes, chain_keys(orphan.blocks, orphan.extras, self.model.seed, key))
+
+    def _remove(self, event: Removed) -> None:
+        group, tier = event.group or 0, (event.medium or "gpu").lower()
+        for value in map(normal, event.hashes):
+            claim = (group, tier, value)
+            if claim not in self.counts:
+                self.unknown_removals += 1
+                continue
+            self.counts[claim] -= 1
+            if self.counts[claim] == 0:
+                del self.counts[claim]
+                if not any(other == value for _, _, other in self.counts):
+                    self.key_of.pop(value, None)
+
+    def _drop(self) -> None:
+        self.counts.clear()
+        self.key_of.clear()
+        self.waiting.clear()
+
+    def clear(self) -> int:
+        """A fence: the engine behind the stream is another one now."""
+        dropped = len(self.counts)
+        self._drop()
+        self.groups.clear()
+        return dropped
+
+    @property
+    def unresolved(self) -> int:
+        """Claims whose key is not known."""
+        return sum(value not in self.key_of for _, _, value in self.counts)
+
+    def tiers_of(self) -> dict[int, dict[int, set[str]]]:
+        """Key -> group -> tiers."""
+        out: dict[int, dict[int, set[str]]] = {}
+        for group, tier, value in self.counts:
+            if value in self.key_of:
+                out.setdefault(self.key_of[value], {}).setdefault(group, set()).add(tier)
+        return out
+
+    def _valid(self, held: list[dict[int, set[str]]], length: int) -> bool:
+        for group, (kind, window) in self.groups.items():
+            if kind in FULL_KINDS:
+                needed = range(length)
+            elif kind in SLIDING_KINDS and window:
+                reach = -(-(window - 1) // self.model.block_size)
+                needed = range(max(0, length - reach), length)
+            elif kind == "mamba":
+                needed = range(max(0, length - 1), length)
+            else:
+                return False
+            if any(group not in held[index] for index in needed):
+                return False
+        return bool(self.groups)
+
+    def match(self, keys: Sequence[int], weights: dict[str, float]) -> Match:
+        """The longest prefix every group can serve, and its weight."""
+        tiers = self.tiers_of()
+        held = [tiers.get(key, {}) for key in keys]
+        length = next((length for length in range(len(keys), 0, -1) if self._valid(held, length)), 0)
+        best = []
+        for groups in held[:length]:
+            available = {tier for names in groups.values() for tier in names} or {"gpu"}
+            best.append(max(sorted(available, key=self.model.tiers.index), key=lambda t: weight(weights, t)))
+        return Match(
+            length,
+            sum(weight(weights, tier) for tier in best),
+            {tier: best.count(tier) for tier in set(best)},
+        )
+
+
+def weight(weights: dict[str, float], tier: str) -> float:
+    """An unknown tier weighs as the lowest."""
+    return weights.get(tier, min(weights.values()))
+
+
+class ModelOracle:
+    """All the streams of a model."""
+
+    def __init__(self, block_size: int = 0, seed: int = 1337) -> None:
+        self.block_size = block_size
+        self.seed = seed
+        self.tiers = list(FIXED_TIERS)
+        self.streams: list[StreamOracle] = []
+
+    def has_tier(self, tier: str) -> bool:
+        """Whether the tier has a place, giving it one if there is room."""
+        if tier not in self.tiers and len(self.tiers) < MAX_TIERS:
+            self.tiers.append(tier)
+        return tier in self.tiers
+
+    def add_stream(self, pod: str, rank: int) -> StreamOracle:
+        """A new stream without claims."""
+        stream = StreamOracle(self, pod, rank)
+        self.streams.append(stream)
+        return stream
+
+    def close(self, stream: StreamOracle) -> int:
+        """The stream is gone from answers."""
+        self.streams.remove(stream)
+        return len(stream.counts)
+
+    def holders(self, pods: Sequence[str] = ()) -> dict[int, set[Holder]]:
+        """Who holds each key that anyone holds."""
+        out: dict[int, set[Holder]] = {}
+        for stream in self.streams:
+            if pods and stream.pod not in pods:
+                continue
+            for key, groups in stream.tiers_of().items():
+                for group, tiers in groups.items():
+                    for tier in tiers:
+                        out.setdefault(key, set()).add((stream.pod, stream.rank, tier, group))
+        return out
+
+    def holders_of_hash(self, value: Hash) -> set[Holder]:
+        """Who holds a block by its engine's name."""
+        return {
+            (stream.pod, stream.rank, tier, group)
+            for stream in self.streams
+            for group, tier, other in stream.counts
+            if other == normal(value)
+        }
+
+    def matches(
+        self, keys: Sequence[int], weights: dict[str, float], pods: Sequence[str] = ()
+    ) -> dict[str, dict[int, Match]]:
+        """Pod -> rank -> match, only where there is one."""
+        out: dict[str, dict[int, Match]] = {}
+        for stream in self.streams:
+            if pods and stream.pod not in pods:
+                continue
+            found = stream.match(keys, weights)
+            if found.blocks:
+                out.setdefault(stream.pod, {})[stream.rank] = found
+        return out
+
+
+__all__ = ["Cleared", "Match", "ModelOracle", "Removed", "Stored", "StreamOracle", "query_keys"]
