@@ -62,7 +62,7 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, and run them
 	$(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure
 
 bench: setup ## Run every benchmark, one after another
-	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600

@@ -174,10 +174,10 @@ class StreamOracle:
             self.counts[claim] = self.counts.get(claim, 0) + 1
         size = event.block_size
         exact = bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
-        if exact and self.model.block_size == 0 and event.kind in (*FULL_KINDS, *SLIDING_KINDS):
+        if exact and self.model.block_size == 0 and self.groups[group][0] in (*FULL_KINDS, *SLIDING_KINDS):
             self.model.block_size = size
-        if not exact or size != self.model.block_size:
-            return
+        if not exact or size != self.model.block_size or self.groups[group][0] == "mamba":
+            return  # a mamba state is found through the hash that another group's event carries
         blocks = split_blocks(event.tokens, size)
         extras = [event_extras(event, index) for index in range(len(hashes))]
         if event.parent is None:
@@ -192,7 +192,10 @@ class StreamOracle:
         for value, key in zip(hashes, keys, strict=True):
             if value in held:
                 self.key_of[value] = key
+        # Only a block that is held tells others its key: a removed one may come back as another.
         for value, key in zip(hashes, keys, strict=True):
+            if value not in held:
+                continue
             ready = [orphan for orphan in self.waiting if orphan.parent == value]
             self.waiting = [orphan for orphan in self.waiting if orphan.parent != value]
             for orphan in ready:
@@ -215,12 +218,12 @@ class StreamOracle:
         self.counts.clear()
         self.key_of.clear()
         self.waiting.clear()
+        self.groups.clear()
 
     def clear(self) -> int:
         """A fence: the engine behind the stream is another one now."""
         dropped = len(self.counts)
         self._drop()
-        self.groups.clear()
         return dropped
 
     @property

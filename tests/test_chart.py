@@ -166,6 +166,7 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
         ({"ports": {"grpc": 70000}}, "grpc"),
         ({"replicas": 2}, "replicas"),
         ({"config": {"server": {"drain_seconds": 60}}}, "terminationGracePeriodSeconds"),
+        ({"config": {"server": {"ready_timeout_seconds": 300}}}, "startupFailureThreshold"),
     ],
 )
 def test_wrong_values_are_refused(helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:

@@ -49,7 +49,7 @@ def test_hashes_are_those_of_vllm() -> None:
 
 
 def test_one_event_a_block_while_decoding() -> None:
-    """The prompt's full blocks come at once, then one block each time one fills; the last token has no place."""
+    """The prompt's full blocks come at once, then each as it fills; the last token has no place."""
     engine = Engine(32)
     request = engine.submit(_tokens(0, 40), 25)
     stored = [event for event in engine.run() if isinstance(event, Stored)]
@@ -129,10 +129,9 @@ def _random_life(seed: int) -> tuple[list[Event], Engine]:
     prefixes = [_tokens(10_000 * i, 64) for i in range(3)]
     events: list[Event] = []
     for _ in range(60):
-        prompt = rng.choice(prefixes)[: rng.choice((48, 64))] + _tokens(
-            rng.randrange(4) * 777, rng.choice((0, 16, 37))
-        )
-        engine.submit(prompt, rng.randint(1, 40))
+        prefix = rng.choice(prefixes)[: rng.choice((48, 64))]
+        own = _tokens(rng.randrange(4) * 777, rng.choice((0, 16, 37)))
+        engine.submit(prefix + own, rng.randint(1, 40))
         for _ in range(rng.randint(0, 30)):
             events += engine.step()[0]
         if rng.random() < 0.1 and not engine.busy:
@@ -141,7 +140,7 @@ def _random_life(seed: int) -> tuple[list[Event], Engine]:
 
 
 def test_encodings() -> None:
-    """Positional events at full length, named ones without the absent defaults, the rank last in the batch."""
+    """Positional events at full length, named ones without absent defaults, the rank last in the batch."""
     stored = Stored((1, 2**64 - 1), None, tuple(range(32)), BLOCK)
     events: list[Event] = [Cleared(), stored, Removed(1)]
     ts, arrays, rank = msgpack.unpackb(encode_batch(events, 1.5, 3, Encoding.ARRAY))
@@ -213,7 +212,7 @@ def pod(request: pytest.FixtureRequest) -> Iterator[SimulatedPod]:
 
 
 def test_pod_publishes(pod: SimulatedPod) -> None:
-    """Live messages carry topic and sequence; lost ones are in the replay; a restart begins at 0 in silence."""
+    """Live messages carry topic and sequence; lost ones can be replayed; a restart begins at 0 in silence."""
     with wire.subscriber(pod.endpoint, "kv@pod-0@", bind=False) as socket:
         deadline = time.monotonic() + 10
         while not socket.wait(50):  # until the subscription has reached the pod

@@ -1,4 +1,4 @@
-"""A simulated engine: schedules requests step by step over its block pool, as vLLM does, and tells the events."""
+"""A simulated engine: schedules requests over its block pool step by step, as vLLM does."""
 
 import random
 from collections import deque

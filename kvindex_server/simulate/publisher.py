@@ -1,4 +1,4 @@
-"""The publishing half of a simulated engine: sequence numbers, a bounded replay buffer and its two sockets."""
+"""The publishing half of a simulated engine: sequence numbers, a replay buffer and two sockets."""
 
 import time
 from collections import deque

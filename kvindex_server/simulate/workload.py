@@ -39,7 +39,7 @@ class _Session:
 
 @dataclass
 class Workload:
-    """Turns in a random order, seeded. A chat has one turn at a time under way, and is replaced at its end."""
+    """Turns in a seeded random order. A chat has one turn at a time under way; at its end another begins."""
 
     seed: int = 0
     shape: Shape = field(default_factory=Shape)

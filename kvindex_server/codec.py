@@ -1,0 +1,276 @@
+"""Decodes and checks what clients send to the read path, and encodes what they get back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from kvindex_server import _core
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.lookup import BlocksAnswer, BlocksQuery, Kind, ScoreAnswer, ScoreQuery
+from kvindex_server.pb.indexer.v1 import indexer_pb2
+from kvindex_server.pb.kvindex.v1 import kvindex_pb2
+
+M = TypeVar("M", bound=Message)
+_Request = kvindex_pb2.ScoreRequest | kvindex_pb2.GetPodsForBlocksRequest
+
+MAX_MM_FEATURES = 1024
+"""Each block asks every feature whether it touches it."""
+MAX_NAME = 1024
+"""Characters of a model, pod or LoRA name, a salt or a hash; they are copied into keys and messages."""
+
+_U32 = 0xFFFFFFFF
+_SCORE_INPUTS: dict[int, Kind] = {2: "prompt", 3: "chat", 4: "tokens", 5: "keys"}
+_BLOCKS_INPUTS: dict[int, Kind] = {2: "keys", 3: "engine_hashes", 4: "tokens", 5: "prompt", 6: "chat"}
+
+
+class Limits(Protocol):
+    """Bounds on one request."""
+
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def max_pods(self) -> int: ...
+    @property
+    def max_keys(self) -> int: ...
+    @property
+    def max_prompt_bytes(self) -> int: ...
+
+
+def decode(of: type[M], data: bytes) -> M:
+    """The message, or InvalidArgument when these bytes are none."""
+    try:
+        return of.FromString(data)
+    except DecodeError:
+        _malformed(of)
+
+
+def decode_score(data: bytes, limits: Limits) -> ScoreQuery:
+    """A checked ScoreRequest."""
+    message = decode(kvindex_pb2.ScoreRequest, data)
+    _check_common(message, limits)
+    kind = _only_input(data, message, _SCORE_INPUTS)
+    return ScoreQuery(
+        message.model,
+        kind,
+        text=_text(message, kind, limits),
+        tokens=_tokens(data, kind, limits),
+        keys=_keys(data, kind, 5, limits),
+        pods=tuple(message.pods),
+        lora_name=message.lora_name,
+        cache_salt=message.cache_salt,
+        mm_features=_mm_features(message),
+        top_k=message.top_k,
+    )
+
+
+def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
+    """A checked GetPodsForBlocksRequest."""
+    message = decode(kvindex_pb2.GetPodsForBlocksRequest, data)
+    _check_common(message, limits)
+    kind = _only_input(data, message, _BLOCKS_INPUTS)
+    ints = b""
+    strings: tuple[bytes, ...] = ()
+    if kind == "engine_hashes":
+        hashes = message.engine_hashes
+        if hashes.ints and hashes.bytes:
+            raise InvalidArgument("engine_hashes", "only one of ints, bytes may be filled")
+        if hashes.bytes:
+            _check_count("engine_hashes.bytes", len(hashes.bytes), limits.max_keys, "hashes")
+            strings = tuple(hashes.bytes)
+        else:
+            ints = _packed(data, 3, 8, "engine_hashes", limits.max_keys, "hashes")
+    return BlocksQuery(
+        message.model,
+        kind,
+        text=_text(message, kind, limits),
+        tokens=_tokens(data, kind, limits),
+        keys=_keys(data, kind, 2, limits),
+        pods=tuple(message.pods),
+        lora_name=message.lora_name,
+        cache_salt=message.cache_salt,
+        mm_features=_mm_features(message),
+        engine_ints=ints,
+        engine_bytes=strings,
+    )
+
+
+def decode_pod_scores(data: bytes, limits: Limits) -> ScoreQuery:
+    """A checked indexer.v1 GetPodScoresRequest."""
+    message = decode(indexer_pb2.GetPodScoresRequest, data)
+    _check_name("model_name", message.model_name)
+    _check_pods("pod_identifiers", message.pod_identifiers, limits)
+    _check_prompt("prompt", message.prompt, limits)
+    return ScoreQuery(message.model_name, "prompt", text=message.prompt, pods=tuple(message.pod_identifiers))
+
+
+def encode_score(answer: ScoreAnswer) -> bytes:
+    """A ScoreResponse."""
+    response = kvindex_pb2.ScoreResponse(
+        total_blocks=answer.total_blocks,
+        block_size=answer.block_size,
+        total_tokens=min(answer.total_tokens, _U32),
+    )
+    add = response.scores.add
+    for each in answer.scores:
+        add(
+            pod=each.pod,
+            score=each.score,
+            matched_blocks=each.matched_blocks,
+            matched_tokens=min(each.matched_blocks * answer.block_size, _U32),
+            rank=each.rank,
+            tier_blocks=each.tier_blocks,
+            trust=each.trust.value,
+            trust_reason=each.trust_reason,
+            age_seconds=each.age_seconds,
+        )
+    return response.SerializeToString()
+
+
+def encode_score_status(code: int, message: str) -> bytes:
+    """A ScoreResponse that only says why there is no answer."""
+    status = kvindex_pb2.Status(code=code, message=message)
+    return kvindex_pb2.ScoreResponse(status=status).SerializeToString()
+
+
+def encode_blocks(answer: BlocksAnswer) -> bytes:
+    """A GetPodsForBlocksResponse."""
+    response = kvindex_pb2.GetPodsForBlocksResponse(block_size=answer.block_size)
+    for key, holders in answer.blocks:
+        block = response.blocks.add(key=key)
+        for pod, rank, tier, group in holders:
+            block.holders.add(pod=pod, rank=rank, tier=answer.tiers[tier], group=group)
+    return response.SerializeToString()
+
+
+def encode_pod_scores(answer: ScoreAnswer) -> bytes:
+    """An indexer.v1 GetPodScoresResponse: pods with no hit are absent."""
+    response = indexer_pb2.GetPodScoresResponse()
+    for each in answer.scores:
+        if each.matched_blocks:
+            response.scores.add(pod=each.pod, score=each.score)
+    return response.SerializeToString()
+
+
+def _malformed(of: type[Message]) -> NoReturn:
+    raise InvalidArgument("request", f"not a valid {of.DESCRIPTOR.name}")
+
+
+def _check_common(message: _Request, limits: Limits) -> None:
+    _check_name("model", message.model)
+    _check_pods("pods", message.pods, limits)
+    for field, value in (("lora_name", message.lora_name), ("cache_salt", message.cache_salt)):
+        if len(value) > MAX_NAME:
+            raise InvalidArgument(field, f"is longer than {MAX_NAME} characters")
+
+
+def _check_name(field: str, value: str) -> None:
+    if not value:
+        raise InvalidArgument(field, "must not be empty")
+    if len(value) > MAX_NAME:
+        raise InvalidArgument(field, f"is longer than {MAX_NAME} characters")
+
+
+def _check_count(field: str, count: int, limit: int, what: str) -> None:
+    if not count:
+        raise InvalidArgument(field, "must not be empty")
+    if count > limit:
+        raise InvalidArgument(field, f"{count} {what} exceed the limit of {limit}")
+
+
+def _check_pods(field: str, pods: Sequence[str], limits: Limits) -> None:
+    if pods:
+        _check_count(field, len(pods), limits.max_pods, "pods")
+    for index, pod in enumerate(pods):
+        if not pod:
+            raise InvalidArgument(field, f"the name at position {index} is empty")
+
+
+def _check_prompt(field: str, text: str, limits: Limits) -> None:
+    # A character takes up to 4 bytes; the exact length is worked out only when it can matter.
+    if len(text) * 4 > limits.max_prompt_bytes:
+        _check_count(field, len(text.encode()), limits.max_prompt_bytes, "bytes")
+    elif not text:
+        raise InvalidArgument(field, "must not be empty")
+
+
+def _only_input(data: bytes, message: _Request, inputs: Mapping[int, Kind]) -> Kind:
+    # A parser keeps the last member of a oneof without a word; only the bytes tell that there were two.
+    present = {inputs[number] for number in _field_numbers(data, type(message)) if number in inputs}
+    if not present:
+        raise InvalidArgument("input", f"one of {', '.join(inputs.values())} is required")
+    if len(present) > 1:
+        raise InvalidArgument("input", f"only one of {', '.join(inputs.values())} may be given")
+    return present.pop()
+
+
+def _field_numbers(data: bytes, of: type[Message]) -> Iterator[int]:
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 0:
+            _, at = _varint(data, at)
+        elif wire == 2:
+            length, at = _varint(data, at)
+            at += length
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:  # groups: no proto3 message has them
+            _malformed(of)
+        yield tag >> 3
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The value and the position after it, in bytes a parser has accepted already."""
+    value = data[at]
+    at += 1
+    if value < 0x80:
+        return value, at
+    value &= 0x7F
+    shift = 7
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _text(message: _Request, kind: Kind, limits: Limits) -> str:
+    if kind not in ("prompt", "chat"):
+        return ""
+    text = message.chat if kind == "chat" else message.prompt
+    _check_prompt(kind, text, limits)
+    return text
+
+
+def _tokens(data: bytes, kind: Kind, limits: Limits) -> bytes:
+    # tokens is field 4 of both requests.
+    return _packed(data, 4, 4, "tokens.ids", limits.max_tokens, "tokens") if kind == "tokens" else b""
+
+
+def _keys(data: bytes, kind: Kind, field: int, limits: Limits) -> bytes:
+    return _packed(data, field, 8, "keys.values", limits.max_keys, "keys") if kind == "keys" else b""
+
+
+def _packed(data: bytes, field: int, width: int, name: str, limit: int, what: str) -> bytes:
+    """Values straight from the request's bytes: no Python number is made of any of them."""
+    try:
+        values = _core.scan_packed(data, field, 1, width) or b""
+    except ValueError:  # the message has been parsed, so it is a value out of range
+        raise InvalidArgument(name, "value above 2^32-1") from None
+    _check_count(name, len(values) // width, limit, what)
+    return values
+
+
+def _mm_features(message: _Request) -> tuple[tuple[str, int, int], ...]:
+    if not message.mm_features:
+        return ()
+    _check_count("mm_features", len(message.mm_features), MAX_MM_FEATURES, "features")
+    for index, feature in enumerate(message.mm_features):
+        _check_name(f"mm_features[{index}].hash", feature.hash)
+        if not feature.length:
+            raise InvalidArgument(f"mm_features[{index}].length", "must not be 0")
+    return tuple((each.hash, each.offset, each.length) for each in message.mm_features)

@@ -1,0 +1,184 @@
+"""The read path on one screen: a request's prompt becomes keys, and the index says who holds them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kvindex_server import _core
+from kvindex_server.errors import FailedPrecondition, InvalidArgument
+from kvindex_server.models import Model, Models
+from kvindex_server.score import PodScore, Weights, ranked
+from kvindex_server.stream import Trust
+
+Check = Callable[[], None]
+"""Called between stages; raises when the caller's deadline has passed or the caller is gone."""
+
+Kind = Literal["prompt", "chat", "tokens", "keys", "engine_hashes"]
+Located = tuple[str, int, int, int]
+"""A holder as the index says it: (pod, rank, tier bit, group)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A checked request: a model, one form of prompt (`kind` says which), and what makes equal tokens differ."""
+
+    model: str
+    kind: Kind
+    text: str = ""
+    tokens: bytes = b""  # u32 little-endian
+    keys: bytes = b""  # u64 little-endian
+    pods: tuple[str, ...] = ()
+    lora_name: str = ""
+    cache_salt: str = ""
+    mm_features: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreQuery(Query):
+    """How much of this prompt does each pod hold?"""
+
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksQuery(Query):
+    """Who holds each of these blocks? Engine hashes come as u64 little-endian, or as byte strings."""
+
+    engine_ints: bytes = b""
+    engine_bytes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAnswer:
+    """What is answered to a ScoreQuery."""
+
+    scores: list[PodScore]
+    total_blocks: int
+    block_size: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksAnswer:
+    """What is answered to a BlocksQuery: per block its key (0 when not known) and its holders."""
+
+    blocks: list[tuple[int, list[Located]]]
+    tiers: Sequence[str]
+    block_size: int
+
+
+class Fleet(Protocol):
+    """What the read path asks of the fleet."""
+
+    def pods(self, model: str) -> list[str]: ...
+    def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]: ...
+
+
+class Metrics(Protocol):
+    """What the read path measures."""
+
+    def observe_stage(self, stage: str, seconds: float) -> None: ...
+    def observe_lookup(self, model: str, blocks: int, best_match: int) -> None: ...
+    def unknown_tier(self, model: str, tier: str) -> None: ...
+
+
+class Lookup:
+    """Answers queries; safe from many threads, keeps nothing between them."""
+
+    def __init__(
+        self,
+        models: Models,
+        fleet: Fleet,
+        tier_weights: Mapping[str, float],
+        metrics: Metrics,
+        max_tokens: int = 2_097_152,
+    ) -> None:
+        self._models = models
+        self._fleet = fleet
+        self._weights = Weights(tier_weights)
+        self._metrics = metrics
+        self._max_tokens = max_tokens
+
+    def score(self, query: ScoreQuery, check: Check) -> ScoreAnswer:
+        """One PodScore per candidate; without candidates, per pod of the model."""
+        started = time.perf_counter()
+        model, lora = self._models.resolve(query.model)
+        keys, block_size, total_tokens = self._keys(model, lora, query, check)
+        candidates = query.pods or tuple(self._fleet.pods(model.name))
+        matching = time.perf_counter()
+        matches = (
+            model.index.score(keys, candidates, self._weights.of(model.index.tiers)) if candidates else []
+        )
+        # Read again: a tier first seen a moment ago may be in the answer, and tiers are only ever added.
+        scores = ranked(candidates, matches, model.index.tiers, query.top_k)
+        self._metrics.observe_stage("match", time.perf_counter() - matching)
+        check()
+        for each in scores:
+            rank = each.rank if each.matched_blocks else None
+            each.trust, each.trust_reason, each.age_seconds = self._fleet.trust(model.name, each.pod, rank)
+        for tier in self._weights.unknown({tier for each in scores for tier in each.tier_blocks}):
+            self._metrics.unknown_tier(model.name, tier)
+        total_blocks = len(keys) // 8
+        best = max((match[2] for match in matches), default=0)
+        self._metrics.observe_lookup(model.name, total_blocks, best)
+        self._metrics.observe_stage("total", time.perf_counter() - started)
+        return ScoreAnswer(scores, total_blocks, block_size, total_tokens)
+
+    def blocks(self, query: BlocksQuery, check: Check) -> BlocksAnswer:
+        """The holders of each block, in the query's order."""
+        model, lora = self._models.resolve(query.model)
+        index = model.index
+        found: list[tuple[int, list[Located]]]
+        if query.kind != "engine_hashes":
+            keys, _, _ = self._keys(model, lora, query, check)
+            held = index.holders(keys, query.pods)
+            found = list(zip(memoryview(keys).cast("Q"), held, strict=True))
+        elif query.engine_bytes:
+            found = index.holders_of_bytes(query.engine_bytes, query.pods)
+        else:
+            found = index.holders_of_ints(query.engine_ints, query.pods)
+        check()
+        return BlocksAnswer(found, index.tiers, index.block_size)
+
+    def _keys(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
+        """(keys, block size, total tokens) of the query's prompt; no keys while the block size is not known."""
+        block_size = model.index.block_size
+        if query.kind == "keys":  # made by the caller: LoRA, salt and media are in them already
+            return query.keys, block_size, len(query.keys) // 8 * block_size
+        tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query)
+        check()
+        total = len(tokens) // 4
+        for _, offset, length in query.mm_features:
+            if offset + length > total:
+                raise InvalidArgument("mm_features", f"offset + length is beyond the {total} tokens")
+        if not block_size:
+            return b"", 0, total
+        started = time.perf_counter()
+        keys = _core.block_keys(
+            tokens,
+            block_size,
+            model.index.seed,
+            query.lora_name or lora,
+            query.cache_salt,
+            query.mm_features,
+        )
+        self._metrics.observe_stage("hash", time.perf_counter() - started)
+        check()
+        return keys, block_size, total
+
+    def _tokenize(self, model: Model, query: Query) -> bytes:
+        if model.tokenizer is None:
+            raise FailedPrecondition(
+                f"model {model.name!r} has no tokenizer: start the server with --tokenizer MODEL=DIR, "
+                "or send tokens or keys"
+            )
+        started = time.perf_counter()
+        encode = model.tokenizer.encode_chat if query.kind == "chat" else model.tokenizer.encode_prompt
+        tokens = encode(query.text)
+        self._metrics.observe_stage("tokenize", time.perf_counter() - started)
+        if len(tokens) > self._max_tokens * 4:
+            raise InvalidArgument(
+                query.kind, f"its {len(tokens) // 4} tokens exceed the limit of {self._max_tokens}"
+            )
+        return tokens

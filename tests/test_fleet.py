@@ -1,0 +1,215 @@
+"""Pods over real ZeroMQ sockets: registration, both modes, ranks, bad frames, restart, removal."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import msgpack
+import pytest
+
+from kvindex_server import wire
+from kvindex_server.errors import InvalidArgument, NotFound, ResourceExhausted
+from kvindex_server.fleet import Fleet
+from kvindex_server.ingest import Bounds
+from kvindex_server.models import Models
+from kvindex_server.pods import PodSpec
+from kvindex_server.stream import StreamState, Trust
+
+
+def free_ports(count: int) -> int:
+    """First of `count` neighbouring free ports."""
+    for _ in range(100):
+        sockets = []
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                first = int(probe.getsockname()[1])
+            for offset in range(count):
+                each = socket.socket()
+                sockets.append(each)
+                each.bind(("127.0.0.1", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for each in sockets:
+                each.close()
+    raise AssertionError("no free ports")
+
+
+def eventually(check: Callable[[], bool], seconds: float = 5.0) -> None:
+    ends = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < ends, "did not come true in time"
+        time.sleep(0.005)
+
+
+def payload(number: int, rank: int = 0, tag: str = "BlockStored") -> bytes:
+    if tag == "BlockStored":
+        event: list[object] = [tag, [number], None, [number] * 4, 4, None, "GPU"]
+    else:
+        event = [tag, [number], "GPU"]
+    return bytes(msgpack.packb([time.time(), [event], rank]))
+
+
+def send(publisher: wire.Socket, sequence: int, body: bytes) -> None:
+    publisher.send([b"topic", sequence.to_bytes(8, "big"), body])
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    made = Fleet(Models([]), bounds=Bounds(replay_timeout=0.3), max_pods=3)
+    yield made
+    made.stop()
+
+
+def bound(fleet: Fleet, ranks: int = 1) -> list[wire.Socket]:
+    """A pod in bind mode, and its engine's publishers that dial in."""
+    port = free_ports(ranks)
+    fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{port}", ranks=ranks, bind=True))
+    return [wire.publisher(f"tcp://127.0.0.1:{port + rank}", bind=False) for rank in range(ranks)]
+
+
+def settle(fleet: Fleet, publisher: wire.Socket, body: bytes, rank: int = 0) -> None:
+    """Publish until the subscription has reached the publisher, which drops what comes before."""
+    ends = time.monotonic() + 5
+    while fleet.statuses()[rank].messages == 0:
+        assert time.monotonic() < ends
+        send(publisher, 0, body)
+        time.sleep(0.02)
+
+
+def test_bind_mode_with_ranks(fleet: Fleet) -> None:
+    """The engine dials in; every rank has its own sequence and its own claims."""
+    first, second = bound(fleet, ranks=2)
+    settle(fleet, first, payload(1), 0)
+    settle(fleet, second, payload(2, rank=1), 1)
+    send(second, 1, payload(3, rank=1))
+    eventually(lambda: [status.blocks for status in fleet.statuses()] == [1, 2])
+    assert [status.trust for status in fleet.statuses()] == [Trust.EXACT, Trust.EXACT]
+    assert [status.last_sequence for status in fleet.statuses()] == [0, 1]
+    for each in (first, second):
+        each.close()
+
+
+def test_bad_messages_are_counted_and_the_stream_goes_on(fleet: Fleet) -> None:
+    """Wrong frame counts, a bad sequence frame, garbage, nothing and 100 MB cost only themselves."""
+    (publisher,) = bound(fleet)
+    settle(fleet, publisher, payload(1))
+    publisher.send([b"only one frame"])
+    publisher.send([b"topic", b"short", payload(2)])
+    publisher.send([b"a", b"b", b"c", b"d"])
+    send(publisher, 1, b"")
+    send(publisher, 2, b"\xc1garbage")
+    send(publisher, 3, payload(2)[:-9])
+    publisher.send([b"topic", (4).to_bytes(8, "big"), bytes(100 * 1024 * 1024)])
+    send(publisher, 4, payload(5, tag="BlockMoved"))
+    send(publisher, 5, payload(6))
+    eventually(lambda: fleet.statuses()[0].last_sequence == 5, 15)
+    errors = fleet.statuses()[0].decode_errors
+    assert errors["frame_count"] == 2 and errors["sequence_frame"] == 1 and errors["oversized"] == 1
+    assert errors["bad_batch"] == 2 and errors["truncated"] == 1 and errors["unknown_event"] == 1
+    assert fleet.statuses()[0].blocks == 2
+    publisher.close()
+
+
+def test_connect_mode_replays_what_was_published_before(fleet: Fleet) -> None:
+    """Registered late, the pod's past is fetched from its replay socket, in either layout."""
+    port = free_ports(2)
+    publisher = wire.publisher(f"tcp://127.0.0.1:{port}")
+    router = wire.replay_server(f"tcp://127.0.0.1:{port + 1}")
+    past = [payload(number) for number in range(5)]
+    spec = PodSpec("pod", "m", f"tcp://127.0.0.1:{port}", replay_endpoint=f"tcp://127.0.0.1:{port + 1}")
+    assert fleet.register(spec) is True
+    assert fleet.register(spec) is False
+    assert router.wait(5000)
+    identity, empty, start = router.receive() or []
+    assert (empty, start) == (b"", bytes(8))
+    for sequence, body in enumerate(past):
+        layout = [b""] if sequence % 2 else [b"", b"topic"]
+        router.send([identity, *layout, sequence.to_bytes(8, "big"), body])
+    router.send([identity, b"", b"", b"\xff" * 8, b""])
+    eventually(lambda: fleet.statuses()[0].state is StreamState.LIVE)
+    status = fleet.statuses()[0]
+    assert (status.trust, status.blocks, status.last_sequence) == (Trust.EXACT, 5, 4)
+    publisher.close()
+    router.close()
+
+
+def test_restart_is_fenced(fleet: Fleet) -> None:
+    """A second life on the same socket: only its own blocks are held."""
+    (publisher,) = bound(fleet)
+    settle(fleet, publisher, payload(1))
+    send(publisher, 1, payload(2))
+    eventually(lambda: fleet.statuses()[0].blocks == 2)
+    send(publisher, 0, payload(9))
+    eventually(lambda: fleet.statuses()[0].restarts == 1)
+    eventually(lambda: fleet.statuses()[0].blocks == 1)
+    publisher.close()
+
+
+def test_unregister_drops_claims_and_clear_forgets(fleet: Fleet) -> None:
+    """Both tell how many claims went; an unknown pod or model is NOT_FOUND."""
+    (publisher,) = bound(fleet)
+    settle(fleet, publisher, payload(1))
+    assert fleet.clear("pod", "m") == 1
+    eventually(lambda: fleet.statuses()[0].trust is Trust.COLD)
+    send(publisher, 0, payload(4))
+    eventually(lambda: fleet.statuses()[0].blocks == 1)
+    assert fleet.unregister("pod", "m") == 1
+    assert fleet.statuses() == [] and fleet.pods("m") == []
+    with pytest.raises(NotFound):
+        fleet.unregister("pod", "m")
+    with pytest.raises(NotFound):
+        fleet.clear("pod", "other")
+    publisher.close()
+
+
+def test_other_values_replace_a_registration(fleet: Fleet) -> None:
+    """The same pod at another endpoint starts anew."""
+    first, second = free_ports(1), free_ports(1)
+    assert fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{first}"))
+    assert fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{second}"))
+    assert [status.endpoint for status in fleet.statuses()] == [f"tcp://127.0.0.1:{second}"]
+
+
+def test_registration_errors_name_the_field(fleet: Fleet) -> None:
+    """An address in use, a wrong block size and too many pods are refused; nothing is left behind."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InvalidArgument, match="^endpoint: "):
+            fleet.register(PodSpec("pod", "m", endpoint, bind=True))
+    assert fleet.statuses() == []
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=16))
+    with pytest.raises(InvalidArgument, match="^block_size: 32 is not the model's block size 16"):
+        fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1", block_size=32))
+    fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1"))
+    fleet.register(PodSpec("c", "m", "tcp://127.0.0.1:1"))
+    with pytest.raises(ResourceExhausted):
+        fleet.register(PodSpec("d", "m", "tcp://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"pod": ""}, "pod"),
+        ({"model": ""}, "model"),
+        ({"endpoint": "http://host:1"}, "endpoint"),
+        ({"endpoint": "tcp://host"}, "endpoint"),
+        ({"endpoint": "tcp://host:70000"}, "endpoint"),
+        ({"endpoint": "tcp://*:5557"}, "endpoint"),
+        ({"replay_endpoint": "x"}, "replay_endpoint"),
+        ({"ranks": 0}, "ranks"),
+        ({"ranks": 2, "replay_endpoint": "tcp://host:2"}, "replay_endpoint"),
+        ({"engine": "other"}, "engine"),
+        ({"block_size": -1}, "block_size"),
+    ],
+)
+def test_a_wrong_field_is_named(values: dict[str, object], field: str) -> None:
+    """Every field of a registration is checked."""
+    spec = {"pod": "pod", "model": "m", "endpoint": "tcp://host:1", **values}
+    with pytest.raises(InvalidArgument) as error:
+        PodSpec(**spec).validate()  # type: ignore[arg-type]
+    assert error.value.field == field
