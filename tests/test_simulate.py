@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from kvindex_server import wire

@@ -13,7 +13,7 @@ from kvindex_server.simulate.engine import Engine, Request
 from kvindex_server.simulate.events import Encoding
 from kvindex_server.simulate.publisher import Publisher
 
-IDLE_WAIT_MS = 5
+IDLE_WAIT_MS = 10
 
 T = TypeVar("T")
 
