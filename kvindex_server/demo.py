@@ -129,7 +129,7 @@ class _Demo:
         return self._summary(elapsed)
 
     def _serve_chats(self, started: float) -> None:
-        next_send = next_view = started
+        next_send, next_view = started, started + self._screen.interval
         while not self._done.is_set() and (now := time.monotonic()) < started + self._seconds:
             if self._once and self._traffic.total.requests >= ONCE_REQUESTS:
                 break
@@ -155,13 +155,18 @@ class _Demo:
             pb.ScoreRequest(model=MODEL, tokens=pb.Tokens(ids=turn.prompt), pods=list(self._pods)),
             timeout=RPC_SECONDS,
         )
-        best = max(answer.scores, key=lambda each: each.score - LOAD_WEIGHT * self._traffic.load(each.pod))
+        best = max(answer.scores, key=lambda each: self._preference(each.pod, each.score))
         for each in answer.scores:
             self._rows[each.pod].last_score = each.score
         self._scored += any(each.score > 0 for each in answer.scores)
         # An engine always computes at least the last token.
         self._predicted += min(best.matched_tokens, (len(turn.prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE)
         return str(best.pod)
+
+    def _preference(self, pod: str, score: float) -> tuple[float, int]:
+        # Of equals, the one that has served least: a new system prompt goes to a new pod.
+        served = self._traffic.by_pod[pod].requests + self._traffic.load(pod)
+        return score - LOAD_WEIGHT * self._traffic.load(pod), -served
 
     def _settle(self) -> None:
         """Let the requests under way end and the index read the last events, in bounded time."""

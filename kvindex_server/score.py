@@ -1,14 +1,12 @@
 """Turns what the index found per pod into the answer's order: weights by tier, best first, zeros included."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvindex_server.stream import Trust
 
 Match = tuple[str, int, int, float, list[int]]
 """The index's answer for one pod: (pod, rank, matched blocks, score, blocks per tier bit)."""
-
-_NO_TIERS: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -19,7 +17,7 @@ class PodScore:
     score: float = 0.0
     matched_blocks: int = 0
     rank: int = 0
-    tier_blocks: Mapping[str, int] = _NO_TIERS
+    tier_blocks: Mapping[str, int] = field(default_factory=dict)
     trust: Trust = Trust.COLD
     trust_reason: str = ""
     age_seconds: float = -1.0

@@ -5,14 +5,13 @@ import signal
 import sys
 import threading
 import time
-from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import grpc
 
-from kvindex_server import admin, compat, service
+from kvindex_server import admin, compat, health, reflection, service
 from kvindex_server._core import Index
 from kvindex_server.config import ConfigError, Settings
 from kvindex_server.errors import InvalidArgument
@@ -23,7 +22,6 @@ from kvindex_server.interceptors import Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
-from kvindex_server.reflection import add_reflection
 from kvindex_server.tokenize.registry import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -49,30 +47,38 @@ class Server:
         self.metrics = Metrics()
         self.models = _models(settings)
         self.fleet = _fleet(settings, self.models)
+        self._guards: list[Guard] = []
         self._ready = threading.Event()
         self._stopping = threading.Event()
-        self._health = Health((*READ_SERVICES, ADMIN_SERVICE))
-        self._started = time.monotonic()
-        guard = Guard(
-            metrics=self.metrics, is_ready=self._ready.is_set, max_in_flight=settings.limits.max_in_flight
+        self._health = Health(READ_SERVICES, always=(ADMIN_SERVICE,))
+        guard = self._guard(settings)
+        lookup = Lookup(
+            self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens
         )
-        lookup = Lookup(self.models, self.fleet, settings, self.metrics)
-        self._public = _grpc_server(settings)
+        self._public = _grpc_server(settings, guard)
         service.register(self._public, lookup, guard, settings.limits)
         compat.register(self._public, lookup, guard, settings.limits)
-        self._admin = _grpc_server(settings) if settings.admin_listen else None
-        behind = self._admin or self._public
-        admin.register(behind, self.fleet, self.models, guard)
-        self._health.register(self._public)
-        names = (*READ_SERVICES, *(() if self._admin else (ADMIN_SERVICE,)))
-        add_reflection(self._public, names)
-        if self._admin is not None:
-            self._health.register(self._admin)
-            add_reflection(self._admin, (ADMIN_SERVICE,))
+        self._health.register(self._public, guard)
+        self._admin: grpc.Server | None = None
+        if settings.admin_listen is None:
+            admin.register(self._public, self.fleet, self.models, guard)
+            reflection.register(self._public, (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE), guard)
+        else:
+            reflection.register(self._public, (*READ_SERVICES, health.SERVICE), guard)
+            behind = self._guard(settings)
+            self._admin = _grpc_server(settings, behind)
+            admin.register(self._admin, self.fleet, self.models, behind)
+            self._health.register(self._admin, behind)
+            reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
         self._metrics_server: MetricsServer | None = None
         self.grpc_address = ""
         self.metrics_address = ""
         self.admin_address = ""
+
+    def _guard(self, settings: Settings) -> Guard:
+        guard = Guard(self.metrics, self._ready.is_set, settings.server.workers, settings.limits.max_in_flight)
+        self._guards.append(guard)
+        return guard
 
     def start(self) -> None:
         """Bind the ports and begin to listen to the configured pods. ConfigError when a port cannot be bound."""
@@ -119,11 +125,13 @@ class Server:
         """Refuse new calls, let those at work end within `grace` seconds, then take everything down."""
         grace = self._settings.server.drain_seconds if grace is None else grace
         self._stopping.set()
-        self._health.set_serving(False)
+        self._health.stop()
         self.metrics.ready(False)
         draining = [server.stop(grace) for server in (self._public, self._admin) if server is not None]
         for each in draining:
             each.wait()
+        for guard in self._guards:
+            guard.close()
         self.fleet.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
@@ -203,10 +211,10 @@ def _fleet(settings: Settings, models: Models) -> Fleet:
     )
 
 
-def _grpc_server(settings: Settings) -> grpc.Server:
+def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:
     size = settings.limits.max_message_bytes
     return grpc.server(
-        futures.ThreadPoolExecutor(settings.server.workers, thread_name_prefix="rpc"),
+        guard.pool,
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", -1),

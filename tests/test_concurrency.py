@@ -99,7 +99,6 @@ def test_a_stable_pod_is_never_lost_from_sight() -> None:
 
         return job
 
-    readers = [threading.Thread(target=lambda: None)]  # replaced below; keeps the name bound for the finally
     failures: list[BaseException] = []
 
     def guarded(job: Callable[[], None]) -> None:

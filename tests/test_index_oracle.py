@@ -412,3 +412,15 @@ def test_a_claim_limit_is_counted() -> None:
     assert applied.reasons == {"claim_limit": 2}
     stream.apply([batch([as_map(Removed([3])), as_map(Stored([3], 2, tokens[2 * BLOCK : 3 * BLOCK], BLOCK))])])
     assert (stream.claims, index.score_tokens(token_bytes(tokens), [], [1.0])[0][2]) == (3, 3)
+
+
+def test_a_group_of_unknown_kind_does_not_teach_the_block_size() -> None:
+    """Its blocks may be of any size; the model's size is learned from a group that is understood."""
+    index = Index()
+    stream = index.add_stream("p", 0)
+    tokens = list(range(8))
+    strange = Stored([9], None, tokens, 8, group=1, kind="chunked_local_attention")
+    applied = stream.apply([batch([as_map(strange), as_map(Stored([1, 2], None, tokens, 4))])])
+    assert index.block_size == 4
+    assert applied.reasons["unknown_group_kind"] >= 1
+    assert index.score_tokens(token_bytes(tokens), [], [1.0]) == []  # fails closed
