@@ -3,8 +3,9 @@
 import statistics
 import time
 
-from kvindex_server._core import Index
 from load import Chains, batch, machine
+
+from kvindex_server._core import Index
 
 
 def removals(hashes: list[int], per_message: int) -> list[bytes]:

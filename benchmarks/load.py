@@ -71,7 +71,5 @@ class Chains:
         for begin in range(0, blocks, per_event):
             end = min(blocks, begin + per_event)
             parent = hashes[begin - 1] if begin else None
-            messages.append(
-                batch([stored(hashes[begin:end], parent, tokens[begin * BLOCK_SIZE : end * BLOCK_SIZE])])
-            )
+            messages.append(batch([stored(hashes[begin:end], parent, tokens[begin * BLOCK_SIZE : end * BLOCK_SIZE])]))
         return messages, hashes, tokens

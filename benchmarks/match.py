@@ -4,8 +4,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from kvindex_server._core import Index, block_keys
 from load import BLOCK_SIZE, Chains, machine, pack
+
+from kvindex_server._core import Index, block_keys
 
 WEIGHTS = [1.0, 0.8, 0.5]
 
@@ -34,7 +35,9 @@ def main() -> None:
     print("| case | p50 µs |\n|---|---|")
     single = [block_keys(pack(tokens), BLOCK_SIZE)[: 512 * 8] for _, _, tokens in work[:200]]
     turn = iter(range(10**9))
-    print(f"| 512 blocks, one holder | {median_us(lambda: index.score(single[next(turn) % 200], [], WEIGHTS), 2000):.1f} |")
+    print(
+        f"| 512 blocks, one holder | {median_us(lambda: index.score(single[next(turn) % 200], [], WEIGHTS), 2000):.1f} |"
+    )
     many = block_keys(pack(shared_tokens), BLOCK_SIZE)[: 512 * 8]
     print(f"| 512 blocks, 64 holders | {median_us(lambda: index.score(many, [], WEIGHTS), 2000):.1f} |")
     tokens = pack(shared_tokens)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from kvindex_server._core import Index
 from load import Chains, machine
+
+from kvindex_server._core import Index
 
 
 def resident_bytes() -> int:

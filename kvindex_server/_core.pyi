@@ -1,11 +1,11 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
-Buffer = bytes | bytearray | memoryview
+_Bytes: TypeAlias = bytes  # `bytes` is a property of Index
 
 def xxh3_64(data: bytes, seed: int = 0) -> int: ...
-
 def block_keys(
     tokens: bytes,  # u32 little-endian, 4 bytes a token
     block_size: int,
@@ -14,7 +14,6 @@ def block_keys(
     cache_salt: str = "",
     mm_features: Sequence[tuple[str, int, int]] = (),  # (hash, offset, length) in tokens
 ) -> bytes: ...  # u64 little-endian, 8 bytes a full block
-
 def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) -> bytes | None:
     """Values of `message.outer.inner` straight from the encoded request.
 
@@ -42,7 +41,7 @@ class Index:
     def add_stream(self, pod: str, rank: int) -> Stream: ...
     def score(
         self,
-        keys: bytes,  # u64 LE
+        keys: _Bytes,  # u64 LE
         pods: Sequence[str],  # candidates; empty = every pod of the index
         weights: Sequence[float],  # by tier bit, as `tiers`; missing ones weigh as the lowest given
     ) -> list[tuple[str, int, int, float, list[int]]]:
@@ -50,7 +49,7 @@ class Index:
 
     def score_tokens(
         self,
-        tokens: bytes,
+        tokens: _Bytes,
         pods: Sequence[str],
         weights: Sequence[float],
         lora_name: str = "",
@@ -59,16 +58,14 @@ class Index:
     ) -> list[tuple[str, int, int, float, list[int]]]:
         """The same from token ids: hashing stops where the last match ends."""
 
-    def holders(self, keys: bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int]]]:
+    def holders(self, keys: _Bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int]]]:
         """Per key: (pod, rank, tier bit, group), ordered by (pod, rank, group, tier)."""
 
-    def holders_of_ints(
-        self, hashes: bytes, pods: Sequence[str]
-    ) -> list[tuple[int, list[tuple[str, int, int, int]]]]:
+    def holders_of_ints(self, hashes: _Bytes, pods: Sequence[str]) -> list[tuple[int, list[tuple[str, int, int, int]]]]:
         """Per engine hash (u64 LE): (key or 0, holders)."""
 
     def holders_of_bytes(
-        self, hashes: Sequence[bytes], pods: Sequence[str]
+        self, hashes: Sequence[_Bytes], pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int]]]]: ...
 
 class Applied:

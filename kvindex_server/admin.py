@@ -8,7 +8,8 @@ from kvindex_server import __version__
 from kvindex_server.codec import decode
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
-from kvindex_server.interceptors import Check, Guard, service
+from kvindex_server.interceptors import Guard, service
+from kvindex_server.lookup import Check
 from kvindex_server.models import Models
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pods import PodSpec
@@ -106,8 +107,8 @@ def _stream_info(status: StreamStatus) -> pb.StreamInfo:
         pod=status.pod,
         rank=status.rank,
         model=status.model,
-        state=status.state.value,
-        trust=status.trust.value,
+        state=pb.StreamState.ValueType(status.state),
+        trust=pb.Trust.ValueType(status.trust),
         trust_reason=status.trust_reason,
         endpoint=status.endpoint,
         replay_endpoint=status.replay_endpoint,

@@ -79,7 +79,8 @@ def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
             _check_count("engine_hashes.bytes", len(hashes.bytes), limits.max_keys, "hashes")
             strings = tuple(hashes.bytes)
         else:
-            ints = _packed(data, 3, 8, "engine_hashes", limits.max_keys, "hashes")
+            name = "engine_hashes.ints" if hashes.ints else "engine_hashes"
+            ints = _packed(data, 3, 8, name, limits.max_keys, "hashes")
     return BlocksQuery(
         message.model,
         kind,

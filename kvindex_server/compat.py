@@ -3,8 +3,8 @@
 import grpc
 
 from kvindex_server import codec
-from kvindex_server.interceptors import Check, Guard, service
-from kvindex_server.lookup import Lookup
+from kvindex_server.interceptors import Guard, service
+from kvindex_server.lookup import Check, Lookup
 
 SERVICE = "indexer.v1.IndexerService"
 

@@ -28,9 +28,7 @@ PREFIX = "KVINDEX_"
 MIB = 1024 * 1024
 
 # Kubernetes puts these into every container of a namespace that has a Service called kvindex-something.
-_SERVICE_LINK = re.compile(
-    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z"
-)
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z")
 _WILDCARDS = ("0.0.0.0", "[::]")
 
 
@@ -111,13 +109,9 @@ class ModelSettings(_Section):
         default=None,
         description="Directory with the model's tokenizer files; without it text cannot be scored",
     )
-    block_size: Integer = Field(
-        default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events"
-    )
+    block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     aliases: tuple[Name, ...] = Field(default=(), description="Other names requests may use for the model")
-    loras: tuple[Name, ...] = Field(
-        default=(), description="LoRA adapters that requests name in place of the model"
-    )
+    loras: tuple[Name, ...] = Field(default=(), description="LoRA adapters that requests name in place of the model")
 
 
 class PodSettings(_Section):
@@ -126,15 +120,11 @@ class PodSettings(_Section):
     pod: str = Field(description="The identifier the router uses, normally ip:port")
     model: str = Field(description="Model the pod serves")
     endpoint: str = Field(description="`tcp://host:port` of rank 0's events; rank r is at port + r")
-    replay_endpoint: str = Field(
-        default="", description="Where rank 0's events can be asked for again; likewise"
-    )
+    replay_endpoint: str = Field(default="", description="Where rank 0's events can be asked for again; likewise")
     ranks: Integer = Field(default=1, ge=1, le=MAX_RANKS, description="Data-parallel ranks of the pod")
     topic: str = Field(default="", description="Subscription prefix; empty = everything")
     engine: str = Field(default="", description="`vllm`, `sglang` or `trtllm`; empty = detect")
-    block_size: Integer = Field(
-        default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events"
-    )
+    block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     bind: bool = Field(default=False, description="Bind `endpoint`; the engine dials in")
 
     def spec(self) -> PodSpec:
@@ -157,12 +147,8 @@ class LimitSettings(_Section):
     max_pods: Integer = Field(default=16_384, ge=1, description="Candidate pods in one request")
     max_keys: Integer = Field(default=262_144, ge=1, description="Keys or engine hashes in one request")
     max_prompt_bytes: Integer = Field(default=16 * MIB, ge=1, description="Bytes of a prompt or chat body")
-    max_message_bytes: Integer = Field(
-        default=64 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message"
-    )
-    max_in_flight: Integer = Field(
-        default=256, ge=1, description="Requests at work at once; the rest are refused"
-    )
+    max_message_bytes: Integer = Field(default=64 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message")
+    max_in_flight: Integer = Field(default=256, ge=1, description="Requests at work at once; the rest are refused")
     max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
     max_registered_pods: Integer = Field(default=4096, ge=1, description="Pods registered at once")
 
@@ -173,12 +159,8 @@ class StreamSettings(_Section):
     on_gap: Literal["keep", "drop"] = Field(
         default="keep", description="What becomes of a stream's claims after a hole that cannot be repaired"
     )
-    buffer_messages: Integer = Field(
-        default=100_000, ge=1, description="Messages buffered per stream during a replay"
-    )
-    buffer_bytes: Integer = Field(
-        default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay"
-    )
+    buffer_messages: Integer = Field(default=100_000, ge=1, description="Messages buffered per stream during a replay")
+    buffer_bytes: Integer = Field(default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay")
     buffer_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to buffer during a replay")
     replay_timeout_seconds: Seconds = Field(default=5.0, gt=0, description="Wait for a replay's next message")
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")

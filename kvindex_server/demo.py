@@ -189,10 +189,7 @@ class _Demo:
 
     def _table(self, elapsed: float) -> list[str]:
         total = self._traffic.total
-        lines = [
-            f"{'pod':<10} {'events':<7} {'trust':<8} {'blocks':>7} {'requests':>9} "
-            f"{'hit share':>10}  last score"
-        ]
+        lines = [f"{'pod':<10} {'events':<7} {'trust':<8} {'blocks':>7} {'requests':>9} {'hit share':>10}  last score"]
         highest = max((row.last_score for row in self._rows.values()), default=0.0)
         shown = list(self._rows.items())[: self._screen.rows]
         for name, row in shown:
@@ -231,7 +228,7 @@ class _Demo:
             "",
             f"{total.requests} requests in {elapsed:.1f} s, {self._scored} of them scored above 0",
             f"hit ratio {total.hit_ratio:.3f} measured by the engines, {predicted:.3f} foreseen by the index",
-            f"index and engine agree on {exact} of {len(self._pods)} pods: {known} blocks known, {held} held",
+            f"index and engine count the same on {exact} of {len(self._pods)} pods: {known} blocks known, {held} held",
         ]
         if self._failures:
             lines.append(f"{self._failures} calls failed")
@@ -250,7 +247,7 @@ class _Demo:
             ("kvindex.v1.KVIndex/GetPodsForBlocks", by_tokens),
         ]
         if self._server.models.get(MODEL).tokenizer is not None:
-            prompt = json.dumps({"model": MODEL, "prompt": _system_text(0)}, separators=(",", ":"))
+            prompt = json.dumps({"model": MODEL, "prompt": SYSTEM_TEXTS[0] * 2}, separators=(",", ":"))
             calls.append(("kvindex.v1.KVIndex/Score", prompt))
         lines = [
             f"kvindex-server demo: {len(self._pods)} simulated pods of {MODEL}",

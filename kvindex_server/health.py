@@ -32,7 +32,7 @@ class Health:
         self._servicer.enter_graceful_shutdown()
 
     def register(self, server: grpc.Server, guard: Guard) -> None:
-        """Serve Check, List and Watch apart from the read path's threads, so that load is not ill health."""
+        """Serve Check and Watch apart from the read path's threads, so that load is not ill health."""
         servicer = self._servicer
 
         def check(

@@ -71,10 +71,10 @@ class Ingest:
         self._buffer: list[tuple[int, bytes]] = []
         self._buffered_bytes = 0
         self._syncing = False
-        self._asked_from = 0
         self._asks = 0
         self._asked_last: int | None = None
         self._hole = False
+        self._heard = False
         self._deadline = 0.0
         self._sync_ends = 0.0
         self._applied_at: float | None = None
@@ -120,6 +120,7 @@ class Ingest:
         """Replayed messages in order of arrival; `ended` when the end marker came behind them."""
         if not self._syncing:
             return
+        self._heard = self._heard or bool(messages)
         run: list[tuple[int, bytes, int]] = []
         for sequence, payload in messages:
             digest = xxh3_64(payload)
@@ -287,6 +288,7 @@ class Ingest:
         self._asks += 1
         self._asked_last = self._order.last if self._order.last is not None else -1
         self._hole = False
+        self._heard = False
         self._deadline = self._clock() + self._bounds.replay_timeout
         self._status.replays += 1
         self._ask_replay(start)
@@ -308,6 +310,11 @@ class Ingest:
             self._give_up("too many messages came during the replay")
 
     def _replay_over(self, *, marker: bool = True) -> None:
+        if marker and not self._heard and self._order.last is not None:
+            # It was asked from the last applied message on, and a living engine keeps its newest ones.
+            self._restart("engine no longer has the last applied message")
+            self._sync()
+            return
         first_live = self._buffer[0][0] if self._buffer else None
         last = -1 if self._order.last is None else self._order.last
         short = first_live is not None and first_live > last + 1

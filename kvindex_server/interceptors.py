@@ -106,8 +106,11 @@ class Guard:
                     yield self._one_of_stream(method, handler, refusal, data, check)
             except KvindexError as error:
                 code, message = error.code, error.message
-            except Exception:  # noqa: BLE001 - grpc raises a bare Exception when the client is gone
+            except grpc.RpcError:  # the client went away while its next request was awaited
                 code = grpc.StatusCode.CANCELLED
+            except GeneratorExit:  # or while its answer was on the way
+                code = grpc.StatusCode.CANCELLED
+                raise
             finally:
                 self._streams.release()
                 self._observe(method, code, started)
@@ -144,9 +147,7 @@ class Guard:
 
         return behaviour
 
-    def _one_of_stream(
-        self, method: str, handler: Unary, refusal: Refusal, data: bytes, check: Check
-    ) -> bytes:
+    def _one_of_stream(self, method: str, handler: Unary, refusal: Refusal, data: bytes, check: Check) -> bytes:
         try:
             self._check_ready()
             return handler(data, check)

@@ -28,9 +28,7 @@ def configure(format: str = "json", level: str = "info", stream: IO[str] | None 
     logging.getLogger(PACKAGE).setLevel(level.upper())
 
 
-def event(
-    logger: logging.Logger, level: int, name: str, /, *, exc_info: bool = False, **fields: object
-) -> None:
+def event(logger: logging.Logger, level: int, name: str, /, *, exc_info: bool = False, **fields: object) -> None:
     """Log `name` with its fields. Names are fixed strings; whatever varies is a field."""
     if logger.isEnabledFor(level):
         logger.log(level, "%s", name, exc_info=exc_info, extra={"fields": fields}, stacklevel=2)

@@ -21,7 +21,7 @@ Located = tuple[str, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A checked request: a model, one form of prompt (`kind` says which), and what makes equal tokens differ."""
+    """A checked request: a model, one prompt (`kind` says its form), and what makes equal tokens differ."""
 
     model: str
     kind: Kind
@@ -107,9 +107,7 @@ class Lookup:
         keys, block_size, total_tokens = self._keys(model, lora, query, check)
         candidates = query.pods or tuple(self._fleet.pods(model.name))
         matching = time.perf_counter()
-        matches = (
-            model.index.score(keys, candidates, self._weights.of(model.index.tiers)) if candidates else []
-        )
+        matches = model.index.score(keys, candidates, self._weights.of(model.index.tiers)) if candidates else []
         # Read again: a tier first seen a moment ago may be in the answer, and tiers are only ever added.
         scores = ranked(candidates, matches, model.index.tiers, query.top_k)
         self._metrics.observe_stage("match", time.perf_counter() - matching)
@@ -142,7 +140,7 @@ class Lookup:
         return BlocksAnswer(found, index.tiers, index.block_size)
 
     def _keys(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
-        """(keys, block size, total tokens) of the query's prompt; no keys while the block size is not known."""
+        """(keys, block size, total tokens) of the prompt; no keys while the block size is not known."""
         block_size = model.index.block_size
         if query.kind == "keys":  # made by the caller: LoRA, salt and media are in them already
             return query.keys, block_size, len(query.keys) // 8 * block_size
@@ -178,7 +176,5 @@ class Lookup:
         tokens = encode(query.text)
         self._metrics.observe_stage("tokenize", time.perf_counter() - started)
         if len(tokens) > self._max_tokens * 4:
-            raise InvalidArgument(
-                query.kind, f"its {len(tokens) // 4} tokens exceed the limit of {self._max_tokens}"
-            )
+            raise InvalidArgument(query.kind, f"its {len(tokens) // 4} tokens exceed the limit of {self._max_tokens}")
         return tokens

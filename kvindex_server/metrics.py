@@ -79,9 +79,7 @@ STREAMS = (
         (*_STREAM, "reason"),
         "Events or messages not understood",
     ),
-    MetricName(
-        "kvindex_stream_dropped_total", "counter", (*_STREAM, "reason"), "Events dropped or left open"
-    ),
+    MetricName("kvindex_stream_dropped_total", "counter", (*_STREAM, "reason"), "Events dropped or left open"),
     MetricName("kvindex_stream_blocks", "gauge", (*_STREAM, "tier"), "Blocks held, by tier"),
     MetricName("kvindex_stream_trust", "gauge", (*_STREAM, "trust"), "1 for the current trust, 0 for others"),
     MetricName("kvindex_stream_state", "gauge", (*_STREAM, "state"), "1 for the current state, 0 for others"),
@@ -134,9 +132,7 @@ class Metrics:
         self._ready = Gauge(*of("kvindex_ready"), registry=self.registry)
         self._rpcs = Counter(*of("kvindex_rpc_total"), registry=self.registry)
         self._rpc_seconds = Histogram(*of("kvindex_rpc_seconds"), buckets=RPC_BOUNDS, registry=self.registry)
-        self._stages = Histogram(
-            *of("kvindex_score_stage_seconds"), buckets=STAGE_BOUNDS, registry=self.registry
-        )
+        self._stages = Histogram(*of("kvindex_score_stage_seconds"), buckets=STAGE_BOUNDS, registry=self.registry)
         self._looked_up = Counter(*of("kvindex_blocks_looked_up_total"), registry=self.registry)
         self._matched = Counter(*of("kvindex_blocks_matched_total"), registry=self.registry)
         self._best = Histogram(*of("kvindex_best_match_blocks"), buckets=MATCH_BOUNDS, registry=self.registry)
@@ -200,18 +196,14 @@ class Metrics:
             if first:
                 self._warned_tiers.add((model, tier))
         if first:
-            logs.event(
-                logger, logging.WARNING, "tier has no weight; weighs as the lowest", model=model, tier=tier
-            )
+            logs.event(logger, logging.WARNING, "tier has no weight; weighs as the lowest", model=model, tier=tier)
 
     def ready(self, ready: bool) -> None:
         """Say whether the server is ready to answer."""
         self.is_ready = ready
         self._ready.set(1 if ready else 0)
 
-    def watch(
-        self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]
-    ) -> None:
+    def watch(self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]) -> None:
         """Show the fleet's streams and models in every scrape from now on."""
         self.registry.register(FleetCollector(statuses, models))
 
@@ -223,9 +215,7 @@ class Metrics:
 class FleetCollector(Collector):
     """Builds the series of streams and models anew at each scrape, so they end with their pod."""
 
-    def __init__(
-        self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]
-    ) -> None:
+    def __init__(self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]) -> None:
         self._statuses = statuses
         self._models = models
 

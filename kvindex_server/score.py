@@ -39,9 +39,7 @@ class Weights:
         return [tier for tier in tiers if tier not in self._by_tier]
 
 
-def ranked(
-    candidates: Sequence[str], matches: Iterable[Match], tiers: Sequence[str], top_k: int = 0
-) -> list[PodScore]:
+def ranked(candidates: Sequence[str], matches: Iterable[Match], tiers: Sequence[str], top_k: int = 0) -> list[PodScore]:
     """One PodScore per distinct candidate, best first, ties in the candidates' order; `top_k` 0 keeps all."""
     by_pod = {match[0]: match for match in matches}
     scores = [_pod_score(pod, by_pod.get(pod), tiers) for pod in dict.fromkeys(candidates)]

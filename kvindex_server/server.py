@@ -52,9 +52,7 @@ class Server:
         self._stopping = threading.Event()
         self._health = Health(READ_SERVICES, always=(ADMIN_SERVICE,))
         guard = self._guard(settings)
-        lookup = Lookup(
-            self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens
-        )
+        lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
         service.register(self._public, lookup, guard, settings.limits)
         compat.register(self._public, lookup, guard, settings.limits)
@@ -138,9 +136,7 @@ class Server:
 
     def _sizes(self) -> list[_ModelSize]:
         return [
-            _ModelSize(
-                model.name, model.index.blocks, model.index.claims, model.index.bytes, model.index.block_size
-            )
+            _ModelSize(model.name, model.index.blocks, model.index.claims, model.index.bytes, model.index.block_size)
             for model in self.models.all()
         ]
 

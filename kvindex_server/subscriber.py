@@ -81,7 +81,11 @@ class _Rank(threading.Thread):
         self.ingest = Ingest(
             self.stream,
             StreamStatus(
-                spec.pod, rank, spec.model, endpoint=spec.endpoint_of(rank), replay_endpoint=self._replay_endpoint
+                spec.pod,
+                rank,
+                spec.model,
+                endpoint=spec.endpoint_of(rank),
+                replay_endpoint=self._replay_endpoint,
             ),
             bounds,
             self._ask if self._replay_endpoint else None,

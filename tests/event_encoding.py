@@ -95,9 +95,7 @@ def shortest_array(event: Event) -> int:
     if isinstance(event, Removed):
         return 10 if event.group is not None else 7
     if isinstance(event, Stored):
-        return next(
-            length for length in VLLM_LENGTHS if all(value is None for value in event.values()[length - 1 :])
-        )
+        return next(length for length in VLLM_LENGTHS if all(value is None for value in event.values()[length - 1 :]))
     return 7
 
 

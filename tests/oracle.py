@@ -74,11 +74,7 @@ def event_extras(event: Stored, index: int) -> bytes:
     if lora is None and event.lora_id is not None and items and isinstance(items[0], str):
         lora = items[0]
     elsewhere = {
-        other
-        for at, entry in enumerate(entries)
-        if at != index
-        for other in entry or []
-        if isinstance(other, str)
+        other for at, entry in enumerate(entries) if at != index for other in entry or [] if isinstance(other, str)
     }
     bare = [value for value in items if isinstance(value, str) and value != lora]
     salt = event.cache_salt if first_of_chain else None
@@ -150,6 +146,7 @@ class StreamOracle:
     key_of: dict[Hash, int] = field(default_factory=dict)
     waiting: list[Waiting] = field(default_factory=list)
     groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)  # the group's own block size, by its full blocks
     unknown_removals: int = 0
 
     def apply(self, events: Iterable[Event]) -> None:
@@ -174,10 +171,14 @@ class StreamOracle:
             self.counts[claim] = self.counts.get(claim, 0) + 1
         size = event.block_size
         exact = bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
-        if exact and self.model.block_size == 0 and self.groups[group][0] in (*FULL_KINDS, *SLIDING_KINDS):
-            self.model.block_size = size
-        if not exact or size != self.model.block_size or self.groups[group][0] == "mamba":
+        kind = self.groups[group][0]
+        if not exact or kind == "mamba":
             return  # a mamba state is found through the hash that another group's event carries
+        if self.model.block_size == 0 and kind in (*FULL_KINDS, *SLIDING_KINDS):
+            self.model.block_size = size
+        self.sizes[group] = max(self.sizes.get(group, 0), size)
+        if size != self.model.block_size:
+            return  # a partial block: held, but no part of a prefix yet
         blocks = split_blocks(event.tokens, size)
         extras = [event_extras(event, index) for index in range(len(hashes))]
         if event.parent is None:
@@ -219,6 +220,7 @@ class StreamOracle:
         self.key_of.clear()
         self.waiting.clear()
         self.groups.clear()
+        self.sizes.clear()
 
     def clear(self) -> int:
         """A fence: the engine behind the stream is another one now."""

@@ -52,9 +52,7 @@ def test_docstring_is_one_sentence_on_the_first_line(name: str) -> None:
 def test_a_foreign_package_has_one_door(package: str, door: tuple[str, ...]) -> None:
     """ZeroMQ and the tokenizers are imported in one place each."""
     guests = [
-        name
-        for name in MODULES
-        if package in _imported(ROOT / "kvindex_server" / name) and not name.startswith(door)
+        name for name in MODULES if package in _imported(ROOT / "kvindex_server" / name) and not name.startswith(door)
     ]
     assert guests == []
 

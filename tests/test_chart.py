@@ -51,9 +51,7 @@ CASES = {"defaults": {}, "full": FULL}
 @pytest.fixture(scope="session")
 def helm() -> str:
     """Path of the Helm binary."""
-    fetched = subprocess.run(
-        [ROOT / "scripts" / "helm.sh"], capture_output=True, text=True, timeout=110, check=False
-    )
+    fetched = subprocess.run([ROOT / "scripts" / "helm.sh"], capture_output=True, text=True, timeout=110, check=False)
     if fetched.returncode != 0:
         pytest.skip(f"Helm cannot be fetched: {fetched.stderr.strip()[-300:]}")
     return fetched.stdout.strip()

@@ -15,10 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "chat_qwen3.json").read_text(encoding="utf-8"))["cases"]
 QWEN3 = (GOLDEN / "chat_qwen3.jinja").read_text(encoding="utf-8")
 
-PLAIN = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}>{% endif %}"
-)
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 PARTS = (
     "{% for m in messages %}[{{ m['role'] }}]{% for p in m['content'] %}"
     "{% if p.type == 'text' %}{{ p.text }}{% else %}<{{ p.type }}>{% endif %}{% endfor %}{% endfor %}"
@@ -42,9 +39,7 @@ def test_qwen3_text_equals_transformers(case: dict[str, Any]) -> None:
 
 
 def test_blocks_are_trimmed_as_transformers_does() -> None:
-    source = (
-        "{% for m in messages %}\n    {% if m.content %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
-    )
+    source = "{% for m in messages %}\n    {% if m.content %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
     assert render(source, user("a")) == "a\n"
 
 
@@ -55,9 +50,7 @@ def test_tojson_neither_escapes_html_nor_unicode() -> None:
 
 
 def test_generation_tag_and_loop_controls_are_known() -> None:
-    source = (
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
-    )
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     assert render(source, body) == "a"
 
@@ -109,9 +102,7 @@ def test_tools_choose_the_tool_use_template() -> None:
 
 def test_arguments_of_tool_calls_are_parsed() -> None:
     source = "{% for c in messages[0].tool_calls %}{{ c.function.arguments | tojson }};{% endfor %}"
-    calls = [
-        {"function": {"name": "f", "arguments": value}} for value in ('{"b":1,"a":2}', "", None, {"x": 1})
-    ]
+    calls = [{"function": {"name": "f", "arguments": value}} for value in ('{"b":1,"a":2}', "", None, {"x": 1})]
     body = {"messages": [{"role": "assistant", "tool_calls": calls}]}
     assert render(source, body) == '{"b": 1, "a": 2};{};{};{"x": 1};'
     empty = {"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}

@@ -20,9 +20,7 @@ ASK = struct.pack(f"<{len(TOKENS)}I", *TOKENS)
 
 
 def stored(start: int, end: int, medium: str = "GPU") -> Stored:
-    return Stored(
-        list(range(start + 1, end + 1)), start or None, TOKENS[start * BLOCK : end * BLOCK], BLOCK, medium
-    )
+    return Stored(list(range(start + 1, end + 1)), start or None, TOKENS[start * BLOCK : end * BLOCK], BLOCK, medium)
 
 
 def script(seed: int) -> list[list[Event]]:
@@ -70,8 +68,8 @@ def test_a_stable_pod_is_never_lost_from_sight() -> None:
     model.add_stream("stable", 0).apply([stored(0, BLOCKS)])
     writers = []
     for number in range(WRITERS):
-        stream, oracle = index.add_stream(f"w{number // 2}", number % 2), model.add_stream(f"w{number // 2}", number % 2)
-        writers.append((stream, oracle, script(number)))
+        pod, rank = f"w{number // 2}", number % 2
+        writers.append((index.add_stream(pod, rank), model.add_stream(pod, rank), script(number)))
     done = threading.Event()
     asked = [0] * 3
 

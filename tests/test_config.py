@@ -188,15 +188,11 @@ def test_file_errors_name_the_key(tmp_path: Path, text: str, line: str) -> None:
     ],
 )
 def test_environment_errors_name_the_key(tmp_path: Path, name: str, value: str, line: str) -> None:
-    assert fails(tmp_path, env={name: value}) == line or fails(tmp_path, env={name: value}).startswith(
-        line + ";"
-    )
+    assert fails(tmp_path, env={name: value}) == line or fails(tmp_path, env={name: value}).startswith(line + ";")
 
 
 def test_a_variable_cannot_refine_what_is_no_mapping(tmp_path: Path) -> None:
-    assert fails(tmp_path, "log: loud", env={"KVINDEX_LOG__LEVEL": "info"}).startswith(
-        "log: must be a mapping"
-    )
+    assert fails(tmp_path, "log: loud", env={"KVINDEX_LOG__LEVEL": "info"}).startswith("log: must be a mapping")
 
 
 def test_flag_errors_name_the_flag(tmp_path: Path) -> None:

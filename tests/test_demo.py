@@ -60,7 +60,7 @@ def test_demo_ends_by_itself() -> None:
     ratio = re.search(r"hit ratio (0\.\d+) measured by the engines, (0\.\d+) foreseen", done.stdout)
     assert ratio is not None
     assert 0.2 < float(ratio[1]) < 1
-    assert "agree on 4 of 4 pods" in done.stdout
+    assert "count the same on 4 of 4 pods" in done.stdout
     assert "\x1b" not in done.stdout
 
 
@@ -144,7 +144,7 @@ def test_runs_off_the_main_thread(capsys: pytest.CaptureFixture[str]) -> None:
     args = argparse.Namespace(pods=2, seconds=1.0, once=False, rate=50.0)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(demo.run, args).result(timeout=60) == 0
-    assert "agree on 2 of 2 pods" in capsys.readouterr().out
+    assert "count the same on 2 of 2 pods" in capsys.readouterr().out
 
 
 # ---- the server against the engines' own truth -----------------------------
@@ -162,7 +162,8 @@ def server() -> Iterator[Server]:
 
 def _stream(admin: rpc.KVIndexAdminStub, pod: SimulatedPod) -> pb.StreamInfo:
     streams = admin.ListPods(pb.ListPodsRequest(model="m"), timeout=10).streams
-    return next(stream for stream in streams if stream.pod == pod.pod)
+    found: pb.StreamInfo = next(stream for stream in streams if stream.pod == pod.pod)
+    return found
 
 
 def _caught_up(admin: rpc.KVIndexAdminStub, pod: SimulatedPod) -> pb.StreamInfo:
@@ -178,9 +179,7 @@ def _caught_up(admin: rpc.KVIndexAdminStub, pod: SimulatedPod) -> pb.StreamInfo:
 
 def _register(admin: rpc.KVIndexAdminStub, pod: SimulatedPod) -> None:
     admin.RegisterPod(
-        pb.RegisterPodRequest(
-            pod=pod.pod, model="m", endpoint=pod.endpoint, replay_endpoint=pod.replay_endpoint
-        ),
+        pb.RegisterPodRequest(pod=pod.pod, model="m", endpoint=pod.endpoint, replay_endpoint=pod.replay_endpoint),
         timeout=10,
     )
 

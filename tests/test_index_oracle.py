@@ -171,10 +171,9 @@ class Engine:
             case p if p < 0.14:  # a sliding-window group: all tokens, few hashes
                 kept = sorted(rng.sample(range(len(hashes)), rng.randrange(len(hashes))))
                 return replace(event, hashes=[hashes[index] for index in kept], extra_keys=None)
-            case p if p < 0.18 and event.block_size == BLOCK and self.oracle.model.block_size:  # another size
-                return replace(
-                    event, block_size=BLOCK * 2, tokens=[*event.tokens, *event.tokens], extra_keys=None
-                )
+            case p if p < 0.18 and self.oracle.sizes.get(group):  # a block that is not full yet
+                part = [self.hash_of(chain, start, 7)]
+                return replace(event, hashes=part, block_size=BLOCK // 2, tokens=event.tokens[:2], extra_keys=None)
         return event
 
     def removed(self) -> Event:
@@ -298,9 +297,7 @@ class Fleet:
             tokens = [token % 2**32 for token in tokens]
         pods = rng.sample(["a:1", "b:1", "c", "absent"], rng.randrange(5))
         keys = query_keys(tokens, BLOCK, self.hash_seed, chain.lora_name, chain.salt, chain.mm)
-        own = block_keys(
-            token_bytes(tokens), BLOCK, self.hash_seed, chain.lora_name, chain.salt, list(chain.mm)
-        )
+        own = block_keys(token_bytes(tokens), BLOCK, self.hash_seed, chain.lora_name, chain.salt, list(chain.mm))
         assert own == words(keys)
         weights = [WEIGHTS[tier] for tier in tiers if tier in WEIGHTS]
         answer = self.index.score(own, pods, weights)
@@ -336,8 +333,7 @@ def test_a_chain_arriving_in_any_order_is_adopted(seed: int) -> None:
     rng = random.Random(seed)
     tokens = [rng.randrange(2**32) for _ in range(BLOCK * 12)]
     events = [
-        Stored([start + 1], start or None, tokens[start * BLOCK : (start + 1) * BLOCK], BLOCK)
-        for start in range(12)
+        Stored([start + 1], start or None, tokens[start * BLOCK : (start + 1) * BLOCK], BLOCK) for start in range(12)
     ]
     rng.shuffle(events)
     index = Index(BLOCK)
@@ -345,9 +341,7 @@ def test_a_chain_arriving_in_any_order_is_adopted(seed: int) -> None:
     for event in events:
         stream.apply([batch([as_map(event)])])
     assert (stream.claims, stream.unresolved, stream.orphans) == (12, 0, 0)
-    assert [score[:4] for score in index.score_tokens(token_bytes(tokens), [], [1.0, 0.5])] == [
-        ("p", 0, 12, 12.0)
-    ]
+    assert [score[:4] for score in index.score_tokens(token_bytes(tokens), [], [1.0, 0.5])] == [("p", 0, 12, 12.0)]
 
 
 def test_a_hole_and_its_restoration_heal() -> None:

@@ -53,10 +53,7 @@ class Rig:
 
     def holds(self, *numbers: int) -> bool:
         return self.index.claims == len(numbers) and all(
-            holders
-            for _, holders in self.index.holders_of_ints(
-                b"".join(n.to_bytes(8, "little") for n in numbers), []
-            )
+            holders for _, holders in self.index.holders_of_ints(b"".join(n.to_bytes(8, "little") for n in numbers), [])
         )
 
     @property
@@ -265,10 +262,35 @@ def test_lag_is_measured_from_the_engines_clock() -> None:
     """Batch timestamp to applied, as a histogram and a last value."""
     index = Index()
     wall = 100.0
-    ingest = Ingest(
-        index.add_stream("pod", 0), StreamStatus("pod", 0, "m"), Bounds(), None, wall=lambda: wall
-    )
+    ingest = Ingest(index.add_stream("pod", 0), StreamStatus("pod", 0, "m"), Bounds(), None, wall=lambda: wall)
     ingest.live([(0, bytes(msgpack.packb([99.98, [["AllBlocksCleared"]], 0])))])
     status = ingest.status()
     assert status.lag_seconds == pytest.approx(0.02)
     assert status.lag_buckets[3] == 0 and status.lag_buckets[4] == 1 and status.lag_buckets[-1] == 1
+
+
+def test_restart_seen_by_a_replay_that_lacks_the_last_message() -> None:
+    """An engine that came back with fewer messages than were applied is another life, though it says nothing."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(number)) for number in range(1, 6)])
+    reborn = Engine()
+    reborn.publish(stored(9))
+    rig.ingest.connection(False)
+    rig.ingest.connection(True)
+    rig.ingest.replayed([], ended=True)
+    assert rig.index.claims == 0 and rig.asked[-1] == 0
+    rig.ingest.replayed(reborn.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(9) and rig.ingest.status().restarts == 1
+
+
+def test_mooncake_envelope_is_read() -> None:
+    """The master's own field names, alone or beside the engines' names, tell the same."""
+    rig = Rig(replay=False)
+    beside = {"event_type": "stored", "type": "BlockStored", "seq_hashes": [1, 2], "block_hashes": [1, 2]}
+    alone = {"event_type": "stored", "seq_hashes": [3], "medium": "cpu", "backend_id": "a", "tenant_id": "default"}
+    gone = {"event_type": "removed", "seq_hashes": [2]}
+    rig.ingest.live([(0, bytes(msgpack.packb({"ts": 1.0, "events": [beside, alone, gone]})))])
+    assert rig.holds(1, 3) and rig.ingest.status().decode_errors == {}
+    rig.ingest.live([(1, bytes(msgpack.packb([1.0, [{"event_type": "cleared"}]])))])
+    assert rig.index.claims == 0

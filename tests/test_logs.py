@@ -45,9 +45,7 @@ def test_json_line() -> None:
 
 def test_json_is_always_json() -> None:
     stream = lines("json")
-    logs.event(
-        LOGGER, logging.INFO, "odd\nname", nan=float("nan"), nested={"x": float("inf")}, thing=object()
-    )
+    logs.event(LOGGER, logging.INFO, "odd\nname", nan=float("nan"), nested={"x": float("inf")}, thing=object())
     logs.event(LOGGER, logging.INFO, "keys", value={(1, 2): 3}, text_like="a\u2028b\ud800")
     written = stream.getvalue().splitlines()
     assert len(written) == 2
@@ -74,9 +72,7 @@ def test_console_line_cannot_be_forged() -> None:
 @pytest.mark.parametrize("format", ["json", "console"])
 def test_what_users_typed_is_withheld(format: str) -> None:
     stream = lines(format)
-    logs.event(
-        LOGGER, logging.INFO, "scored", prompt="secret words", tokens=[4711], cache_salt="salty", messages=12
-    )
+    logs.event(LOGGER, logging.INFO, "scored", prompt="secret words", tokens=[4711], cache_salt="salty", messages=12)
     written = stream.getvalue()
     assert not any(word in written for word in ("secret", "4711", "salty"))
     assert "12" in written

@@ -87,9 +87,7 @@ def server() -> Iterator[tuple[Metrics, MetricsServer]]:
 
 
 def get(port: int, path: str, accept: str = "", method: str = "GET") -> tuple[int, str, str]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", headers={"Accept": accept}, method=method
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Accept": accept}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()

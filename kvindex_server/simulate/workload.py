@@ -49,9 +49,7 @@ class Workload:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         if not self.system_prompts:
-            self.system_prompts = [
-                self._tokens(self.shape.system_tokens) for _ in range(self.shape.system_prompts)
-            ]
+            self.system_prompts = [self._tokens(self.shape.system_tokens) for _ in range(self.shape.system_prompts)]
         self._started = 0
         self._ready = [self._new_session() for _ in range(self.shape.sessions)]
         self._under_way: dict[int, _Session] = {}

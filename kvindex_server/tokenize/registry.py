@@ -85,10 +85,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Template sources by name, with the precedence that the engine and transformers give the files."""
-    extra = {
-        path.stem: _read_text(path)
-        for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    }
+    extra = {path.stem: _read_text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     single = directory / "chat_template.jinja"
     if single.is_file():
         return extra | {"default": _read_text(single)}

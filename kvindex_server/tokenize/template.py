@@ -80,9 +80,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Not Jinja's own filter, which escapes HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _environment() -> _Environment:

@@ -10,8 +10,9 @@ namespace kvindex {
 
 const char* name_of(Reason reason) {
   static constexpr const char* kNames[kReasons] = {
-      "bad_batch",    "truncated",        "bad_event",    "unknown_event",   "bad_field",           "token_range",
-      "token_ids",    "tier_limit",       "group_limit",  "claim_limit",     "unresolved_limit",    "orphan_limit",
+      "bad_batch",       "truncated",           "bad_event",          "unknown_event",
+      "bad_field",       "token_range",         "token_ids",          "tier_limit",
+      "group_limit",     "claim_limit",         "unresolved_limit",   "orphan_limit",
       "unknown_removal", "block_size_mismatch", "unknown_group_kind", "rank_mismatch"};
   return kNames[static_cast<size_t>(reason)];
 }
@@ -39,12 +40,25 @@ void Event::reset() {
 namespace {
 
 enum class Field : uint8_t {
-  kHashes, kParent, kTokens, kBlockSize, kLoraId, kMedium, kLoraName, kExtraKeys, kGroup, kKind, kWindow, kSalt, kOther
+  kHashes,
+  kParent,
+  kTokens,
+  kBlockSize,
+  kLoraId,
+  kMedium,
+  kLoraName,
+  kExtraKeys,
+  kGroup,
+  kKind,
+  kWindow,
+  kSalt,
+  kHashAliases,
+  kOther
 };
 
 // Positions of the array form, the tag at 0.
-constexpr Field kStoredAt[] = {Field::kHashes, Field::kParent, Field::kTokens,    Field::kBlockSize,
-                               Field::kLoraId, Field::kMedium, Field::kLoraName,  Field::kExtraKeys,
+constexpr Field kStoredAt[] = {Field::kHashes, Field::kParent, Field::kTokens,   Field::kBlockSize,
+                               Field::kLoraId, Field::kMedium, Field::kLoraName, Field::kExtraKeys,
                                Field::kGroup,  Field::kKind,   Field::kWindow};
 constexpr Field kRemovedAt[] = {Field::kHashes, Field::kMedium, Field::kGroup};
 
@@ -61,6 +75,7 @@ Field field_of(std::string_view name) {
   if (name == "kv_cache_spec_kind") return Field::kKind;
   if (name == "kv_cache_spec_sliding_window") return Field::kWindow;
   if (name == "cache_salt") return Field::kSalt;
+  if (name == "seq_hashes") return Field::kHashAliases;
   return Field::kOther;
 }
 
@@ -68,6 +83,10 @@ bool tag_of(std::string_view name, Tag& tag) {
   if (name == "BlockStored") return tag = Tag::kStored, true;
   if (name == "BlockRemoved") return tag = Tag::kRemoved, true;
   if (name == "AllBlocksCleared") return tag = Tag::kCleared, true;
+  // The names of the Mooncake master's envelope (RFC #1527).
+  if (name == "stored") return tag = Tag::kStored, true;
+  if (name == "removed") return tag = Tag::kRemoved, true;
+  if (name == "cleared") return tag = Tag::kCleared, true;
   return false;
 }
 
@@ -75,7 +94,7 @@ bool read_hash(Cursor& in, uint64_t& hash) {
   bool negative;
   if (in.integer(hash, negative)) return true;
   std::string_view bytes;
-  if (!in.bin(bytes)) return false;
+  if (!in.bin(bytes) && !in.str(bytes)) return false;
   hash = hash_of_bytes(bytes);
   return true;
 }
@@ -176,7 +195,8 @@ void encode_extras(Event& event, const std::vector<std::vector<ExtraItem>>& entr
   for (const auto& items : entries)
     for (const ExtraItem& item : items)
       if (lora.empty() && item.kind == ExtraItem::Kind::kLora) lora = item.bytes;
-  const bool any = !entries.empty() && std::any_of(entries.begin(), entries.end(), [](const auto& e) { return !e.empty(); });
+  const bool any =
+      !entries.empty() && std::any_of(entries.begin(), entries.end(), [](const auto& e) { return !e.empty(); });
   if (lora.empty() && !event.has_lora_id && event.cache_salt.empty() && !any) return;
 
   event.extras.resize(event.hashes.size());
@@ -230,10 +250,13 @@ bool read_field(Field field, Cursor& in, Event& event, std::vector<std::vector<E
     case Field::kHashes: {
       uint32_t count;
       if (!in.array(count)) return false;
+      event.hashes.clear();  // seq_hashes may have named them already
       for (uint32_t i = 0; i < count; ++i)
         if (!read_hash(in, event.hashes.emplace_back())) return false;
       return true;
     }
+    case Field::kHashAliases:  // stands beside block_hashes, or instead of it
+      return event.hashes.empty() ? read_field(Field::kHashes, in, event, entries, reason) : in.skip();
     case Field::kParent:
       if (in.nil()) return true;
       event.has_parent = true;
@@ -274,7 +297,7 @@ bool read_event(Cursor in, Event& event, Reason& reason) {
       if (event.tag == Tag::kStored && i - 1 < std::size(kStoredAt)) field = kStoredAt[i - 1];
       if (event.tag == Tag::kRemoved && i - 1 < std::size(kRemovedAt)) field = kRemovedAt[i - 1];
       if (!read_field(field, in, event, entries, reason)) return false;
-      has_hashes = has_hashes || field == Field::kHashes;
+      has_hashes = has_hashes || field == Field::kHashes || field == Field::kHashAliases;
     }
   } else if (in.map(count)) {
     bool has_tag = false;
@@ -285,7 +308,7 @@ bool read_event(Cursor in, Event& event, Reason& reason) {
         if (!in.skip() || !in.skip()) return reason = Reason::kBadEvent, false;
         continue;
       }
-      if (name == "type") {
+      if (name == "type" || (name == "event_type" && !has_tag)) {
         std::string_view tag;
         if (!in.str(tag)) return reason = Reason::kBadEvent, false;
         if (!tag_of(tag, event.tag)) return reason = Reason::kUnknownEvent, false;
@@ -294,7 +317,7 @@ bool read_event(Cursor in, Event& event, Reason& reason) {
       }
       const Field field = field_of(name);
       if (!read_field(field, in, event, entries, reason)) return false;
-      has_hashes = has_hashes || field == Field::kHashes;
+      has_hashes = has_hashes || field == Field::kHashes || field == Field::kHashAliases;
     }
     if (!has_tag) return reason = Reason::kBadEvent, false;
   } else {

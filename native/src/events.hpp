@@ -10,22 +10,22 @@ namespace kvindex {
 
 // Why something was not applied, or was odd. The names are metric labels.
 enum class Reason : uint8_t {
-  kBadBatch,          // the payload is no batch of events
-  kTruncated,         // the payload ends inside an event; what came before is applied
-  kBadEvent,          // an event that is no array or map with a tag
-  kUnknownEvent,      // a tag nobody knows
-  kBadField,          // a field of the wrong type
-  kTokenRange,        // a token id above 32 bits or negative
-  kTokenIds,          // token ids that are no integers (pairs, strings)
-  kTierLimit,         // more than 8 tiers in one model
-  kGroupLimit,        // a group index above 31
-  kClaimLimit,        // the configured number of claims is reached
-  kUnresolvedLimit,   // too many claims whose key is unknown
-  kOrphanLimit,       // an orphan pushed out of the full buffer
-  kUnknownRemoval,    // a removal of something never seen
-  kBlockSizeMismatch, // an engine block that is not the model's block size
-  kUnknownGroupKind,  // a KV-cache kind nobody knows: that group's stream fails closed
-  kRankMismatch,      // the batch names another rank than the stream's
+  kBadBatch,           // the payload is no batch of events
+  kTruncated,          // the payload ends inside an event; what came before is applied
+  kBadEvent,           // an event that is no array or map with a tag
+  kUnknownEvent,       // a tag nobody knows
+  kBadField,           // a field of the wrong type
+  kTokenRange,         // a token id above 32 bits or negative
+  kTokenIds,           // token ids that are no integers (pairs, strings)
+  kTierLimit,          // more than 8 tiers in one model
+  kGroupLimit,         // a group index above 31
+  kClaimLimit,         // the configured number of claims is reached
+  kUnresolvedLimit,    // too many claims whose key is unknown
+  kOrphanLimit,        // an orphan pushed out of the full buffer
+  kUnknownRemoval,     // a removal of something never seen
+  kBlockSizeMismatch,  // an engine block that is not the model's block size
+  kUnknownGroupKind,   // a KV-cache kind nobody knows: that group's stream fails closed
+  kRankMismatch,       // the batch names another rank than the stream's
   kCount
 };
 inline constexpr size_t kReasons = static_cast<size_t>(Reason::kCount);

@@ -149,24 +149,30 @@ NB_MODULE(_core, m) {
             return applied;
           },
           nb::arg("payloads"))
-      .def("clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def("close", [](BoundStream& self) { return self.stream->close(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("claims", [](const BoundStream& self) {
-        nb::gil_scoped_release release;
-        return self.stream->claims();
-      })
-      .def_prop_ro("claims_by_tier", [](const BoundStream& self) {
-        nb::gil_scoped_release release;
-        return self.stream->claims_by_tier();
-      })
-      .def_prop_ro("orphans", [](const BoundStream& self) {
-        nb::gil_scoped_release release;
-        return self.stream->orphans();
-      })
-      .def_prop_ro("unresolved", [](const BoundStream& self) {
-        nb::gil_scoped_release release;
-        return self.stream->unresolved();
-      })
+      .def(
+          "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "close", [](BoundStream& self) { return self.stream->close(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("claims",
+                   [](const BoundStream& self) {
+                     nb::gil_scoped_release release;
+                     return self.stream->claims();
+                   })
+      .def_prop_ro("claims_by_tier",
+                   [](const BoundStream& self) {
+                     nb::gil_scoped_release release;
+                     return self.stream->claims_by_tier();
+                   })
+      .def_prop_ro("orphans",
+                   [](const BoundStream& self) {
+                     nb::gil_scoped_release release;
+                     return self.stream->orphans();
+                   })
+      .def_prop_ro("unresolved",
+                   [](const BoundStream& self) {
+                     nb::gil_scoped_release release;
+                     return self.stream->unresolved();
+                   })
       .def_prop_ro("closed", [](const BoundStream& self) {
         nb::gil_scoped_release release;
         return self.stream->closed();
@@ -216,8 +222,8 @@ NB_MODULE(_core, m) {
             }
             return list_of(matches);
           },
-          nb::arg("tokens"), nb::arg("pods"), nb::arg("weights"), nb::arg("lora_name") = "",
-          nb::arg("cache_salt") = "", nb::arg("mm_features") = Features{})
+          nb::arg("tokens"), nb::arg("pods"), nb::arg("weights"), nb::arg("lora_name") = "", nb::arg("cache_salt") = "",
+          nb::arg("mm_features") = Features{})
       .def(
           "holders",
           [](const Index& self, nb::bytes keys, const Pods& pods) {

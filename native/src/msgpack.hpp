@@ -26,13 +26,28 @@ class Cursor {
     if (b <= 0xbf) return Type::kStr;
     switch (b) {
       case 0xc0: return Type::kNil;
-      case 0xc2: case 0xc3: return Type::kBool;
-      case 0xc4: case 0xc5: case 0xc6: return Type::kBin;
-      case 0xca: case 0xcb: return Type::kFloat;
-      case 0xcc: case 0xcd: case 0xce: case 0xcf: case 0xd0: case 0xd1: case 0xd2: case 0xd3: return Type::kInt;
-      case 0xd9: case 0xda: case 0xdb: return Type::kStr;
-      case 0xdc: case 0xdd: return Type::kArray;
-      case 0xde: case 0xdf: return Type::kMap;
+      case 0xc2:
+      case 0xc3: return Type::kBool;
+      case 0xc4:
+      case 0xc5:
+      case 0xc6: return Type::kBin;
+      case 0xca:
+      case 0xcb: return Type::kFloat;
+      case 0xcc:
+      case 0xcd:
+      case 0xce:
+      case 0xcf:
+      case 0xd0:
+      case 0xd1:
+      case 0xd2:
+      case 0xd3: return Type::kInt;
+      case 0xd9:
+      case 0xda:
+      case 0xdb: return Type::kStr;
+      case 0xdc:
+      case 0xdd: return Type::kArray;
+      case 0xde:
+      case 0xdf: return Type::kMap;
       case 0xc1: return Type::kEnd;  // never used by the format
       default: return Type::kExt;
     }
@@ -114,14 +129,31 @@ class Cursor {
       double number_value;
       std::string_view bytes;
       switch (peek()) {
-        case Type::kNil: case Type::kBool: ++at_; break;
-        case Type::kInt: if (!integer(bits, negative)) return false; break;
-        case Type::kFloat: if (!number(number_value)) return false; break;
-        case Type::kStr: if (!str(bytes)) return false; break;
-        case Type::kBin: if (!bin(bytes)) return false; break;
-        case Type::kArray: if (!array(count)) return false; open += count; break;
-        case Type::kMap: if (!map(count)) return false; open += 2ULL * count; break;
-        case Type::kExt: if (!ext()) return false; break;
+        case Type::kNil:
+        case Type::kBool: ++at_; break;
+        case Type::kInt:
+          if (!integer(bits, negative)) return false;
+          break;
+        case Type::kFloat:
+          if (!number(number_value)) return false;
+          break;
+        case Type::kStr:
+          if (!str(bytes)) return false;
+          break;
+        case Type::kBin:
+          if (!bin(bytes)) return false;
+          break;
+        case Type::kArray:
+          if (!array(count)) return false;
+          open += count;
+          break;
+        case Type::kMap:
+          if (!map(count)) return false;
+          open += 2ULL * count;
+          break;
+        case Type::kExt:
+          if (!ext()) return false;
+          break;
         case Type::kEnd: return false;
       }
     }
@@ -178,9 +210,21 @@ class Cursor {
     uint16_t two;
     uint32_t four;
     switch (width) {
-      case 0: if (!big_endian(offset, one)) return false; length = one; head = offset + 1; return true;
-      case 1: if (!big_endian(offset, two)) return false; length = two; head = offset + 2; return true;
-      default: if (!big_endian(offset, four)) return false; length = four; head = offset + 4; return true;
+      case 0:
+        if (!big_endian(offset, one)) return false;
+        length = one;
+        head = offset + 1;
+        return true;
+      case 1:
+        if (!big_endian(offset, two)) return false;
+        length = two;
+        head = offset + 2;
+        return true;
+      default:
+        if (!big_endian(offset, four)) return false;
+        length = four;
+        head = offset + 4;
+        return true;
     }
   }
 

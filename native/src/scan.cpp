@@ -30,9 +30,15 @@ struct Reader {
     std::string_view view;
     switch (wire) {
       case 0: return varint(ignored);
-      case 1: if (end - at < 8) return false; at += 8; return true;
+      case 1:
+        if (end - at < 8) return false;
+        at += 8;
+        return true;
       case 2: return bytes(view);
-      case 5: if (end - at < 4) return false; at += 4; return true;
+      case 5:
+        if (end - at < 4) return false;
+        at += 4;
+        return true;
       default: return false;
     }
   }

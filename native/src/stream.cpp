@@ -242,7 +242,8 @@ void Stream::erase_claim(Claim* claim) {
 void Stream::resize(size_t size) {
   std::vector<Claim> old(size);
   old.swap(table_);
-  index_->account((static_cast<int64_t>(size) - static_cast<int64_t>(old.size())) * static_cast<int64_t>(sizeof(Claim)));
+  index_->account((static_cast<int64_t>(size) - static_cast<int64_t>(old.size())) *
+                  static_cast<int64_t>(sizeof(Claim)));
   for (const Claim& claim : old) {
     if (claim.count == 0) continue;
     size_t i = home(claim.hash);
@@ -305,8 +306,8 @@ void Stream::add_orphan(const Event& event, Applied& applied) {
     drop_orphan(oldest);
   }
   const uint64_t id = next_orphan_++;
-  orphans_.emplace(id, Orphan{event.parent, event.hashes, event.tokens, event.extras,
-                              static_cast<uint32_t>(event.block_size)});
+  orphans_.emplace(
+      id, Orphan{event.parent, event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size)});
   waiting_.emplace(event.parent, id);
   orphan_order_.push_back(id);
   orphan_blocks_ += blocks;
@@ -340,8 +341,7 @@ void Stream::adopt(uint64_t parent, uint64_t parent_key) {
       drop_orphan(id);
       uint64_t chain = key;
       for (size_t i = 0; i < orphan.hashes.size(); ++i) {
-        const std::string_view extras =
-            orphan.extras.empty() ? std::string_view{} : std::string_view(orphan.extras[i]);
+        const std::string_view extras = orphan.extras.empty() ? std::string_view{} : std::string_view(orphan.extras[i]);
         chain = block_key(orphan.tokens.data() + i * orphan.block_size, orphan.block_size, extras, false, chain,
                           index_->seed(), scratch);
         bool held = false;

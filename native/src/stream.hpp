@@ -104,7 +104,7 @@ class Stream {
   std::vector<Group> groups_;
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
-  std::unordered_map<uint64_t, Orphan> orphans_;  // by id
+  std::unordered_map<uint64_t, Orphan> orphans_;         // by id
   std::unordered_multimap<uint64_t, uint64_t> waiting_;  // parent hash -> id
   std::deque<uint64_t> orphan_order_;
   uint64_t next_orphan_ = 0;

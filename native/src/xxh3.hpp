@@ -128,8 +128,7 @@ inline uint64_t above_240(const uint8_t* in, size_t len, uint64_t seed) {
   constexpr size_t kBlock = kStripe * kStripesPerBlock;
   const size_t blocks = (len - 1) / kBlock;
   for (size_t b = 0; b < blocks; ++b) {
-    for (size_t s = 0; s < kStripesPerBlock; ++s)
-      accumulate(acc, in + b * kBlock + s * kStripe, secret + s * kConsume);
+    for (size_t s = 0; s < kStripesPerBlock; ++s) accumulate(acc, in + b * kBlock + s * kStripe, secret + s * kConsume);
     for (size_t i = 0; i < 8; ++i) {
       acc[i] ^= acc[i] >> 47;
       acc[i] ^= read64(secret + kSecretSize - kStripe + 8 * i);
@@ -137,8 +136,7 @@ inline uint64_t above_240(const uint8_t* in, size_t len, uint64_t seed) {
     }
   }
   const size_t stripes = ((len - 1) - kBlock * blocks) / kStripe;
-  for (size_t s = 0; s < stripes; ++s)
-    accumulate(acc, in + blocks * kBlock + s * kStripe, secret + s * kConsume);
+  for (size_t s = 0; s < stripes; ++s) accumulate(acc, in + blocks * kBlock + s * kStripe, secret + s * kConsume);
   accumulate(acc, in + len - kStripe, secret + kSecretSize - kStripe - 7);
   uint64_t h = len * kP64_1;
   for (size_t i = 0; i < 4; ++i)

@@ -17,13 +17,13 @@ namespace {
 
 int checks = 0;
 
-#define CHECK(condition)                                                      \
-  do {                                                                        \
-    ++checks;                                                                 \
-    if (!(condition)) {                                                       \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-      std::exit(1);                                                           \
-    }                                                                         \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    ++checks;                                                              \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // The least of a msgpack writer that events need.
@@ -69,7 +69,16 @@ std::string stored(uint64_t chain, size_t begin, size_t end) {
 }
 
 std::string removed(uint64_t chain, size_t block) {
-  return Pack().array(3).u64(1).array(1).array(3).text("BlockRemoved").many(1).u64(chain << 32 | block).text("GPU").u64(0)
+  return Pack()
+      .array(3)
+      .u64(1)
+      .array(1)
+      .array(3)
+      .text("BlockRemoved")
+      .many(1)
+      .u64(chain << 32 | block)
+      .text("GPU")
+      .u64(0)
       .bytes;
 }
 
@@ -168,7 +177,8 @@ void test_concurrency() {
             stream->close();
             stream = index->add_stream("pod-" + std::to_string(writer), 0);
             break;
-          case 2: case 3: apply(*stream, removed(chain, random() % 64), applied); break;
+          case 2:
+          case 3: apply(*stream, removed(chain, random() % 64), applied); break;
           default: apply(*stream, stored(chain, 0, 64), applied);
         }
       }
