@@ -1,7 +1,7 @@
 """The index of one model as slow, obvious Python: what the native core must agree with."""
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import xxhash
 from event_encoding import Cleared, Event, Hash, Removed, Stored
 
 MmFeature = tuple[str, int, int]
+Item = tuple[int, bytes]
 Holder = tuple[str, int, str, int]  # pod, rank, tier, group
 
 LORA, MM, SALT, EMBEDS, LORA_ID = 1, 2, 3, 4, 5
@@ -66,7 +67,17 @@ def query_keys(
 
 
 def event_extras(event: Stored, index: int) -> bytes:
-    """The same bytes for block `index` of an event, from what the engine says of it."""
+    """The same bytes for block `index` of an event."""
+    return encode(event_items(event, index))
+
+
+def encode(items: Iterable[Item]) -> bytes:
+    """Items in their documented form."""
+    return b"".join(item(kind, value) for kind, value in items)
+
+
+def event_items(event: Stored, index: int) -> list[Item]:
+    """What an engine says of block `index` of an event, in the order of the encoding."""
     entries = event.extra_keys or []
     items: list[Any] = list(entries[index] or []) if index < len(entries) else []
     first_of_chain = event.parent is None and index == 0
@@ -100,15 +111,15 @@ def event_extras(event: Stored, index: int) -> bytes:
                 embeds.append(digest)
             case [str(name), int()]:
                 mm.append(name)
-    out = b""
+    out: list[Item] = []
     if lora:
-        out += item(LORA, lora.encode())
+        out.append((LORA, lora.encode()))
     elif event.lora_id is not None:
-        out += item(LORA_ID, str(event.lora_id).encode())
-    out += b"".join(item(MM, name.encode()) for name in mm)
+        out.append((LORA_ID, str(event.lora_id).encode()))
+    out += [(MM, name.encode()) for name in mm]
     if salt:
-        out += item(SALT, salt.encode())
-    return out + b"".join(item(EMBEDS, digest) for digest in embeds)
+        out.append((SALT, salt.encode()))
+    return out + [(EMBEDS, digest) for digest in embeds]
 
 
 def normal(value: Hash) -> Hash:
@@ -125,14 +136,26 @@ class Match:
     tiers: dict[str, int]
 
 
-@dataclass
-class Waiting:
-    """Blocks whose parent's key is not known."""
+@dataclass(frozen=True)
+class Range:
+    """Consecutive engine blocks with their tokens."""
 
-    parent: Hash
+    parent: Hash | None
     hashes: list[Hash]
     blocks: list[Sequence[int]]
-    extras: list[bytes]
+    items: list[list[Item]]
+    size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """An engine block smaller than the canonical one, with all that came before it in that block."""
+
+    members: tuple[Hash, ...]
+    tokens: tuple[int, ...]
+    items: tuple[Item, ...]
+    base: int | None  # key of the canonical block before
+    key: int | None  # of the whole block, once this part completes it
 
 
 @dataclass
@@ -143,8 +166,9 @@ class StreamOracle:
     pod: str
     rank: int
     counts: dict[tuple[int, str, Hash], int] = field(default_factory=dict)
-    key_of: dict[Hash, int] = field(default_factory=dict)
-    waiting: list[Waiting] = field(default_factory=list)
+    keys_of: dict[Hash, list[int]] = field(default_factory=dict)  # canonical blocks in an engine block
+    parts: dict[Hash, Part] = field(default_factory=dict)
+    waiting: list[Range] = field(default_factory=list)
     groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)  # the group's own block size, by its full blocks
     unknown_removals: int = 0
@@ -177,30 +201,74 @@ class StreamOracle:
         if self.model.block_size == 0 and kind in (*FULL_KINDS, *SLIDING_KINDS):
             self.model.block_size = size
         self.sizes[group] = max(self.sizes.get(group, 0), size)
-        if size != self.model.block_size:
+        canonical = self.model.block_size
+        if not canonical or (size % canonical and canonical % size):
+            return
+        if size < self.sizes[group] and size != canonical:
             return  # a partial block: held, but no part of a prefix yet
-        blocks = split_blocks(event.tokens, size)
-        extras = [event_extras(event, index) for index in range(len(hashes))]
-        if event.parent is None:
-            self._learn(hashes, chain_keys(blocks, extras, self.model.seed))
-        elif (parent := normal(event.parent)) in self.key_of:
-            self._learn(hashes, chain_keys(blocks, extras, self.model.seed, self.key_of[parent]))
+        items = [event_items(event, index) for index in range(len(hashes))]
+        parent = None if event.parent is None else normal(event.parent)
+        found = Range(parent, hashes, split_blocks(event.tokens, size), items, size)
+        if parent is None or self._knows(parent):
+            self._place(found)
         else:
-            self.waiting.append(Waiting(parent, hashes, blocks, extras))
+            self.waiting.append(found)
 
-    def _learn(self, hashes: list[Hash], keys: list[int]) -> None:
+    def _knows(self, value: Hash) -> bool:
+        return value in self.keys_of or value in self.parts
+
+    def _held(self, value: Hash) -> bool:
+        return any(other == value for _, _, other in self.counts)
+
+    def _place(self, found: Range) -> None:
         held = {value for _, _, value in self.counts}
-        for value, key in zip(hashes, keys, strict=True):
+        ready: list[Hash] = []
+        for value in self._parts(found) if found.size < self.model.block_size else self._blocks(found):
+            # Only a block that is held tells others its key: a removed one may come back as another.
             if value in held:
-                self.key_of[value] = key
-        # Only a block that is held tells others its key: a removed one may come back as another.
-        for value, key in zip(hashes, keys, strict=True):
-            if value not in held:
-                continue
-            ready = [orphan for orphan in self.waiting if orphan.parent == value]
+                ready.append(value)
+        for value in [value for value in self.keys_of if value not in held]:
+            del self.keys_of[value]
+        self._forget_parts()
+        for value in ready:
+            adopted = [orphan for orphan in self.waiting if orphan.parent == value]
             self.waiting = [orphan for orphan in self.waiting if orphan.parent != value]
-            for orphan in ready:
-                self._learn(orphan.hashes, chain_keys(orphan.blocks, orphan.extras, self.model.seed, key))
+            for orphan in adopted:
+                self._place(orphan)
+
+    def _blocks(self, found: Range) -> Iterator[Hash]:
+        canonical = self.model.block_size
+        key = None if found.parent is None else self.keys_of[found.parent][-1]
+        for value, tokens, items in zip(found.hashes, found.blocks, found.items, strict=True):
+            blocks = split_blocks(tokens, canonical)
+            if len(blocks) > 1 and any(kind in (MM, EMBEDS) for kind, _ in items):
+                return  # nobody can tell which of its canonical blocks they touch
+            later = [each for each in items if each[0] != SALT]
+            extras = [encode(items)] + [encode(later)] * (len(blocks) - 1)
+            self.keys_of[value] = chain_keys(blocks, extras, self.model.seed, key)
+            key = self.keys_of[value][-1]
+            yield value
+
+    def _parts(self, found: Range) -> Iterator[Hash]:
+        before = None if found.parent is None else self.parts.get(found.parent)
+        if found.parent is not None and before is None:
+            return
+        for value, tokens, items in zip(found.hashes, found.blocks, found.items, strict=True):
+            start = Part((), (), (), before.key if before else None, None)
+            so_far = before if before and before.key is None else start
+            known = so_far.items + tuple(each for each in items if each not in so_far.items)
+            whole = (*so_far.tokens, *tokens)
+            key = None
+            if len(whole) == self.model.block_size:
+                order = (LORA, LORA_ID, MM, SALT, EMBEDS)
+                extra = encode(sorted(known, key=lambda each: order.index(each[0])))
+                (key,) = chain_keys([whole], [extra], self.model.seed, so_far.base)
+            before = self.parts[value] = Part((*so_far.members, value), whole, known, so_far.base, key)
+            yield value
+
+    def _forget_parts(self) -> None:
+        needed = {member for value, part in self.parts.items() if self._held(value) for member in part.members}
+        self.parts = {value: part for value, part in self.parts.items() if value in needed}
 
     def _remove(self, event: Removed) -> None:
         group, tier = event.group or 0, (event.medium or "gpu").lower()
@@ -212,12 +280,14 @@ class StreamOracle:
             self.counts[claim] -= 1
             if self.counts[claim] == 0:
                 del self.counts[claim]
-                if not any(other == value for _, _, other in self.counts):
-                    self.key_of.pop(value, None)
+                if not self._held(value):
+                    self.keys_of.pop(value, None)
+        self._forget_parts()
 
     def _drop(self) -> None:
         self.counts.clear()
-        self.key_of.clear()
+        self.keys_of.clear()
+        self.parts.clear()
         self.waiting.clear()
         self.groups.clear()
         self.sizes.clear()
@@ -228,17 +298,28 @@ class StreamOracle:
         self._drop()
         return dropped
 
+    def key_of(self, value: Hash) -> int:
+        """The key a client learns for an engine hash; 0 when there is none."""
+        part = self.parts.get(value)
+        return (part.key or 0) if part else self.keys_of.get(value, [0])[-1]
+
     @property
     def unresolved(self) -> int:
         """Claims whose key is not known."""
-        return sum(value not in self.key_of for _, _, value in self.counts)
+        return sum(not self._knows(value) for _, _, value in self.counts)
 
     def tiers_of(self) -> dict[int, dict[int, set[str]]]:
         """Key -> group -> tiers."""
         out: dict[int, dict[int, set[str]]] = {}
         for group, tier, value in self.counts:
-            if value in self.key_of:
-                out.setdefault(self.key_of[value], {}).setdefault(group, set()).add(tier)
+            keys = self.keys_of.get(value, [])
+            if self.sizes.get(group, 0) <= self.model.block_size:
+                keys = keys[-1:]  # a group of smaller blocks calls its block as the larger one that it ends
+            part = self.parts.get(value)
+            if part and part.key is not None and all((group, tier, each) in self.counts for each in part.members):
+                keys = [part.key]
+            for key in keys:
+                out.setdefault(key, {}).setdefault(group, set()).add(tier)
         return out
 
     def _valid(self, held: list[dict[int, set[str]]], length: int) -> bool:

@@ -61,26 +61,22 @@ class Chain:
     mm: tuple[MmFeature, ...] = ()
     embeds: bytes = b""
 
-    @property
-    def blocks(self) -> int:
-        return len(self.tokens) // BLOCK
-
     def identity(self, end: int) -> bytes:
-        """What distinguishes the prefix of `end` blocks."""
-        touching = [name for name, offset, _ in self.mm if offset < end * BLOCK]
+        """What distinguishes the prefix of `end` tokens."""
+        touching = [name for name, offset, _ in self.mm if offset < end]
         rest = (self.lora_name, self.lora_id, self.salt, touching, self.embeds)
-        return repr((self.tokens[: end * BLOCK], rest)).encode()
+        return repr((self.tokens[:end], rest)).encode()
 
-    def extra_keys(self, start: int, end: int, *, tagged: bool) -> list[list[object] | None] | None:
-        """Per block, in vLLM's order: LoRA, mm, salt, embeds."""
+    def extra_keys(self, start: int, end: int, size: int, *, tagged: bool) -> list[list[object] | None] | None:
+        """Per block of `size` tokens, in vLLM's order: LoRA, mm, salt, embeds."""
         entries: list[list[object] | None] = []
         for index in range(start, end):
             entry: list[object] = []
             if self.lora_name:
                 entry.append(["lora", self.lora_name, "/a/path"] if tagged else self.lora_name)
             for name, offset, length in self.mm:
-                if offset < (index + 1) * BLOCK and offset + length > index * BLOCK:
-                    relative = offset - index * BLOCK
+                if offset < (index + 1) * size and offset + length > index * size:
+                    relative = offset - index * size
                     entry.append(["mm", name, relative] if tagged else [name, relative])
             if self.salt and index == 0:
                 entry.append(["cache_salt", self.salt] if tagged else self.salt)
@@ -120,6 +116,7 @@ class Engine:
     oracle: StreamOracle
     chains: list[Chain]
     groups: Groups
+    size: int
     form: str = field(init=False)
     style: str = field(init=False)
     name: bytes = field(init=False)
@@ -131,7 +128,7 @@ class Engine:
 
     def hash_of(self, chain: Chain, index: int, variant: int = 0) -> Hash:
         """Opaque, but the same for the same prefix."""
-        data = self.name + bytes([variant]) + chain.identity(index + 1)
+        data = self.name + bytes([variant]) + chain.identity((index + 1) * self.size)
         digest = hashlib.blake2b(data, digest_size=32).digest()
         if self.form.startswith("bytes"):
             return digest[: int(self.form[5:])]
@@ -142,9 +139,10 @@ class Engine:
 
     def stored(self) -> Stored:
         rng = self.rng
-        chain = rng.choice(self.chains)
-        start = 0 if rng.random() < 0.5 else rng.randrange(chain.blocks)
-        end = rng.randint(start + 1, chain.blocks)
+        chain, size = rng.choice(self.chains), self.size
+        blocks = len(chain.tokens) // size
+        start = 0 if rng.random() < 0.5 else rng.randrange(blocks)
+        end = rng.randint(start + 1, blocks)
         group = rng.choice(list(self.groups))
         kind, window = self.groups[group]
         variant = int(rng.random() < 0.05)
@@ -152,17 +150,17 @@ class Engine:
         event = Stored(
             hashes,
             self.hash_of(chain, start - 1, variant) if start else None,
-            chain.tokens[start * BLOCK : end * BLOCK],
-            BLOCK,
+            chain.tokens[start * size : end * size],
+            size,
             self.tier(),
             chain.lora_id,
             chain.lora_name or None,
-            chain.extra_keys(start, end, tagged=rng.random() < 0.5),
+            chain.extra_keys(start, end, size, tagged=rng.random() < 0.5),
             None if group == 0 and kind is None else group,
             kind,
             window,
         )
-        sglang = chain.extra_keys(0, 1, tagged=False) is None or not (chain.mm or chain.embeds)
+        sglang = chain.extra_keys(0, 1, size, tagged=False) is None or not (chain.mm or chain.embeds)
         if sglang and self.style == "map" and rng.random() < 0.3:
             event = replace(event, extra_keys=None, cache_salt=chain.salt or None)
         match rng.random():
@@ -173,7 +171,14 @@ class Engine:
                 return replace(event, hashes=[hashes[index] for index in kept], extra_keys=None)
             case p if p < 0.18 and self.oracle.sizes.get(group):  # a block that is not full yet
                 part = [self.hash_of(chain, start, 7)]
-                return replace(event, hashes=part, block_size=BLOCK // 2, tokens=event.tokens[:2], extra_keys=None)
+                return replace(
+                    event,
+                    hashes=part,
+                    block_size=size // 2,
+                    tokens=event.tokens[: size // 2],
+                    extra_keys=None,
+                    cache_salt=None,
+                )
         return event
 
     def removed(self) -> Event:
@@ -220,18 +225,26 @@ class Fleet:
         self.rng = random.Random(seed)
         self.hash_seed = 1337 if seed % 3 else seed
         size = 0 if seed % 2 else BLOCK
+        # Engines whose blocks are a multiple or a fraction of the canonical ones.
+        self.mixed = {0: "sometimes", 1: "", 2: "", 3: "always"}[seed % 4]
         self.index = Index(size, self.hash_seed)
         self.oracle = ModelOracle(size, self.hash_seed)
         self.chains = make_chains(self.rng)
         self.engines = [self.engine(pod, rank) for pod, rank in (("a:1", 0), ("a:1", 1), ("b:1", 0), ("c", 0))]
 
     def engine(self, pod: str, rank: int) -> Engine:
+        # Only with one group, and only when nobody learns a size that it can not be compared with.
+        groups = self.rng.choice(LAYOUTS[:4] if self.mixed == "always" else LAYOUTS)
+        size = self.rng.choice((BLOCK, BLOCK, BLOCK // 2, BLOCK * 2))
+        if len(groups) > 1 or not self.mixed or groups not in LAYOUTS[:4]:
+            size = BLOCK
         return Engine(
             self.rng,
             self.index.add_stream(pod, rank),
             self.oracle.add_stream(pod, rank),
             self.chains,
-            self.rng.choice(LAYOUTS),
+            groups,
+            size,
         )
 
     def step(self) -> None:
@@ -296,8 +309,9 @@ class Fleet:
             tokens[rng.randrange(len(tokens))] += 1
             tokens = [token % 2**32 for token in tokens]
         pods = rng.sample(["a:1", "b:1", "c", "absent"], rng.randrange(5))
-        keys = query_keys(tokens, BLOCK, self.hash_seed, chain.lora_name, chain.salt, chain.mm)
-        own = block_keys(token_bytes(tokens), BLOCK, self.hash_seed, chain.lora_name, chain.salt, list(chain.mm))
+        size = self.index.block_size
+        keys = query_keys(tokens, size, self.hash_seed, chain.lora_name, chain.salt, chain.mm)
+        own = block_keys(token_bytes(tokens), size, self.hash_seed, chain.lora_name, chain.salt, list(chain.mm))
         assert own == words(keys)
         weights = [WEIGHTS[tier] for tier in tiers if tier in WEIGHTS]
         answer = self.index.score(own, pods, weights)
@@ -418,3 +432,29 @@ def test_a_group_of_unknown_kind_does_not_teach_the_block_size() -> None:
     assert index.block_size == 4
     assert applied.reasons["unknown_group_kind"] >= 1
     assert index.score_tokens(token_bytes(tokens), [], [1.0]) == []  # fails closed
+
+
+def test_parts_behind_a_removed_one_are_adopted() -> None:
+    """Sub-blocks that waited for their parent are not lost because one before them is gone: it may come back."""
+    index = Index(BLOCK)
+    stream = index.add_stream("p", 0)
+    tokens = list(range(1, 9))  # two canonical blocks in four halves
+    stream.apply([batch([as_map(Stored([2, 3, 4], 1, tokens[2:], 2)), as_map(Removed([2]))])])
+    stream.apply([batch([as_map(Stored([1], None, tokens[:2], 2))])])
+    assert stream.unresolved == 0
+    stream.apply([batch([as_map(Stored([2], 1, tokens[2:4], 2))])])
+    assert [score[2] for score in index.score_tokens(token_bytes(tokens), [], [1.0])] == [2]
+
+
+def test_a_sliding_group_of_wide_blocks_holds_all_of_them() -> None:
+    """A group whose events are resolved through another group's still holds every canonical block of its own."""
+    index = Index(BLOCK)
+    stream = index.add_stream("p", 0)
+    tokens = list(range(1, 17))  # two engine blocks of 8, four canonical ones
+    full = Stored([1, 2], None, tokens, 8, group=0, kind="full_attention")
+    # Window 9 needs the 8 tokens before: the last engine block is all that the engine keeps.
+    tail = Stored([2], None, tokens, 8, group=1, kind="sliding_window", window=9)
+    for events in ([full, tail], [tail, full]):
+        stream.clear()
+        stream.apply([batch([as_map(event) for event in events])])
+        assert [score[2] for score in index.score_tokens(token_bytes(tokens), [], [1.0])] == [4]

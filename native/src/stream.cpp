@@ -1,6 +1,7 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "keys.hpp"
 
@@ -88,7 +89,7 @@ bool Stream::group_of(const Event& event, uint8_t& group, Applied& applied) {
   if (!known) applied.count(Reason::kUnknownGroupKind);
   const auto window = static_cast<uint32_t>(std::min<uint64_t>(event.window, UINT32_MAX));
   const auto index = static_cast<uint32_t>(event.group);
-  groups_.push_back({index, index_->open_lane(number_, index, kind, window), kind, window});
+  groups_.push_back({index, index_->open_lane(number_, index, kind, window), kind, window, 0});
   group = static_cast<uint8_t>(groups_.size() - 1);
   return true;
 }
@@ -105,32 +106,34 @@ void Stream::store(const Event& event, Applied& applied) {
   // Which tokens belong to which hash is only sure when every block of the range has its hash.
   const bool mapped = count > 0 && event.block_size > 0 && event.block_size <= UINT32_MAX &&
                       event.tokens.size() / event.block_size == count && event.tokens.size() % event.block_size == 0;
-  bool canonical = false;
-  const GroupKind kind = groups_[group].kind;
-  if (mapped && kind != GroupKind::kMamba) {
+  uint32_t canonical = 0;
+  if (mapped && groups_[group].kind != GroupKind::kMamba) {
     const auto size = static_cast<uint32_t>(event.block_size);
+    const GroupKind kind = groups_[group].kind;
     // A group of unknown kind follows the size that others have taught.
-    canonical = (kind == GroupKind::kUnknown ? index_->block_size() : index_->learn_block_size(size)) == size;
-    if (!canonical && kind == GroupKind::kFull) applied.count(Reason::kBlockSizeMismatch, count);
-  }
-  if (!canonical) {
-    for (const uint64_t hash : event.hashes) {
-      uint64_t key = 0;
-      const bool known = key_of(hash, key);
-      add_claim(hash, group, tier_bit, known, key, applied);
+    canonical = kind == GroupKind::kUnknown ? index_->block_size() : index_->learn_block_size(size);
+    uint32_t& own = groups_[group].block_size;
+    own = std::max(own, size);
+    // A smaller block than the group's own is a partial one: held, but not yet part of any prefix.
+    if (size < own && size != canonical) canonical = 0;
+    if (canonical != 0 && size % canonical != 0 && canonical % size != 0) {
+      if (kind == GroupKind::kFull) applied.count(Reason::kBlockSizeMismatch, count);
+      canonical = 0;
     }
-    return;
   }
-
+  const bool direct = canonical != 0 && canonical == event.block_size;
   uint64_t parent = 0;
-  if (event.has_parent && !key_of(event.parent, parent)) {
+  const bool parent_known = !event.has_parent || knows(event.parent, parent);
+  if (!direct || !parent_known) {
     for (const uint64_t hash : event.hashes) {
       uint64_t key = 0;
-      const bool known = key_of(hash, key);
+      const bool known = knows(hash, key);
       add_claim(hash, group, tier_bit, known, key, applied);
     }
-    add_orphan(event, applied);
-    return;
+    if (canonical == 0) return;
+    if (!parent_known) return add_orphan(event, applied);
+    return place({event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size), !event.has_parent,
+                  event.parent, parent});
   }
   std::string scratch;
   bool first = !event.has_parent;
@@ -208,7 +211,7 @@ void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, u
   if ((used_ + 1) * 4 > table_.size() * 3) resize(table_.empty() ? 64 : table_.size() * 2);
   size_t i = home(hash);
   while (table_[i].count != 0) i = (i + 1) & (table_.size() - 1);
-  table_[i] = {hash, key, 1, tier, group, known};
+  table_[i] = {hash, key, 1, tier, group, known, false, false};
   ++used_;
   ++by_tier_[tier];
   if (known) {
@@ -252,19 +255,18 @@ void Stream::resize(size_t size) {
   }
 }
 
-void Stream::hold(const Claim& claim) {
-  if (index_->hold(claim.key, groups_[claim.group].lane, claim.tier)) return;
-  const auto place = static_cast<uint16_t>(claim.group << 8 | claim.tier);
-  uint32_t& holders = shared_[claim.key][place];
+// The index is told once per (key, group, tier), however many hashes stand for it.
+void Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier) {
+  if (index_->hold(key, groups_[group].lane, tier)) return;
+  uint32_t& holders = shared_[key][static_cast<uint16_t>(group << 8 | tier)];
   holders = std::max(holders, 1U) + 1;
 }
 
-void Stream::release(const Claim& claim) {
+void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
   if (!shared_.empty()) {
-    const auto found = shared_.find(claim.key);
+    const auto found = shared_.find(key);
     if (found != shared_.end()) {
-      const auto place = static_cast<uint16_t>(claim.group << 8 | claim.tier);
-      const auto holders = found->second.find(place);
+      const auto holders = found->second.find(static_cast<uint16_t>(group << 8 | tier));
       if (holders != found->second.end()) {
         if (--holders->second == 1) found->second.erase(holders);
         if (found->second.empty()) shared_.erase(found);
@@ -272,22 +274,247 @@ void Stream::release(const Claim& claim) {
       }
     }
   }
-  index_->release(claim.key, groups_[claim.group].lane, claim.tier);
+  index_->release(key, groups_[group].lane, tier);
+}
+
+void Stream::hold(Claim& claim) {
+  if (!parts_.empty()) {
+    const auto part = parts_.find(claim.hash);
+    if (part != parts_.end()) {
+      claim.part = true;
+      ++part->second.claims;
+      return hold_part(claim.hash, static_cast<uint16_t>(claim.group << 8 | claim.tier), true);
+    }
+  }
+  if (!spans_.empty() && groups_[claim.group].block_size > index_->block_size()) {
+    const auto span = spans_.find(claim.key);
+    if (span != spans_.end()) {
+      claim.wide = true;
+      ++span->second.claims;
+      for (const uint64_t key : span->second.keys) hold_key(key, claim.group, claim.tier);
+    }
+  }
+  hold_key(claim.key, claim.group, claim.tier);
+}
+
+void Stream::release(const Claim& claim) {
+  if (claim.part) {
+    hold_part(claim.hash, static_cast<uint16_t>(claim.group << 8 | claim.tier), false);
+    --parts_.at(claim.hash).claims;
+    return forget_part(claim.hash);
+  }
+  if (claim.wide) {
+    const auto span = spans_.find(claim.key);
+    for (const uint64_t key : span->second.keys) release_key(key, claim.group, claim.tier);
+    if (--span->second.claims == 0) spans_.erase(span);
+  }
+  release_key(claim.key, claim.group, claim.tier);
+}
+
+// --- engine blocks of another size than the canonical one ---
+
+namespace {
+
+// Visits the items of encoded extras: (kind, bytes).
+template <typename Visit>
+void each_extra(std::string_view extras, Visit visit) {
+  while (extras.size() >= 5) {
+    uint32_t length;
+    std::memcpy(&length, extras.data() + 1, 4);
+    visit(static_cast<ExtraKind>(extras[0]), extras.substr(5, length));
+    extras.remove_prefix(5 + size_t{length});
+  }
+}
+
+// Extras of the canonical block number `n` of an engine block; false when nobody can tell which of its blocks a
+// multimodal item touches.
+bool extras_of_nth(std::string_view extras, size_t n, std::string& out) {
+  bool clear = true;
+  out.clear();
+  each_extra(extras, [&](ExtraKind kind, std::string_view bytes) {
+    if (kind == ExtraKind::kMultimodal || kind == ExtraKind::kPromptEmbeds) clear = false;
+    if (kind == ExtraKind::kCacheSalt && n > 0) return;
+    append_extra(out, kind, bytes);
+  });
+  return clear;
+}
+
+}  // namespace
+
+uint32_t Stream::parts_of(uint32_t block_size) const {
+  const uint32_t canonical = index_->block_size();
+  return block_size < canonical ? canonical / block_size : 1;
+}
+
+bool Stream::knows(uint64_t hash, uint64_t& key) const {
+  if (!parts_.empty()) {
+    const auto part = parts_.find(hash);
+    if (part != parts_.end()) return key = part->second.key, true;
+  }
+  return key_of(hash, key);
+}
+
+bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
+  bool any = false;
+  if (table_.empty()) return any;
+  for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
+    Claim& claim = table_[i];
+    if (claim.hash != hash) continue;
+    any = true;
+    if (claim.resolved) {
+      if (part && claim.part) claim.key = key;
+      continue;
+    }
+    claim.resolved = true;
+    claim.key = key;
+    --unresolved_;
+    hold(claim);
+  }
+  return any;
+}
+
+void Stream::place(const Range& range) {
+  const uint32_t canonical = index_->block_size();
+  const uint32_t parts = parts_of(range.block_size);
+  if (parts > 1) return place_parts(range, parts);
+  const uint32_t times = range.block_size / canonical;
+  std::string scratch, extras;
+  uint64_t chain = range.parent_key;
+  bool first = range.first;
+  const uint32_t* tokens = range.tokens.data();
+  for (size_t i = 0; i < range.hashes.size(); ++i) {
+    const std::string_view own = range.extras.empty() ? std::string_view{} : std::string_view(range.extras[i]);
+    std::vector<uint64_t> keys;
+    for (uint32_t n = 0; n < times; ++n, tokens += canonical) {
+      if (times == 1) {
+        extras = own;
+      } else if (!extras_of_nth(own, n, extras)) {
+        return;  // the claims stay unresolved: never a wrong key
+      }
+      chain = block_key(tokens, canonical, extras, first, chain, index_->seed(), scratch);
+      first = false;
+      if (n + 1 < times) keys.push_back(chain);
+    }
+    if (!keys.empty()) spans_.try_emplace(chain, Span{std::move(keys), 0});
+    const bool held = resolve(range.hashes[i], chain, false);
+    const auto span = spans_.find(chain);
+    if (span != spans_.end() && span->second.claims == 0) spans_.erase(span);
+    // Only a block that is held tells others its key: a removed one may never come back as the same.
+    if (held && !orphans_.empty()) adopt(range.hashes[i], chain);
+  }
+}
+
+bool Stream::whole_key(const Part& last, uint64_t& key) const {
+  std::vector<const Part*> chain{&last};
+  while (chain.back()->place > 0) {
+    const auto before = parts_.find(chain.back()->parent);
+    if (before == parts_.end()) return false;
+    chain.push_back(&before->second);
+  }
+  std::vector<uint32_t> tokens;
+  std::vector<std::pair<ExtraKind, std::string>> items;
+  for (auto it = chain.rbegin(); it != chain.rend(); ++it) {
+    tokens.insert(tokens.end(), (*it)->tokens.begin(), (*it)->tokens.end());
+    each_extra((*it)->extras, [&](ExtraKind kind, std::string_view bytes) {
+      const std::pair<ExtraKind, std::string> item{kind, std::string(bytes)};
+      if (std::find(items.begin(), items.end(), item) == items.end()) items.push_back(item);
+    });
+  }
+  std::string extras, scratch;
+  for (const ExtraKind kind :
+       {ExtraKind::kLora, ExtraKind::kLoraId, ExtraKind::kMultimodal, ExtraKind::kCacheSalt, ExtraKind::kPromptEmbeds})
+    for (const auto& item : items)
+      if (item.first == kind) append_extra(extras, kind, item.second);
+  key = block_key(tokens.data(), tokens.size(), extras, last.first, last.base, index_->seed(), scratch);
+  return true;
+}
+
+void Stream::place_parts(const Range& range, uint32_t parts) {
+  bool has_before = !range.first;
+  uint64_t before = range.parent_hash;
+  for (size_t i = 0; i < range.hashes.size(); ++i) {
+    const uint64_t hash = range.hashes[i];
+    if (parts_.find(hash) == parts_.end()) {
+      Part part;
+      part.first = true;
+      if (has_before) {
+        const auto parent = parts_.find(before);
+        if (parent == parts_.end()) return;  // its claims are gone already
+        const bool starts_block = parent->second.place + 1 == parts;
+        part.parent = before;
+        part.place = starts_block ? 0 : parent->second.place + 1;
+        part.base = starts_block ? parent->second.key : parent->second.base;
+        part.first = !starts_block && parent->second.first;
+      }
+      const auto* tokens = range.tokens.data() + i * range.block_size;
+      part.tokens.assign(tokens, tokens + range.block_size);
+      if (!range.extras.empty()) part.extras = range.extras[i];
+      if (part.place + 1 == parts && !whole_key(part, part.key)) return;
+      if (part.place > 0) parts_.at(before).children.push_back(hash);
+      // What its earlier parts hold already.
+      if (part.place + 1 == parts) {
+        uint64_t at = part.parent;
+        for (uint32_t left = part.place; left > 0; --left) {
+          const Part& each = parts_.at(at);
+          for (size_t place = home(at); table_[place].count != 0; place = (place + 1) & (table_.size() - 1))
+            if (table_[place].hash == at && table_[place].part)
+              ++part.held[static_cast<uint16_t>(table_[place].group << 8 | table_[place].tier)];
+          at = each.parent;
+        }
+      }
+      parts_.emplace(hash, std::move(part));
+    }
+    const uint64_t key = parts_.at(hash).key;
+    const bool held = resolve(hash, key, true);
+    before = hash;
+    has_before = true;
+    if (!held) return forget_part(hash);
+    if (!orphans_.empty()) adopt(hash, key);
+  }
+}
+
+// A (group, tier) came to hold a part, or no longer does: every whole block above it is told.
+void Stream::hold_part(uint64_t hash, uint16_t holder, bool added) {
+  const uint32_t canonical = index_->block_size();
+  std::vector<uint64_t> open{hash};
+  while (!open.empty()) {
+    Part& part = parts_.at(open.back());
+    open.pop_back();
+    open.insert(open.end(), part.children.begin(), part.children.end());
+    const auto parts = static_cast<uint32_t>(canonical / part.tokens.size());
+    if (part.place + 1 != parts) continue;
+    uint32_t& held = part.held[holder];
+    const auto group = static_cast<uint8_t>(holder >> 8), tier = static_cast<uint8_t>(holder);
+    if (added) {
+      if (++held == parts) hold_key(part.key, group, tier);
+    } else {
+      if (held-- == parts) release_key(part.key, group, tier);
+      if (held == 0) part.held.erase(holder);
+    }
+  }
+}
+
+// Takes a part out when nothing claims it and nothing builds on it, and then perhaps the one before it.
+void Stream::forget_part(uint64_t hash) {
+  for (;;) {
+    const auto found = parts_.find(hash);
+    if (found == parts_.end() || found->second.claims > 0 || !found->second.children.empty()) return;
+    const bool has_before = found->second.place > 0;
+    const uint64_t before = found->second.parent;
+    parts_.erase(found);
+    if (!has_before) return;
+    const auto parent = parts_.find(before);
+    if (parent == parts_.end()) return;
+    auto& children = parent->second.children;
+    children.erase(std::remove(children.begin(), children.end(), hash), children.end());
+    hash = before;
+  }
 }
 
 // --- keys that become known later ---
 
 void Stream::learn(uint64_t hash, uint64_t key) {
-  if (unresolved_ != 0) {
-    for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
-      Claim& claim = table_[i];
-      if (claim.hash != hash || claim.resolved) continue;
-      claim.resolved = true;
-      claim.key = key;
-      --unresolved_;
-      hold(claim);
-    }
-  }
+  if (unresolved_ != 0) resolve(hash, key, false);
   if (!orphans_.empty()) adopt(hash, key);
 }
 
@@ -328,39 +555,21 @@ void Stream::drop_orphan(uint64_t id) {
 }
 
 void Stream::adopt(uint64_t parent, uint64_t parent_key) {
-  std::vector<std::pair<uint64_t, uint64_t>> known{{parent, parent_key}};
-  std::string scratch;
-  while (!known.empty()) {
-    const auto [hash, key] = known.back();
-    known.pop_back();
+  // Placing a range may make further parents known; those are worked off from here, not from inside it.
+  known_.emplace_back(parent, parent_key);
+  if (adopting_) return;
+  adopting_ = true;
+  while (!known_.empty()) {
+    const auto [hash, key] = known_.back();
+    known_.pop_back();
     for (auto it = waiting_.find(hash); it != waiting_.end(); it = waiting_.find(hash)) {
       const uint64_t id = it->second;
-      const Orphan orphan = std::move(orphans_.at(id));
-      orphans_.at(id).parent = orphan.parent;
-      orphans_.at(id).hashes = orphan.hashes;
+      const Orphan orphan = orphans_.at(id);
       drop_orphan(id);
-      uint64_t chain = key;
-      for (size_t i = 0; i < orphan.hashes.size(); ++i) {
-        const std::string_view extras = orphan.extras.empty() ? std::string_view{} : std::string_view(orphan.extras[i]);
-        chain = block_key(orphan.tokens.data() + i * orphan.block_size, orphan.block_size, extras, false, chain,
-                          index_->seed(), scratch);
-        bool held = false;
-        for (size_t at = home(orphan.hashes[i]); !table_.empty() && table_[at].count != 0;
-             at = (at + 1) & (table_.size() - 1)) {
-          Claim& claim = table_[at];
-          if (claim.hash != orphan.hashes[i]) continue;
-          held = true;
-          if (claim.resolved) continue;
-          claim.resolved = true;
-          claim.key = chain;
-          --unresolved_;
-          hold(claim);
-        }
-        // Only a block that is held tells others its key: a removed one may never come back as the same.
-        if (held) known.emplace_back(orphan.hashes[i], chain);
-      }
+      place({orphan.hashes, orphan.tokens, orphan.extras, orphan.block_size, false, hash, key});
     }
   }
+  adopting_ = false;
 }
 
 // --- leaving ---
@@ -370,8 +579,14 @@ uint64_t Stream::drop_all() {
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
   const uint64_t dropped = used_;
-  for (const Claim& claim : table_)
-    if (claim.count != 0 && claim.resolved) index_->release(claim.key, groups_[claim.group].lane, claim.tier);
+  for (const Claim& claim : table_) {
+    if (claim.count == 0 || !claim.resolved || claim.part) continue;
+    index_->release(claim.key, groups_[claim.group].lane, claim.tier);
+    if (claim.wide)
+      for (const uint64_t key : spans_.at(claim.key).keys) index_->release(key, groups_[claim.group].lane, claim.tier);
+  }
+  for (const auto& [hash, part] : parts_)
+    for (const auto& [holder, held] : part.held) index_->release(part.key, groups_[holder >> 8].lane, holder & 0xFF);
   index_->free_lanes(lanes);
   index_->unclaim(used_);
   index_->account(-static_cast<int64_t>(table_.size() * sizeof(Claim)));
@@ -381,6 +596,8 @@ uint64_t Stream::drop_all() {
   by_tier_ = {};
   groups_.clear();
   shared_.clear();
+  spans_.clear();
+  parts_.clear();
   orphans_.clear();
   waiting_.clear();
   orphan_order_.clear();

@@ -54,12 +54,34 @@ class Stream {
     uint8_t tier = 0;
     uint8_t group = 0;  // index into groups_
     bool resolved = false;
+    bool wide = false;  // stands for several canonical blocks, see spans_
+    bool part = false;  // a part of a canonical block, see parts_
   };
   struct Group {
     uint32_t index;  // the engine's group_idx
     uint32_t lane;
     GroupKind kind;
     uint32_t window;
+    uint32_t block_size;  // of its first full blocks; 0 = none seen
+  };
+  // The keys of an engine block of several canonical blocks, but the last, which is the map's key.
+  struct Span {
+    std::vector<uint64_t> keys;
+    uint32_t claims = 0;
+  };
+  // An engine block smaller than the canonical one: tokens number `place` of `parts` that make it whole.
+  struct Part {
+    uint64_t parent = 0;  // engine hash of the part before, when place > 0
+    uint64_t base = 0;    // key of the canonical block before
+    bool first = false;   // the canonical block starts at token 0
+    uint32_t place = 0;
+    std::vector<uint32_t> tokens;
+    std::string extras;
+    std::vector<uint64_t> children;
+    uint32_t claims = 0;
+    // Of the last part only: the whole block's key, and how many of its parts each (group, tier) holds.
+    uint64_t key = 0;
+    std::unordered_map<uint16_t, uint32_t> held;
   };
   // A stored range whose parent is unknown.
   struct Orphan {
@@ -85,8 +107,29 @@ class Stream {
   void add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Applied& applied);
   void erase_claim(Claim* claim);
   void resize(size_t size);
-  void hold(const Claim& claim);
+  void hold(Claim& claim);
   void release(const Claim& claim);
+  void hold_key(uint64_t key, uint8_t group, uint8_t tier);
+  void release_key(uint64_t key, uint8_t group, uint8_t tier);
+  // Makes the key of every block of a range known, one hash after the other; `told` sees each hash and its key.
+  struct Range {
+    const std::vector<uint64_t>& hashes;
+    const std::vector<uint32_t>& tokens;
+    const std::vector<std::string>& extras;
+    uint32_t block_size;
+    bool first;
+    uint64_t parent_hash;
+    uint64_t parent_key;
+  };
+  void place(const Range& range);
+  void place_parts(const Range& range, uint32_t parts);
+  void hold_part(uint64_t hash, uint16_t holder, bool added);
+  void forget_part(uint64_t hash);
+  bool whole_key(const Part& last, uint64_t& key) const;
+  // Gives its key to every unresolved claim of a hash; true when there is any claim of it.
+  bool resolve(uint64_t hash, uint64_t key, bool part);
+  bool knows(uint64_t hash, uint64_t& key) const;
+  uint32_t parts_of(uint32_t block_size) const;
   // `key` is the key of `hash`: unresolved claims of it get it, and orphans waiting for it are adopted.
   void learn(uint64_t hash, uint64_t key);
   void add_orphan(const Event& event, Applied& applied);
@@ -104,11 +147,15 @@ class Stream {
   std::vector<Group> groups_;
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
+  std::unordered_map<uint64_t, Span> spans_;
+  std::unordered_map<uint64_t, Part> parts_;             // by engine hash
   std::unordered_map<uint64_t, Orphan> orphans_;         // by id
   std::unordered_multimap<uint64_t, uint64_t> waiting_;  // parent hash -> id
   std::deque<uint64_t> orphan_order_;
   uint64_t next_orphan_ = 0;
   uint64_t orphan_blocks_ = 0;
+  std::vector<std::pair<uint64_t, uint64_t>> known_;  // parents whose orphans are to be placed
+  bool adopting_ = false;
   // Media names as sent -> tier bit, so that lower-casing happens once.
   std::vector<std::pair<std::string, uint32_t>> tier_names_;
   Event event_;
