@@ -1,5 +1,6 @@
 """How long matching takes: keys, hash and match, many holders, and a divergence after one block."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,20 +33,20 @@ def main() -> None:
         stream.apply(shared[:4])
     streams[0].apply(shared[4:])
     print(f"index: {index.claims} claims, {index.blocks} blocks\n")
-    print("| case | p50 µs |\n|---|---|")
     single = [block_keys(pack(tokens), BLOCK_SIZE)[: 512 * 8] for _, _, tokens in work[:200]]
-    turn = iter(range(10**9))
-    print(
-        f"| 512 blocks, one holder | {median_us(lambda: index.score(single[next(turn) % 200], [], WEIGHTS), 2000):.1f} |"
-    )
     many = block_keys(pack(shared_tokens), BLOCK_SIZE)[: 512 * 8]
-    print(f"| 512 blocks, 64 holders | {median_us(lambda: index.score(many, [], WEIGHTS), 2000):.1f} |")
-    tokens = pack(shared_tokens)
-    print(f"| hash + match 131,072 tokens | {median_us(lambda: index.score_tokens(tokens, [], WEIGHTS), 300):.1f} |")
     diverging = [keys[:8] + b"\1" * 8 * 511 for keys in single]
-    print(
-        f"| divergence after 1 of 512 blocks | {median_us(lambda: index.score(diverging[next(turn) % 200], [], WEIGHTS), 5000):.2f} |"
-    )
+    tokens = pack(shared_tokens)
+    turn = itertools.count()
+    cases: list[tuple[str, Callable[[], object], int]] = [
+        ("512 blocks, one holder", lambda: index.score(single[next(turn) % 200], [], WEIGHTS), 2000),
+        ("512 blocks, 64 holders", lambda: index.score(many, [], WEIGHTS), 2000),
+        ("hash + match 131,072 tokens", lambda: index.score_tokens(tokens, [], WEIGHTS), 300),
+        ("divergence after 1 of 512 blocks", lambda: index.score(diverging[next(turn) % 200], [], WEIGHTS), 5000),
+    ]
+    print("| case | p50 µs |\n|---|---|")
+    for name, call, times in cases:
+        print(f"| {name} | {median_us(call, times):.1f} |")
 
 
 if __name__ == "__main__":

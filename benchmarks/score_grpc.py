@@ -117,7 +117,7 @@ def main() -> None:
                 rate = closed_loop(call, request)
                 cost = (cpu_seconds(server.pid) - before) / (rate * SECONDS) * 1e6
                 p50, p99 = open_loop(call, request)
-                print(f"| {tokens} tokens, 16 pods | {rate:.0f} | {cost:.0f} | {p50:.2f} | {p99:.2f} |")
+                print(f"| {tokens} tokens, 16 pods | {rate:.0f} | {cost:.0f} | {p50:.2f}, {p99:.2f} |")
     finally:
         server.terminate()
         server.wait(20)

@@ -114,17 +114,18 @@ def encode_score(answer: ScoreAnswer) -> bytes:
     )
     add = response.scores.add
     for each in answer.scores:
-        add(
+        score = add(
             pod=each.pod,
-            score=each.score,
-            matched_blocks=each.matched_blocks,
-            matched_tokens=min(each.matched_blocks * answer.block_size, _U32),
-            rank=each.rank,
-            tier_blocks=each.tier_blocks,
-            trust=each.trust.value,
+            trust=kvindex_pb2.Trust.ValueType(each.trust),
             trust_reason=each.trust_reason,
             age_seconds=each.age_seconds,
         )
+        if each.matched_blocks:  # of many candidates most have no match, and a zero needs no setting
+            score.score = each.score
+            score.matched_blocks = each.matched_blocks
+            score.matched_tokens = min(each.matched_blocks * answer.block_size, _U32)
+            score.rank = each.rank
+            score.tier_blocks.update(each.tier_blocks)
     return response.SerializeToString()
 
 

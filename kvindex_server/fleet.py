@@ -116,6 +116,8 @@ class Fleet:
         subscriber = self._subscribers.get((model, pod))
         if subscriber is None:
             return Trust.COLD, "pod is not registered", -1.0
+        if rank is not None and rank >= subscriber.spec.ranks:  # registered anew with fewer ranks meanwhile
+            return Trust.COLD, "rank is not registered", -1.0
         ranks = range(subscriber.spec.ranks) if rank is None else (rank,)
         status = min((subscriber.status(each) for each in ranks), key=lambda each: _DOUBT.index(each.trust))
         return status.trust, status.trust_reason, status.age_seconds

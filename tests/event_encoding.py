@@ -100,7 +100,7 @@ def shortest_array(event: Event) -> int:
 
 
 def as_map(event: Event, *, spare_nils: bool = True) -> dict[str, Any]:
-    """vLLM >= 0.24 and SGLang >= 0.5.20. Fields without a default are there as nil, the others are left out."""
+    """vLLM >= 0.24 and SGLang >= 0.5.20. Nil fields are left out, but for those without a default."""
     if isinstance(event, Cleared):
         return {"type": "AllBlocksCleared"}
     if isinstance(event, Removed):

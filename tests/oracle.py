@@ -196,11 +196,12 @@ class StreamOracle:
         size = event.block_size
         exact = bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
         kind = self.groups[group][0]
+        if kind != "mamba":
+            self.sizes[group] = max(self.sizes.get(group, 0), size)
         if not exact or kind == "mamba":
             return  # a mamba state is found through the hash that another group's event carries
         if self.model.block_size == 0 and kind in (*FULL_KINDS, *SLIDING_KINDS):
             self.model.block_size = size
-        self.sizes[group] = max(self.sizes.get(group, 0), size)
         canonical = self.model.block_size
         if not canonical or (size % canonical and canonical % size):
             return

@@ -20,8 +20,9 @@ def free_port() -> int:
 class Publisher:
     """One rank of one engine, one life. Sequences begin at 0 and the replay buffer is empty.
 
-    `layout` "old" replays ["", seq, payload] (vLLM <= 0.25), "new" ["", topic, seq, payload]. With `connect` the
-    publishing socket dials into the index. `replay` False leaves the replay socket out.
+    `layout` "old" replays ["", seq, payload] (vLLM <= 0.25), "new" ["", topic, seq, payload]. With
+    `connect` the publishing socket dials into the index. `replay` False leaves the replay socket out,
+    `mute` keeps it from ever answering.
     """
 
     def __init__(
@@ -39,7 +40,6 @@ class Publisher:
         self._layout = layout
         self._mute = mute
         self.buffer: list[tuple[int, bytes]] = []
-        self.lost: set[int] = set()  # sequences that a live subscriber never gets
         self.replays = 0
         self.next_sequence = 0
         self._subscribed = threading.Event()

@@ -79,9 +79,7 @@ class Model:
             keys = keys_of(block.prefix, self.canonical, self.lora)
             for number, key in enumerate(keys):
                 begin, end = number * self.canonical, (number + 1) * self.canonical
-                touching = [
-                    each for each in chain if len(each.prefix) > begin and len(each.prefix) - self.size < end
-                ]
+                touching = [each for each in chain if len(each.prefix) > begin and len(each.prefix) - self.size < end]
                 for tier in TIERS:
                     if all(self.copies[tier, each.hash] for each in touching):
                         held.setdefault(key, set()).add(tier.lower())
@@ -96,7 +94,8 @@ def actual(index: Index, model: Model) -> dict[int, set[str]]:
     keys = sorted({key for block in model.blocks for key in keys_of(block.prefix, model.canonical, model.lora)})
     found = index.holders(b"".join(key.to_bytes(8, "little") for key in keys), [])
     tiers = index.tiers
-    return {key: {tiers[tier] for _, _, tier, _ in holders} for key, holders in zip(keys, found, strict=True) if holders}
+    held = zip(keys, found, strict=True)
+    return {key: {tiers[tier] for _, _, tier, _ in holders} for key, holders in held if holders}
 
 
 SIZES = [(1, 16), (4, 16), (8, 16), (16, 16), (32, 16), (64, 16), (2, 2)]

@@ -1,4 +1,4 @@
-"""Recorded frames of real engines lead to what those engines held, in the core and through the real server."""
+"""Recorded frames of real engines lead to what those engines held, in the core and in the real server."""
 
 import base64
 import json
@@ -143,9 +143,18 @@ class Server:
 
     def __init__(self, errors: Path) -> None:
         self._errors = errors.open("w+")
+        free = "127.0.0.1:0"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvindex_server", "serve"]
-            + ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
+            [
+                sys.executable,
+                "-m",
+                "kvindex_server",
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--metrics-listen",
+                "127.0.0.1:0",
+            ],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
@@ -412,7 +421,7 @@ def test_a_cleared_and_an_unregistered_pod(server: Server, model: str) -> None:
     """ClearPod drops claims and synchronises again; UnregisterPod leaves nothing."""
     tokens = list(range(32))
     with Publisher() as engine:
-        fields = {"endpoint": engine.endpoint, "replay_endpoint": engine.replay_endpoint}
+        fields: dict[str, Any] = {"endpoint": engine.endpoint, "replay_endpoint": engine.replay_endpoint}
         server.register(model, **fields)
         engine.wait_subscriber()
         engine.publish(maps(Stored([1, 2], None, tokens, 16)))

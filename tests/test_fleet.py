@@ -179,11 +179,11 @@ def test_registration_errors_name_the_field(fleet: Fleet) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(InvalidArgument, match="^endpoint: "):
+        with pytest.raises(InvalidArgument, match=r"^endpoint: "):
             fleet.register(PodSpec("pod", "m", endpoint, bind=True))
     assert fleet.statuses() == []
     fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=16))
-    with pytest.raises(InvalidArgument, match="^block_size: 32 is not the model's block size 16"):
+    with pytest.raises(InvalidArgument, match=r"^block_size: 32 is not the model's block size 16"):
         fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1", block_size=32))
     fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1"))
     fleet.register(PodSpec("c", "m", "tcp://127.0.0.1:1"))

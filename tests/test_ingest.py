@@ -294,3 +294,14 @@ def test_mooncake_envelope_is_read() -> None:
     assert rig.holds(1, 3) and rig.ingest.status().decode_errors == {}
     rig.ingest.live([(1, bytes(msgpack.packb([1.0, [{"event_type": "cleared"}]])))])
     assert rig.index.claims == 0
+
+
+@pytest.mark.parametrize("medium", [b"\xff\xfe", "with space", "x" * 65])
+def test_medium_that_is_no_name_spoils_only_its_event(medium: object) -> None:
+    """A medium becomes a tier's name in answers and metrics; one that cannot be a name is refused."""
+    rig = Rig(replay=False)
+    text = medium if isinstance(medium, str) else medium.decode("utf-8", "surrogateescape")
+    events = [["BlockStored", [1], None, [1] * 4, 4, None, text], ["BlockStored", [2], None, [2] * 4, 4, None, "GPU"]]
+    rig.ingest.live([(0, bytes(msgpack.packb([1.0, events, 0], unicode_errors="surrogateescape")))])
+    assert rig.ingest.status().decode_errors == {"bad_field": 1}
+    assert rig.holds(2) and rig.index.tiers == ["gpu", "cpu", "disk"]

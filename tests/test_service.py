@@ -314,7 +314,9 @@ def test_idle_streams_do_not_use_up_the_workers() -> None:
             "more than 4 streams",
         )
         streams[0].cancel()
-        eventually(lambda: ("/kvindex.v1.KVIndex/ScoreStream", "CANCELLED") in served.metrics.rpcs)
+        # Ended as OK or as CANCELLED: to the server, the end of the requests may come before the cancellation.
+        ended = [("/kvindex.v1.KVIndex/ScoreStream", code) for code in ("OK", "CANCELLED")]
+        eventually(lambda: any(each in served.metrics.rpcs for each in ended))
         assert next(served.kv.ScoreStream(quiet(), timeout=5)).total_blocks == 1
     finally:
         release.set()
@@ -404,8 +406,10 @@ def test_a_deadline_is_honoured_between_stages(served: Served) -> None:
 
 
 def test_nothing_internal_leaks(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "what the user typed"
+
     def broken(model: str) -> list[str]:
-        raise RuntimeError("the secret prompt")
+        raise RuntimeError(secret)
 
     served.fleet.pods = broken  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR, logger="kvindex_server"):
@@ -416,8 +420,7 @@ def test_nothing_internal_leaks(served: Served, caplog: pytest.LogCaptureFixture
     assert len(caplog.records) == 2
     fields = caplog.records[0].fields  # type: ignore[attr-defined]
     assert fields["error"] == "RuntimeError" and "in broken" in fields["trace"]
-    # The source line is shown, which here spells the text; what must not be is the exception's own message.
-    assert "RuntimeError: the secret prompt" not in str(fields)
+    assert secret not in str(fields)
     assert ("/kvindex.v1.KVIndex/Score", "INTERNAL") in served.metrics.rpcs
 
 

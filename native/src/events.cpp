@@ -110,6 +110,11 @@ bool read_optional_uint(Cursor& in, bool& present, uint64_t& value) {
 
 bool read_optional_str(Cursor& in, std::string_view& value) { return in.nil() || in.str(value); }
 
+// A medium becomes a metric label and part of answers, so it must be a short plain name.
+bool is_name(std::string_view text) {
+  return text.size() <= 64 && std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 0x7f; });
+}
+
 bool read_tokens(Cursor& in, std::vector<uint32_t>& tokens, Reason& reason) {
   uint32_t count;
   if (in.nil()) return true;

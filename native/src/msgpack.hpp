@@ -65,7 +65,7 @@ class Cursor {
     const uint8_t b = *at_;
     negative = false;
     if (b <= 0x7f) return ++at_, value = b, true;
-    if (b >= 0xe0) return ++at_, negative = true, value = static_cast<uint64_t>(static_cast<int8_t>(b)), true;
+    if (b >= 0xe0) return ++at_, negative = true, value = static_cast<uint64_t>(b) | ~uint64_t{0xff}, true;
     switch (b) {
       case 0xcc: return unsigned_of<uint8_t>(value);
       case 0xcd: return unsigned_of<uint16_t>(value);

@@ -576,6 +576,7 @@ void Stream::adopt(uint64_t parent, uint64_t parent_key) {
 
 uint64_t Stream::drop_all() {
   std::vector<uint32_t> lanes;
+  lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
   const uint64_t dropped = used_;
