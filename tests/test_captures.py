@@ -30,6 +30,7 @@ BASIC = ("vllm-0.32.0/basic-cbor-seed0", "vllm-0.23.0/basic-cbor-seed0")
 CASES = (*BASIC, "vllm-0.32.0/reset", "sglang-0.5.23/page16")
 POD = "10.0.0.1:8000"
 MODEL = "tiny"
+COMMAND = (sys.executable, "-m", "kvindex_server", "serve")
 
 
 @dataclass(frozen=True)
@@ -143,18 +144,8 @@ class Server:
 
     def __init__(self, errors: Path) -> None:
         self._errors = errors.open("w+")
-        free = "127.0.0.1:0"
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "kvindex_server",
-                "serve",
-                "--listen",
-                "127.0.0.1:0",
-                "--metrics-listen",
-                "127.0.0.1:0",
-            ],
+            [*COMMAND, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,

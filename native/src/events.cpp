@@ -271,7 +271,7 @@ bool read_field(Field field, Cursor& in, Event& event, std::vector<std::vector<E
     case Field::kLoraId:
       if (in.peek() == Type::kStr) return event.lora_name.empty() ? in.str(event.lora_name) : in.skip();
       return read_optional_uint(in, event.has_lora_id, event.lora_id);
-    case Field::kMedium: return read_optional_str(in, event.medium);
+    case Field::kMedium: return read_optional_str(in, event.medium) && is_name(event.medium);
     case Field::kLoraName: return in.nil() || in.str(event.lora_name);
     case Field::kExtraKeys: return read_extra_keys(in, entries);
     case Field::kGroup:

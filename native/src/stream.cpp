@@ -106,14 +106,14 @@ void Stream::store(const Event& event, Applied& applied) {
   // Which tokens belong to which hash is only sure when every block of the range has its hash.
   const bool mapped = count > 0 && event.block_size > 0 && event.block_size <= UINT32_MAX &&
                       event.tokens.size() / event.block_size == count && event.tokens.size() % event.block_size == 0;
+  const GroupKind kind = groups_[group].kind;
   uint32_t canonical = 0;
-  if (mapped && groups_[group].kind != GroupKind::kMamba) {
+  if (event.block_size > 0 && event.block_size <= UINT32_MAX && kind != GroupKind::kMamba) {
     const auto size = static_cast<uint32_t>(event.block_size);
-    const GroupKind kind = groups_[group].kind;
-    // A group of unknown kind follows the size that others have taught.
-    canonical = kind == GroupKind::kUnknown ? index_->block_size() : index_->learn_block_size(size);
     uint32_t& own = groups_[group].block_size;
     own = std::max(own, size);
+    // A group of unknown kind follows the size that others have taught.
+    if (mapped) canonical = kind == GroupKind::kUnknown ? index_->block_size() : index_->learn_block_size(size);
     // A smaller block than the group's own is a partial one: held, but not yet part of any prefix.
     if (size < own && size != canonical) canonical = 0;
     if (canonical != 0 && size % canonical != 0 && canonical % size != 0) {
@@ -468,9 +468,10 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
     const bool held = resolve(hash, key, true);
     before = hash;
     has_before = true;
-    if (!held) return forget_part(hash);
-    if (!orphans_.empty()) adopt(hash, key);
+    if (held && !orphans_.empty()) adopt(hash, key);
   }
+  // A part that nothing claims stays only while one that builds on it does.
+  for (auto hash = range.hashes.rbegin(); hash != range.hashes.rend(); ++hash) forget_part(*hash);
 }
 
 // A (group, tier) came to hold a part, or no longer does: every whole block above it is told.
