@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lint-native native-test bench soak proto image chart clean
+.PHONY: help setup run test lint native-test bench soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -44,22 +44,23 @@ run: setup ## Start a server with simulated engines and show what it answers
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
 
-lint: setup ## Check style, types, import layers, proto files and C++ format
+lint: setup ## Check style, types, import layers, proto files and the C++ core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
-
-lint-native: setup ## Run clang-tidy on the native core (slow)
 	scripts/tidy.sh
 
-native-test: setup ## Build the C++ tests with ASan and UBSan, and run them
-	$(BIN)/cmake -S native -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_BUILD_TYPE=Debug -DKVINDEX_NATIVE_TESTS=ON -DKVINDEX_SANITIZE=address,undefined
-	$(BIN)/cmake --build $(SANITIZED)
-	$(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure
+native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, and run them
+	@set -e; for sanitizer in address,undefined thread; do \
+	  build=$(SANITIZED)/$${sanitizer%%,*}; \
+	  $(BIN)/cmake -S native -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVINDEX_NATIVE_TESTS=ON -DKVINDEX_SANITIZE=$$sanitizer > /dev/null; \
+	  $(BIN)/cmake --build $$build; \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
+	done
 
 bench: setup ## Run every benchmark, one after another
 	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
