@@ -458,3 +458,35 @@ def test_a_sliding_group_of_wide_blocks_holds_all_of_them() -> None:
         stream.clear()
         stream.apply([batch([as_map(event) for event in events])])
         assert [score[2] for score in index.score_tokens(token_bytes(tokens), [], [1.0])] == [4]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_full_index_stays_consistent(seed: int) -> None:
+    """Whatever arrives above the claim limit, in blocks of any size, is refused without harm to what is held."""
+    rng = random.Random(seed)
+    limit = rng.choice((1, 5, 60))
+    fleet = Fleet(seed * 4 + 3)  # engines of all block sizes
+    index = Index(BLOCK, max_claims=limit)
+    streams = [index.add_stream(engine.oracle.pod, engine.oracle.rank) for engine in fleet.engines]
+    for _ in range(200):
+        number = rng.randrange(len(streams))
+        events = fleet.engines[number].events()
+        fleet.engines[number].oracle.apply(events)  # the generator removes what this one holds
+        streams[number].apply([fleet.engines[number].encode(events)])
+        if rng.random() < 0.02:
+            streams[number].clear()
+        assert index.claims == sum(stream.claims for stream in streams) <= limit
+        assert all(sum(stream.claims_by_tier) == stream.claims for stream in streams)
+    for stream in streams:
+        stream.close()
+    assert (index.claims, index.blocks) == (0, 0)
+
+
+def test_a_stream_without_room_for_any_claim_survives_parts() -> None:
+    """Sub-blocks of a stream that holds nothing, because the index is full, are refused and counted."""
+    index = Index(BLOCK, max_claims=1)
+    first, second = index.add_stream("a", 0), index.add_stream("b", 0)
+    first.apply([batch([as_map(Stored([9], None, [1, 2, 3, 4], BLOCK))])])
+    applied = second.apply([batch([as_map(Stored([1, 2], None, [1, 2, 3, 4], BLOCK // 2))])])
+    assert applied.reasons == {"claim_limit": 2}
+    assert (second.claims, index.claims, index.blocks) == (0, 1, 1)
