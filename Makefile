@@ -82,4 +82,4 @@ chart: setup ## Lint and render the Helm chart
 	"$$helm" template kvindex deploy/helm/kvindex-server
 
 clean: ## Remove everything that was built
-	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

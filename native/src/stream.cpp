@@ -456,7 +456,8 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
         uint64_t at = part.parent;
         for (uint32_t left = part.place; left > 0; --left) {
           const Part& each = parts_.at(at);
-          for (size_t place = home(at); table_[place].count != 0; place = (place + 1) & (table_.size() - 1))
+          for (size_t place = home(at); !table_.empty() && table_[place].count != 0;
+               place = (place + 1) & (table_.size() - 1))
             if (table_[place].hash == at && table_[place].part)
               ++part.held[static_cast<uint16_t>(table_[place].group << 8 | table_[place].tier)];
           at = each.parent;
