@@ -1,6 +1,7 @@
 """The composition root: builds every part, starts them in order, drains and stops them in reverse."""
 
 import logging
+import resource
 import signal
 import sys
 import threading
@@ -151,6 +152,10 @@ def run(settings: Settings) -> int:
     previous = {each: signal.signal(each, finish) for each in (signal.SIGTERM, signal.SIGINT)}
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
     sys.setswitchinterval(0.0005)
+    # A stream needs some ten descriptors, and the soft limit is often 1,024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     server: Server | None = None
     try:
         server = Server(settings)

@@ -1,5 +1,6 @@
 """ZeroMQ sockets and frames of KV-event streams, both ends; the only module that imports zmq."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -91,8 +92,22 @@ class BindError(Exception):
     """An endpoint that could not be bound."""
 
 
+MAX_SOCKETS = 65_535
+"""Of this process; a stream has up to six, and ZeroMQ's default would end at some 170 streams."""
+
+
+@functools.cache
+def _context() -> "zmq.Context[zmq.Socket[bytes]]":
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
 def _open(kind: int, endpoint: str, *, bind: bool, hwm: int) -> "zmq.Socket[bytes]":
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    try:
+        socket: zmq.Socket[bytes] = _context().socket(kind)
+    except zmq.ZMQError as error:
+        raise BindError(f"{endpoint}: {error.strerror}") from error
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVHWM, hwm)
     socket.setsockopt(zmq.SNDHWM, hwm)

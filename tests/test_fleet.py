@@ -213,3 +213,15 @@ def test_a_wrong_field_is_named(values: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidArgument) as error:
         PodSpec(**spec).validate()  # type: ignore[arg-type]
     assert error.value.field == field
+
+
+def test_several_hundred_streams_at_once() -> None:
+    """A fleet is not ended by a library's default number of sockets."""
+    fleet = Fleet(Models([]))
+    try:
+        for number in range(3):
+            first = 20000 + number * 100
+            fleet.register(PodSpec(f"pod-{number}", "m", f"tcp://127.0.0.1:{first}", ranks=100))
+        assert len(fleet.statuses()) == 300
+    finally:
+        fleet.stop()
