@@ -1,6 +1,7 @@
 #include "index.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
@@ -388,7 +389,7 @@ class Index::Walk {
       Runner& runner = runners_[place];
       if (runner.blocks != block) return;
       ++runner.blocks;
-      ++runner.tier_blocks[best_tier_[tiers]];
+      ++runner.tier_blocks[best_tier(tiers)];
       ++simple;
     });
     simple_alive_ = simple;
@@ -476,12 +477,16 @@ class Index::Walk {
   void prepare(const std::vector<double>& weights) {
     const double lowest = weights.empty() ? 0.0 : *std::min_element(weights.begin(), weights.end());
     for (uint32_t t = 0; t < kMaxTiers; ++t) weights_[t] = t < weights.size() ? weights[t] : lowest;
-    for (uint32_t tiers = 1; tiers < 256; ++tiers) {
-      uint8_t best = 255;
-      for (uint8_t t = 0; t < kMaxTiers; ++t)
-        if ((tiers >> t & 1) != 0 && (best == 255 || weights_[t] > weights_[best])) best = t;
-      best_tier_[tiers] = best;
+  }
+
+  // The tier that weighs most of those in the bits, which are not all clear.
+  uint32_t best_tier(uint8_t tiers) const {
+    auto best = static_cast<uint32_t>(std::countr_zero(tiers));
+    for (uint32_t rest = tiers & (tiers - 1U); rest != 0; rest &= rest - 1) {
+      const auto tier = static_cast<uint32_t>(std::countr_zero(rest));
+      if (weights_[tier] > weights_[best]) best = tier;
     }
+    return best;
   }
 
   // The longest prefix that every group could reuse.
@@ -510,7 +515,7 @@ class Index::Walk {
       uint8_t tiers = 0;
       for (const auto& lane : hybrid.lanes) tiers |= lane.tiers[i];
       // Outside every window nothing is needed, so nothing is paid for: as good as on the GPU.
-      ++runner.tier_blocks[tiers == 0 ? 0 : best_tier_[tiers]];
+      ++runner.tier_blocks[tiers == 0 ? 0 : best_tier(tiers)];
     }
     runners_.push_back(runner);
   }
@@ -547,7 +552,6 @@ class Index::Walk {
   std::vector<Runner> runners_;
   std::vector<Hybrid> hybrids_;
   std::array<double, kMaxTiers> weights_{};
-  std::array<uint8_t, 256> best_tier_{};
   uint32_t simple_alive_ = 0;
   uint32_t hybrids_alive_ = 0;
   uint32_t walked_ = 0;

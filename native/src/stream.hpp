@@ -53,9 +53,9 @@ class Stream {
     uint32_t count = 0;  // 0 = empty place
     uint8_t tier = 0;
     uint8_t group = 0;  // index into groups_
-    bool resolved = false;
-    bool wide = false;  // stands for several canonical blocks, see spans_
-    bool part = false;  // a part of a canonical block, see parts_
+    bool resolved : 1 = false;
+    bool wide : 1 = false;  // stands for several canonical blocks, see spans_
+    bool part : 1 = false;  // a part of a canonical block, see parts_
   };
   struct Group {
     uint32_t index;  // the engine's group_idx
