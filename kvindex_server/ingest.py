@@ -30,6 +30,9 @@ _UNREADABLE = (*_UNSOUND, "unknown_event", "token_range", "token_ids")
 MAX_REPLAY_ASKS = 64
 """Asks of one repair; each must bring something new, so only a hostile engine gets there."""
 
+MAX_JUMP = 1 << 40
+"""No stream loses so many messages: such a number is damage, and believing it would fence the pod for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -81,6 +84,7 @@ class Ingest:
         self._lost_at: float | None = None
         self._tried = False
         self._unanswered = False
+        self._gap_open = False
 
     # --- what the subscriber tells ---
 
@@ -102,6 +106,9 @@ class Ingest:
             outcome = self._judge(sequence, digest, run)
             if outcome is Outcome.NEXT:
                 run.append((sequence, payload, digest))
+                continue
+            if outcome is Outcome.GAP and sequence - (run[-1][0] if run else self._order.last or 0) > MAX_JUMP:
+                self._errors["sequence_jump"] += 1
                 continue
             self._apply(run)
             run = []
@@ -208,7 +215,7 @@ class Ingest:
             status.age_seconds = max(0.0, now - applied_at)
         if syncing:
             status.state = StreamState.SYNCING
-        elif status.trust is Trust.STALE:
+        elif status.trust is Trust.STALE and self._gap_open:
             status.state = StreamState.GAP
         elif status.last_sequence is not None:
             status.state = StreamState.LIVE
@@ -261,6 +268,7 @@ class Ingest:
             self._trust(Trust.PARTIAL, f"claims dropped: {missing}, {why}")
         else:
             self._trust(Trust.STALE, f"{missing}, {why}")
+            self._gap_open = True
 
     def _restart(self, why: str, *, count: bool = True) -> None:
         self._stream.clear()
@@ -295,6 +303,9 @@ class Ingest:
 
     def _keep(self, sequence: int, payload: bytes) -> None:
         """A live message while a replay is under way."""
+        if sequence - (self._buffer[-1][0] if self._buffer else self._order.last or 0) > MAX_JUMP:
+            self._errors["sequence_jump"] += 1
+            return
         if self._buffer and sequence <= self._buffer[-1][0]:
             known = any(each == (sequence, payload) for each in self._buffer)
             if known:
@@ -404,6 +415,8 @@ class Ingest:
             self._trust(Trust.PARTIAL, f"not taken in: {', '.join(incomplete)}")
 
     def _trust(self, trust: Trust, reason: str) -> None:
+        if trust is not Trust.STALE:
+            self._gap_open = False
         with self._lock:
             self._status.trust = trust
             self._status.trust_reason = reason

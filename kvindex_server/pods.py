@@ -8,7 +8,7 @@ from kvindex_server.errors import InvalidArgument
 
 MAX_RANKS = 1024
 ENGINES = ("", "vllm", "sglang", "trtllm")
-_TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\s\[\]]+):(\d{1,5})\Z")
+_TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|\*|[0-9A-Za-z._-]+):([0-9]{1,5})\Z")
 
 
 def split_tcp(endpoint: str, field: str) -> tuple[str, int]:
@@ -46,6 +46,11 @@ class PodSpec:
         for field in ("pod", "model", "endpoint"):
             if not getattr(self, field):
                 raise InvalidArgument(field, "must not be empty")
+        for field in ("pod", "model", "topic"):
+            if not getattr(self, field).isprintable():
+                raise InvalidArgument(field, "has control characters")
+        if len(self.topic) > 1024:
+            raise InvalidArgument("topic", "is longer than 1024 characters")
         if len(self.pod) > 256:
             raise InvalidArgument("pod", "is longer than 256 characters")
         if len(self.model) > 512:

@@ -26,7 +26,10 @@ def read_event(frames: Sequence[bytes]) -> tuple[int, bytes]:
     """(sequence, payload) of a published message [topic, seq, payload]."""
     if len(frames) != 3:
         raise BadFrames("frame_count")
-    return _read(frames[1], frames[2])
+    sequence, payload = _read(frames[1], frames[2])
+    if sequence == END_SEQUENCE:  # means the end of a replay, and nothing on a live socket
+        raise BadFrames("sequence_frame")
+    return sequence, payload
 
 
 def read_replay(frames: Sequence[bytes]) -> tuple[int, bytes]:

@@ -99,6 +99,8 @@ def test_bad_messages_are_counted_and_the_stream_goes_on(fleet: Fleet) -> None:
     publisher.send([b"only one frame"])
     publisher.send([b"topic", b"short", payload(2)])
     publisher.send([b"a", b"b", b"c", b"d"])
+    publisher.send([b"topic", b"\xff" * 8, b""])
+    publisher.send([b"topic", b"\xff" * 7 + b"\xfe", payload(3)])
     send(publisher, 1, b"")
     send(publisher, 2, b"\xc1garbage")
     send(publisher, 3, payload(2)[:-9])
@@ -106,9 +108,15 @@ def test_bad_messages_are_counted_and_the_stream_goes_on(fleet: Fleet) -> None:
     send(publisher, 4, payload(5, tag="BlockMoved"))
     send(publisher, 5, payload(6))
     eventually(lambda: fleet.statuses()[0].last_sequence == 5, 15)
-    errors = fleet.statuses()[0].decode_errors
-    assert errors["frame_count"] == 2 and errors["sequence_frame"] == 1 and errors["oversized"] == 1
-    assert errors["bad_batch"] == 2 and errors["truncated"] == 1 and errors["unknown_event"] == 1
+    assert fleet.statuses()[0].decode_errors == {
+        "frame_count": 2,
+        "sequence_frame": 2,
+        "sequence_jump": 1,
+        "oversized": 1,
+        "bad_batch": 2,
+        "truncated": 1,
+        "unknown_event": 1,
+    }
     assert fleet.statuses()[0].blocks == 2
     publisher.close()
 
@@ -205,6 +213,9 @@ def test_registration_errors_name_the_field(fleet: Fleet) -> None:
         ({"ranks": 2, "replay_endpoint": "tcp://host:2"}, "replay_endpoint"),
         ({"engine": "other"}, "engine"),
         ({"block_size": -1}, "block_size"),
+        ({"pod": "a\n"}, "pod"),
+        ({"topic": "x" * 1025}, "topic"),
+        ({"endpoint": "tcp://a;b:1"}, "endpoint"),
     ],
 )
 def test_a_wrong_field_is_named(values: dict[str, object], field: str) -> None:
