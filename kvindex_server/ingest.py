@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvindex_server._core import Applied, Stream, xxh3_64
-from kvindex_server.stream import LAG_BOUNDS, Outcome, StreamState, StreamStatus, Trust
+from kvindex_server.stream import LAG_BOUNDS, REMEMBERED, Outcome, StreamState, StreamStatus, Trust
 from kvindex_server.stream import Sequence as Order
 
 # A batch or event nobody could read may have been a removal: a claim may be wrong from then on.
@@ -29,6 +29,9 @@ _UNREADABLE = (*_UNSOUND, "unknown_event", "token_range", "token_ids")
 
 MAX_REPLAY_ASKS = 64
 """Asks of one repair; each must bring something new, so only a hostile engine gets there."""
+
+LONG_REPLAY = 512
+"""So many messages may have lost their end without a word (see `Ingest._replay_over`)."""
 
 MAX_JUMP = 1 << 40
 """No stream loses so many messages: such a number is damage, and believing it would fence the pod for nothing."""
@@ -78,6 +81,8 @@ class Ingest:
         self._asked_last: int | None = None
         self._hole = False
         self._heard = False
+        self._evident = False
+        self._unverified = False
         self._deadline = 0.0
         self._sync_ends = 0.0
         self._applied_at: float | None = None
@@ -141,13 +146,16 @@ class Ingest:
                     )
                 )
                 run.append((sequence, payload, digest))
+            elif outcome is Outcome.DUPLICATE:
+                self._unverified = False
+            elif outcome is Outcome.NEXT and self._unverified:
+                self._another_life("engine no longer has the last applied message")
+                return
             elif outcome is Outcome.NEXT and not self._hole:
                 run.append((sequence, payload, digest))
             elif outcome is Outcome.RESTART:
                 self._apply(run)
-                run = []
-                self._restart("replayed message differs from the one applied")
-                self._sync()
+                self._another_life("replayed message differs from the one applied")
                 return
             elif outcome is Outcome.GAP:
                 self._hole = True  # engines before vLLM 0.33 lose replayed messages; ask again from here
@@ -164,12 +172,21 @@ class Ingest:
         """The connection to the engine came up or was lost."""
         if not up:
             self._lost_at = self._lost_at or self._clock()
+            # Another engine may answer next; if it is the same one, its replay brings these again.
+            self._forget_buffer()
             return
         was_lost, self._lost_at = self._lost_at is not None, None
         self._unanswered = False
         blind = self._order.last is None
-        if self._ask_replay is not None and not self._syncing and (was_lost or blind):
-            self._sync()  # another engine may answer at the same address: compare what it says it sent
+        if self._ask_replay is None:
+            return
+        if was_lost:
+            # Another engine may answer at the same address: compare what it says it sent. A question under way
+            # may have died with the old one.
+            self._unverified = not blind
+            self._sync()
+        elif blind and not self._syncing:
+            self._sync()
 
     def resync(self) -> None:
         """Drop every claim and begin again, as after an operator's ClearPod."""
@@ -245,7 +262,7 @@ class Ingest:
         if sequence == 0:
             self._trust(Trust.EXACT, "in sequence from the first event")
         elif self._ask_replay is not None and not self._unanswered:
-            self._sync()
+            self._sync(evident=True)
             self._keep(sequence, payload)
             return
         else:
@@ -255,7 +272,7 @@ class Ingest:
     def _gap(self, sequence: int, payload: bytes, digest: int) -> None:
         self._status.gaps += 1
         if self._ask_replay is not None:
-            self._sync()
+            self._sync(evident=True)
             self._keep(sequence, payload)
             return
         self._jump(sequence, "no replay endpoint")
@@ -274,22 +291,31 @@ class Ingest:
         self._stream.clear()
         self._order.restarted()
         self._asked_last = None
+        self._unanswered = False
+        self._unverified = False
         with self._lock:
             if count:
                 self._status.restarts += 1
             self._status.epoch += 1
         self._trust(Trust.COLD, why)
 
+    def _another_life(self, why: str) -> None:
+        # What waits may be the dead engine's; the living one's comes with the replay.
+        self._forget_buffer()
+        self._restart(why)
+        self._sync()
+
     # --- repair ---
 
-    def _sync(self) -> None:
+    def _sync(self, *, evident: bool = False) -> None:
+        """Ask; `evident` when a message that came already is what the replay has to reach."""
         now = self._clock()
         self._syncing = True
         self._asks = 0
         self._sync_ends = now + self._bounds.seconds
-        self._ask()
+        self._ask(evident=evident)
 
-    def _ask(self) -> None:
+    def _ask(self, *, evident: bool = False) -> None:
         assert self._ask_replay is not None
         # From the last applied one, not the next: a restarted engine has another message under its number.
         start = self._order.last or 0
@@ -297,6 +323,7 @@ class Ingest:
         self._asked_last = self._order.last if self._order.last is not None else -1
         self._hole = False
         self._heard = False
+        self._evident = evident or bool(self._buffer)
         self._deadline = self._clock() + self._bounds.replay_timeout
         self._status.replays += 1
         self._ask_replay(start)
@@ -308,12 +335,14 @@ class Ingest:
             return
         if self._buffer and sequence <= self._buffer[-1][0]:
             known = any(each == (sequence, payload) for each in self._buffer)
-            if known:
+            if known or self._order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
                 self._status.duplicates += 1
                 return
             self._forget_buffer()
             self._restart("sequence fell back during a replay")
-            self._sync()
+            self._sync(evident=True)
+        if self._buffer and sequence > self._buffer[-1][0] + 1:
+            self._status.gaps += 1
         self._buffer.append((sequence, payload))
         self._buffered_bytes += len(payload)
         if len(self._buffer) > self._bounds.messages or self._buffered_bytes > self._bounds.bytes:
@@ -323,14 +352,20 @@ class Ingest:
     def _replay_over(self, *, marker: bool = True) -> None:
         if marker and not self._heard and self._order.last is not None:
             # It was asked from the last applied message on, and a living engine keeps its newest ones.
-            self._restart("engine no longer has the last applied message")
-            self._sync()
+            self._another_life("engine no longer has the last applied message")
             return
-        first_live = self._buffer[0][0] if self._buffer else None
+        before = self._asked_last
+        if not self._unverified and not self._drain():
+            self._another_life("published message differs from the one replayed")
+            return
         last = -1 if self._order.last is None else self._order.last
-        short = first_live is not None and first_live > last + 1
-        progressed = last != self._asked_last
-        if (self._hole or short or not marker) and progressed and self._asks < MAX_REPLAY_ASKS:
+        # What still waits lies behind a hole. A replay asked for before it was known may have ended before it.
+        short = bool(self._buffer)
+        # Engines before vLLM 0.33 can lose the end of a long replay and still send the marker.
+        long = before is not None and last - before > LONG_REPLAY
+        progressed = last != before
+        again = self._hole or short or long or not marker
+        if again and (progressed or (short and not self._evident)) and self._asks < MAX_REPLAY_ASKS:
             self._ask()
             return
         if self._hole or short:
@@ -338,12 +373,47 @@ class Ingest:
             return
         self._end_sync()
 
+    def _drain(self) -> bool:
+        """Apply the waiting messages that follow in sequence; False when one is another engine's."""
+        run: list[tuple[int, bytes, int]] = []
+        done = 0
+        for sequence, payload in self._buffer:
+            last = run[-1][0] if run else self._order.last
+            if last is None and sequence > 0:
+                break
+            digest = xxh3_64(payload)
+            if last is None:
+                self._trust(Trust.EXACT, "in sequence from the first event")
+            elif sequence > last + 1:
+                break
+            elif sequence <= last:
+                if self._foreign(sequence, digest, run):
+                    return False
+                done += 1
+                continue
+            run.append((sequence, payload, digest))
+            done += 1
+        self._buffered_bytes -= sum(len(payload) for _, payload in self._buffer[:done])
+        self._buffer = self._buffer[done:]
+        self._apply(run)
+        return True
+
+    def _foreign(self, sequence: int, digest: int, run: Sequence[tuple[int, bytes, int]]) -> bool:
+        """A waiting message, not above the last applied one, is not the one applied under its number."""
+        last = self._order.last
+        if last is not None and sequence <= last - REMEMBERED:
+            return False  # too long ago to compare: a long replay brought it
+        return self._judge(sequence, digest, run) is Outcome.RESTART
+
     def _give_up(self, why: str) -> None:
-        self._unanswered = True
+        self._unanswered = not self._heard
         if self._order.last is None and not self._buffer:
             self._trust(Trust.COLD, why)
         elif self._order.last is not None and self._hole and not self._buffer:
             self._trust(Trust.STALE, why)
+        elif self._unverified:
+            self._trust(Trust.STALE, f"connection was lost, and {why}")
+        self._unverified = False
         self._end_sync(why)
 
     def _end_sync(self, why: str = "replay does not cover them") -> None:
@@ -352,10 +422,16 @@ class Ingest:
         held = self._buffer
         self._forget_buffer()
         run: list[tuple[int, bytes, int]] = []
-        for sequence, payload in held:
+        for number, (sequence, payload) in enumerate(held):
             digest = xxh3_64(payload)
             last = run[-1][0] if run else self._order.last
             if last is not None and sequence <= last:
+                if self._foreign(sequence, digest, run):
+                    self._restart("sequence fell back during a replay")
+                    self._sync(evident=True)
+                    for each in held[number:]:
+                        self._keep(*each)
+                    return
                 continue  # the replay brought it already
             if last is None:
                 if sequence == 0:

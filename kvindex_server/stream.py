@@ -1,13 +1,15 @@
 """The order of one event stream: a pure sequence state machine, without sockets or a clock of its own."""
 
 import enum
-from collections import OrderedDict
+from array import array
 from dataclasses import dataclass, field
 
 LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds, in seconds, of the ingestion-lag histogram; a last bucket is unbounded."""
 
-REMEMBERED = 1024
+_NEVER = 2**64 - 1
+
+REMEMBERED = 8192
 """Digests kept of the last applied messages, to tell a duplicate from a restarted engine."""
 
 
@@ -79,7 +81,8 @@ class Sequence:
 
     def __init__(self) -> None:
         self.last: int | None = None
-        self._digests: OrderedDict[int, int] = OrderedDict()
+        self._sequences = array("Q")
+        self._digests = array("Q")
 
     def judge(self, sequence: int, digest: int) -> Outcome:
         """The meaning of a message; `digest` is a hash of its payload (which carries the engine's time)."""
@@ -92,16 +95,20 @@ class Sequence:
         # An engine counts from 0 again when it restarts, and says nothing else about it. A number already
         # passed is a duplicate only if it is the very message seen under it; when that is not remembered
         # any more, a restart is assumed: dropping true claims costs a replay, keeping dead ones is wrong.
-        return Outcome.DUPLICATE if self._digests.get(sequence) == digest else Outcome.RESTART
+        place = sequence % REMEMBERED
+        known = self._sequences[place] == sequence and self._digests[place] == digest
+        return Outcome.DUPLICATE if known else Outcome.RESTART
 
     def applied(self, sequence: int, digest: int) -> None:
         """The message has been applied; it is the last one now."""
+        if not self._digests:
+            self._sequences = array("Q", [_NEVER]) * REMEMBERED
+            self._digests = array("Q", [0]) * REMEMBERED
         self.last = sequence
-        self._digests[sequence] = digest
-        if len(self._digests) > REMEMBERED:
-            self._digests.popitem(last=False)
+        self._sequences[sequence % REMEMBERED] = sequence
+        self._digests[sequence % REMEMBERED] = digest
 
     def restarted(self) -> None:
         """Forget the old life."""
         self.last = None
-        self._digests.clear()
+        self._sequences, self._digests = array("Q"), array("Q")

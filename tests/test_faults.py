@@ -172,8 +172,8 @@ class Network:
             for _ in range(40):
                 self._network_turn()
                 if not self.flight and not self.late and not self.ingest.waiting_for_replay:
+                    self.now += 6.0
                     break
-            self.now += 6.0
             self.ingest.tick()
         for _ in range(100):
             if not self.ingest.waiting_for_replay:
@@ -204,7 +204,8 @@ class Network:
 
     def _restart(self) -> None:
         self.late = []
-        witnessed = self.rng.random() < 0.6
+        # A replay mixed from two lives cannot be told; on one address the lost connection tells.
+        witnessed = self.rng.random() < 0.6 or self.ingest.waiting_for_replay
         if witnessed and self.connected:
             self._down()
         self.engine = self._new_life()
@@ -241,7 +242,7 @@ class Network:
     def _down(self) -> None:
         self.connected = False
         if self.rng.random() < 0.5:
-            self.flight = [each for each in self.flight if each[0] != "live"]
+            self.flight = [each for each in self.flight if each[0] != "live" or each[1] == 0]
         self.flight.append(("down", 0, b""))
 
     def _up(self) -> None:
@@ -256,7 +257,8 @@ class Network:
         self.log.append(f"{self.now:.1f} ask {start}")
 
     def _serve(self) -> None:
-        if self.request is None or (not self.connected and not self.calm):
+        # A lost connection is known at once, long before another engine can answer at the same address.
+        if self.request is None or not self.connected or any(kind == "down" for kind, _, _ in self.flight):
             return
         start, wait = self.request
         if wait:
@@ -285,7 +287,8 @@ class Network:
 
     def _network_turn(self) -> None:
         self.now += self.rng.uniform(0.01, 0.3)
-        if not self.calm and self.rng.random() < 0.02:
+        waits_in_vain = self.faults.deaf or not self.ingest.waiting_for_replay
+        if not self.calm and waits_in_vain and self.rng.random() < 0.02:
             self.now += 6.0  # nothing moves for longer than a replay may be silent
         late, self.late = self.late, []
         for wait, sequence, payload in late:
