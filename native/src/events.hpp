@@ -31,9 +31,7 @@ enum class Reason : uint8_t {
 inline constexpr size_t kReasons = static_cast<size_t>(Reason::kCount);
 const char* name_of(Reason reason);
 
-struct EngineHash {
-  uint64_t value;  // ints as u64 (two's complement); bytes by their own hash
-};
+// An engine's hash as one number: ints are u64 (two's complement), bytes and text get a hash of their own.
 uint64_t hash_of_bytes(std::string_view bytes);
 
 enum class Tag : uint8_t { kStored, kRemoved, kCleared };
