@@ -1,113 +1,23 @@
 #include "index.hpp"
 
 #include <algorithm>
-#include <bit>
-#include <cstdlib>
-#include <cstring>
 #include <tuple>
-#include <unordered_set>
 
 #include "stream.hpp"
 
 namespace kvindex {
 
-// A member is lane << 8 | tier bits; members are sorted by lane.
-struct Index::Members {
-  uint32_t size;
-  uint32_t capacity;
-  uint32_t at[1];  // really `capacity` of them
-
-  static size_t bytes(uint32_t capacity) { return sizeof(Members) + (capacity - 1) * sizeof(uint32_t); }
-  static Members* make(uint32_t capacity) {
-    auto* made = static_cast<Members*>(std::malloc(bytes(capacity)));
-    if (made == nullptr) throw std::bad_alloc();
-    made->size = 0;
-    made->capacity = capacity;
-    return made;
-  }
-};
-
-// An open-addressing table (linear probing, no tombstones) behind one mutex, held for tens of nanoseconds.
-struct alignas(64) Index::Shard {
-  std::mutex mutex;
-  std::vector<Slot> slots;
-  size_t used = 0;
-
-  size_t home(uint64_t key) const { return (key * 0x9E3779B97F4A7C15ULL >> 20) & (slots.size() - 1); }
-
-  Slot* find(uint64_t key) {
-    if (slots.empty()) return nullptr;
-    for (size_t i = home(key);; i = (i + 1) & (slots.size() - 1)) {
-      if (slots[i].ref == 0) return nullptr;
-      if (slots[i].key == key) return &slots[i];
-    }
-  }
-
-  // Bytes by which the table grew.
-  int64_t reserve_one() {
-    if (slots.size() * 3 >= (used + 1) * 4) return 0;
-    return resize(slots.empty() ? 16 : slots.size() * 2);
-  }
-
-  int64_t shrink() {
-    if (slots.size() <= 64 || used * 6 > slots.size()) return 0;
-    return resize(slots.size() / 2);
-  }
-
-  int64_t resize(size_t size) {
-    std::vector<Slot> old(size);
-    old.swap(slots);
-    for (const Slot& slot : old)
-      if (slot.ref != 0) *place(slot.key) = slot;
-    return (static_cast<int64_t>(size) - static_cast<int64_t>(old.size())) * static_cast<int64_t>(sizeof(Slot));
-  }
-
-  Slot* place(uint64_t key) {
-    size_t i = home(key);
-    while (slots[i].ref != 0) i = (i + 1) & (slots.size() - 1);
-    return &slots[i];
-  }
-
-  void erase(Slot* slot) {
-    const size_t mask = slots.size() - 1;
-    size_t hole = static_cast<size_t>(slot - slots.data());
-    for (size_t i = (hole + 1) & mask; slots[i].ref != 0; i = (i + 1) & mask) {
-      if (((i - home(slots[i].key)) & mask) >= ((i - hole) & mask)) {
-        slots[hole] = slots[i];
-        hole = i;
-      }
-    }
-    slots[hole] = Slot{};
-    --used;
-  }
-};
-
-namespace {
-
-constexpr uint32_t lane_of(uint32_t member) { return member >> 8; }
-constexpr uint64_t inline_ref(uint32_t member) { return (static_cast<uint64_t>(member) << 1) | 1; }
-constexpr uint32_t inline_member(uint64_t ref) { return static_cast<uint32_t>(ref >> 1); }
-
-}  // namespace
-
-Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims)
-    : block_size_(block_size), seed_(seed), max_claims_(max_claims), shards_(new Shard[kShards]) {
-  auto first = std::make_shared<Topology>();
+Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_bytes)
+    : block_size_(block_size), seed_(seed), max_claims_(max_claims), max_bytes_(max_bytes) {
+  auto* first = new Topology;
   first->lanes.emplace_back();
-  topology_ = std::move(first);
+  topology_ = first;
 }
 
-Index::~Index() {
-  for (size_t i = 0; i < kShards; ++i)
-    for (const Slot& slot : shards_[i].slots)
-      if (slot.ref != 0 && (slot.ref & 1) == 0) std::free(reinterpret_cast<void*>(slot.ref));
-}
-
-Index::Shard& Index::shard(uint64_t key) const { return shards_[key >> 56]; }
+Index::~Index() { delete topology_.load(); }
 
 uint64_t Index::bytes() const {
-  return sizeof(Index) + kShards * sizeof(Shard) +
-         static_cast<uint64_t>(std::max<int64_t>(0, bytes_.load(std::memory_order_relaxed)));
+  return sizeof(Index) + static_cast<uint64_t>(std::max<int64_t>(0, blocks_.bytes()));
 }
 
 std::vector<std::string> Index::tiers() const {
@@ -130,71 +40,86 @@ uint32_t Index::learn_block_size(uint32_t size) {
   return known;
 }
 
-bool Index::claim() {
-  const uint64_t before = claims_.fetch_add(1, std::memory_order_relaxed);
-  if (max_claims_ == 0 || before < max_claims_) return true;
-  unclaim(1);
-  return false;
+uint64_t Index::claim(uint64_t count) {
+  if (max_bytes_ != 0 && bytes() >= max_bytes_) return 0;
+  const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed);
+  if (max_claims_ == 0 || before + count <= max_claims_) return count;
+  const uint64_t granted = before < max_claims_ ? max_claims_ - before : 0;
+  unclaim(count - granted);
+  return granted;
 }
 
 // --- topology ---
 
-std::shared_ptr<const Topology> Index::topology() const {
-  std::lock_guard lock(topology_mutex_);
-  return topology_;
-}
-
+// Under the mutex. Readers that pinned before still use the old value.
 template <typename Change>
 void Index::change_topology(Change change) {
-  auto next = std::make_shared<Topology>(*topology_);
+  const Topology* old = topology_.load();
+  auto* next = new Topology(*old);
   change(*next);
-  next->successor.reset();
-  topology_->successor = next;
-  topology_ = std::move(next);
+  next->settle();
+  topology_.store(next);
+  blocks_.epoch().retire([](void*, void* object, uint64_t) { delete static_cast<Topology*>(object); }, nullptr,
+                         const_cast<Topology*>(old), 0);
 }
 
 std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank) {
-  std::lock_guard lock(topology_mutex_);
-  uint32_t number = 0;
-  change_topology([&](Topology& next) {
-    auto [found, is_new] = next.pod_of_name.try_emplace(pod, static_cast<uint32_t>(next.pods.size()));
-    if (is_new) next.pods.push_back({pod, {}});
-    if (free_streams_.empty()) {
-      number = static_cast<uint32_t>(next.streams.size());
-      next.streams.emplace_back();
-      stream_objects_.emplace_back();
-    } else {
-      number = free_streams_.back();
-      free_streams_.pop_back();
-    }
-    next.streams[number] = {found->second, rank, true, {}};
-    next.pods[found->second].streams.push_back(number);
-  });
-  auto made = std::make_shared<Stream>(shared_from_this(), number);
-  stream_objects_[number] = made;
+  std::shared_ptr<Stream> made;
+  {
+    std::lock_guard lock(topology_mutex_);
+    uint32_t number = 0;
+    change_topology([&](Topology& next) {
+      auto found = next.pod_of_name.find(pod);
+      if (found == next.pod_of_name.end()) {
+        const std::string_view name = names_.emplace_back(pod);
+        found = next.pod_of_name.emplace(name, static_cast<uint32_t>(next.pods.size())).first;
+        next.pods.push_back({name, {}});
+      }
+      if (free_streams_.empty()) {
+        number = static_cast<uint32_t>(next.streams.size());
+        next.streams.emplace_back();
+        stream_objects_.emplace_back();
+      } else {
+        number = free_streams_.back();
+        free_streams_.pop_back();
+      }
+      next.streams[number] = {found->second, rank, true, {}, {}};
+      next.pods[found->second].streams.push_back(number);
+    });
+    made = std::make_shared<Stream>(shared_from_this(), number);
+    stream_objects_[number] = made;
+  }
+  blocks_.epoch().collect();
   return made;
 }
 
 void Index::close_stream(uint32_t stream) {
-  std::lock_guard lock(topology_mutex_);
-  change_topology([&](Topology& next) {
-    StreamPlace& place = next.streams[stream];
-    auto& of_pod = next.pods[place.pod].streams;
-    of_pod.erase(std::remove(of_pod.begin(), of_pod.end(), stream), of_pod.end());
-    place = {};
-  });
-  stream_objects_[stream].reset();
-  free_streams_.push_back(stream);
+  {
+    std::lock_guard lock(topology_mutex_);
+    change_topology([&](Topology& next) {
+      StreamPlace& place = next.streams[stream];
+      auto& of_pod = next.pods[place.pod].streams;
+      of_pod.erase(std::remove(of_pod.begin(), of_pod.end(), stream), of_pod.end());
+      place = {};
+    });
+    stream_objects_[stream].reset();
+    free_streams_.push_back(stream);
+  }
+  blocks_.epoch().collect();
 }
 
 uint32_t Index::open_lane(uint32_t stream, uint32_t group, GroupKind kind, uint32_t window) {
   std::lock_guard lock(topology_mutex_);
   uint32_t lane = 0;
   change_topology([&](Topology& next) {
-    if (!resting_lanes_.empty() && resting_lanes_.front().second.expired()) {
-      lane = resting_lanes_.front().first;
-      resting_lanes_.pop_front();
-    } else {
+    {
+      std::lock_guard free_lock(free_lanes_mutex_);
+      if (!free_lanes_.empty()) {
+        lane = free_lanes_.back();
+        free_lanes_.pop_back();
+      }
+    }
+    if (lane == 0) {
       lane = static_cast<uint32_t>(next.lanes.size());
       next.lanes.emplace_back();
     }
@@ -224,13 +149,16 @@ void Index::retire_lanes(const std::vector<uint32_t>& lanes) {
   });
 }
 
+// A lane's number is used again only when no query can still see the topology it was alive in.
 void Index::free_lanes(const std::vector<uint32_t>& lanes) {
-  if (lanes.empty()) return;
-  std::lock_guard lock(topology_mutex_);
-  // A topology keeps its successor alive, so this one expires only after every older one has.
-  const std::weak_ptr<const Topology> seen = topology_;
-  change_topology([](Topology&) {});
-  for (const uint32_t lane : lanes) resting_lanes_.emplace_back(lane, seen);
+  for (const uint32_t lane : lanes)
+    blocks_.epoch().retire(
+        [](void* owner, void*, uint64_t number) {
+          auto* index = static_cast<Index*>(owner);
+          std::lock_guard lock(index->free_lanes_mutex_);
+          index->free_lanes_.push_back(static_cast<uint32_t>(number));
+        },
+        this, nullptr, lane);
 }
 
 std::vector<std::shared_ptr<Stream>> Index::live_streams() const {
@@ -241,346 +169,35 @@ std::vector<std::shared_ptr<Stream>> Index::live_streams() const {
   return live;
 }
 
-// --- claims ---
-
-bool Index::hold(uint64_t key, uint32_t lane, uint32_t tier) {
-  Shard& home = shard(key);
-  const uint32_t bit = 1U << tier;
-  std::lock_guard lock(home.mutex);
-  Slot* slot = home.find(key);
-  if (slot == nullptr) {
-    account(home.reserve_one());
-    slot = home.place(key);
-    *slot = {key, inline_ref(lane << 8 | bit)};
-    ++home.used;
-    blocks_.fetch_add(1, std::memory_order_relaxed);
-    return true;
-  }
-  if (slot->ref & 1) {
-    const uint32_t member = inline_member(slot->ref);
-    if (lane_of(member) == lane) {
-      slot->ref = inline_ref(member | bit);
-      return (member & bit) == 0;
-    }
-    Members* members = Members::make(2);
-    const uint32_t added = lane << 8 | bit;
-    members->size = 2;
-    members->at[0] = std::min(member, added);
-    members->at[1] = std::max(member, added);
-    slot->ref = reinterpret_cast<uint64_t>(members);
-    account(static_cast<int64_t>(Members::bytes(2)));
-    return true;
-  }
-  auto* members = reinterpret_cast<Members*>(slot->ref);
-  uint32_t* end = members->at + members->size;
-  uint32_t* at = std::lower_bound(members->at, end, lane << 8);
-  if (at != end && lane_of(*at) == lane) {
-    const bool is_new = (*at & bit) == 0;
-    *at |= bit;
-    return is_new;
-  }
-  if (members->size == members->capacity) {
-    const auto offset = at - members->at;
-    const uint32_t capacity = members->capacity + members->capacity / 2 + 1;
-    account(static_cast<int64_t>(Members::bytes(capacity)) - static_cast<int64_t>(Members::bytes(members->capacity)));
-    auto* grown = static_cast<Members*>(std::realloc(members, Members::bytes(capacity)));
-    if (grown == nullptr) throw std::bad_alloc();
-    grown->capacity = capacity;
-    slot->ref = reinterpret_cast<uint64_t>(grown);
-    members = grown;
-    at = members->at + offset;
-    end = members->at + members->size;
-  }
-  std::memmove(at + 1, at, static_cast<size_t>(end - at) * sizeof(uint32_t));
-  *at = lane << 8 | bit;
-  ++members->size;
-  return true;
-}
-
-void Index::release(uint64_t key, uint32_t lane, uint32_t tier) {
-  Shard& home = shard(key);
-  const uint32_t bit = 1U << tier;
-  std::lock_guard lock(home.mutex);
-  Slot* slot = home.find(key);
-  if (slot == nullptr) return;
-  if (slot->ref & 1) {
-    const uint32_t member = inline_member(slot->ref);
-    if (lane_of(member) != lane) return;
-    if ((member & 0xFF & ~bit) != 0) {
-      slot->ref = inline_ref(member & ~bit);
-      return;
-    }
-  } else {
-    auto* members = reinterpret_cast<Members*>(slot->ref);
-    uint32_t* end = members->at + members->size;
-    uint32_t* at = std::lower_bound(members->at, end, lane << 8);
-    if (at == end || lane_of(*at) != lane) return;
-    *at &= ~bit;
-    if ((*at & 0xFF) != 0) return;
-    std::memmove(at, at + 1, static_cast<size_t>(end - at - 1) * sizeof(uint32_t));
-    if (--members->size > 1) return;
-    const uint32_t last = members->size == 1 ? members->at[0] : 0;
-    account(-static_cast<int64_t>(Members::bytes(members->capacity)));
-    std::free(members);
-    if (last != 0) {
-      slot->ref = inline_ref(last);
-      return;
-    }
-  }
-  home.erase(slot);
-  blocks_.fetch_sub(1, std::memory_order_relaxed);
-  account(home.shrink());
-}
-
-template <typename Visit>
-bool Index::visit(uint64_t key, Visit visit) const {
-  Shard& home = shard(key);
-  std::lock_guard lock(home.mutex);
-  const Slot* slot = home.find(key);
-  if (slot == nullptr) return false;
-  if (slot->ref & 1) {
-    const uint32_t member = inline_member(slot->ref);
-    visit(lane_of(member), static_cast<uint8_t>(member));
-  } else {
-    const auto* members = reinterpret_cast<const Members*>(slot->ref);
-    for (uint32_t i = 0; i < members->size; ++i) visit(lane_of(members->at[i]), static_cast<uint8_t>(members->at[i]));
-  }
-  return true;
-}
-
-// --- matching ---
-
-// One prompt walked block by block for all candidates at once. A stream whose only group is a full-attention one
-// is followed by counters; any other stream keeps the tiers of every block per group and is judged at the end.
-class Index::Walk {
- public:
-  Walk(const Index& index, const Pods& pods, const std::vector<double>& weights)
-      : index_(index), topology_(index.topology()), runner_of_lane_(topology_->lanes.size(), kNone) {
-    if (pods.empty()) {
-      for (const PodPlace& pod : topology_->pods) add(pod);
-    } else {
-      std::unordered_set<std::string_view> seen;
-      for (const std::string& name : pods) {
-        if (!seen.insert(name).second) continue;
-        const auto found = topology_->pod_of_name.find(name);
-        if (found != topology_->pod_of_name.end()) add(topology_->pods[found->second]);
-      }
-    }
-    prepare(weights);
-  }
-
-  bool alive() const { return simple_alive_ > 0 || hybrids_alive_ > 0; }
-
-  void step(uint64_t key) {
-    const uint32_t block = walked_++;
-    uint32_t simple = 0;
-    for (Hybrid& hybrid : hybrids_)
-      if (hybrid.alive)
-        for (auto& lane : hybrid.lanes) lane.tiers.push_back(0);
-    index_.visit(key, [&](uint32_t lane, uint8_t tiers) {
-      if (lane >= runner_of_lane_.size()) return;  // opened after this query began
-      const uint32_t place = runner_of_lane_[lane];
-      if (place == kNone) return;
-      if (place & kHybrid) {
-        Hybrid& hybrid = hybrids_[(place & ~kHybrid) >> 5];
-        if (hybrid.alive) hybrid.lanes[place & (kMaxGroups - 1)].tiers.back() = tiers;
-        return;
-      }
-      Runner& runner = runners_[place];
-      if (runner.blocks != block) return;
-      ++runner.blocks;
-      ++runner.tier_blocks[best_tier(tiers)];
-      ++simple;
-    });
-    simple_alive_ = simple;
-    for (Hybrid& hybrid : hybrids_) {
-      if (!hybrid.alive || !hybrid.has_full) continue;
-      for (const auto& lane : hybrid.lanes)
-        if (lane.info.kind == GroupKind::kFull && lane.tiers.back() == 0) hybrid.alive = false;
-      if (!hybrid.alive) --hybrids_alive_;
-    }
-  }
-
-  std::vector<Match> finish() {
-    for (const Hybrid& hybrid : hybrids_) judge(hybrid);
-    std::unordered_map<uint32_t, size_t> of_pod;
-    std::vector<Match> matches;
-    for (const Runner& runner : runners_) {
-      if (runner.blocks == 0) continue;
-      const StreamPlace& stream = topology_->streams[runner.stream];
-      Match match;
-      match.rank = stream.rank;
-      match.blocks = runner.blocks;
-      match.tier_blocks = runner.tier_blocks;
-      for (uint32_t t = 0; t < kMaxTiers; ++t) match.score += weights_[t] * runner.tier_blocks[t];
-      const auto [found, is_new] = of_pod.try_emplace(stream.pod, matches.size());
-      if (is_new) {
-        match.pod = topology_->pods[stream.pod].name;
-        matches.push_back(std::move(match));
-        continue;
-      }
-      Match& best = matches[found->second];
-      if (match.score > best.score || (match.score == best.score && match.rank < best.rank)) {
-        match.pod = std::move(best.pod);
-        best = std::move(match);
-      }
-    }
-    return matches;
-  }
-
- private:
-  static constexpr uint32_t kNone = 0xFFFFFFFFU, kHybrid = 0x80000000U;
-
-  struct Runner {
-    uint32_t stream = 0;
-    uint32_t blocks = 0;
-    std::array<uint32_t, kMaxTiers> tier_blocks{};
-  };
-  struct HybridLane {
-    Lane info;
-    std::vector<uint8_t> tiers;  // per block
-  };
-  struct Hybrid {
-    uint32_t stream = 0;
-    bool alive = true;
-    bool has_full = false;
-    std::vector<HybridLane> lanes;
-  };
-
-  void add(const PodPlace& pod) {
-    for (const uint32_t number : pod.streams) {
-      const StreamPlace& stream = topology_->streams[number];
-      if (!stream.alive || stream.lanes.empty()) continue;
-      const auto kind = [&](uint32_t lane) { return topology_->lanes[lane].kind; };
-      if (std::any_of(stream.lanes.begin(), stream.lanes.end(),
-                      [&](uint32_t lane) { return kind(lane) == GroupKind::kUnknown; }))
-        continue;  // fails closed: nobody knows what such a group needs
-      if (stream.lanes.size() == 1 && kind(stream.lanes[0]) == GroupKind::kFull) {
-        runner_of_lane_[stream.lanes[0]] = static_cast<uint32_t>(runners_.size());
-        runners_.push_back({number, 0, {}});
-        ++simple_alive_;
-        continue;
-      }
-      Hybrid hybrid;
-      hybrid.stream = number;
-      for (const uint32_t lane : stream.lanes) {
-        runner_of_lane_[lane] =
-            kHybrid | static_cast<uint32_t>(hybrids_.size()) << 5 | static_cast<uint32_t>(hybrid.lanes.size());
-        hybrid.lanes.push_back({topology_->lanes[lane], {}});
-        hybrid.has_full = hybrid.has_full || kind(lane) == GroupKind::kFull;
-      }
-      hybrids_.push_back(std::move(hybrid));
-      ++hybrids_alive_;
-    }
-  }
-
-  void prepare(const std::vector<double>& weights) {
-    const double lowest = weights.empty() ? 0.0 : *std::min_element(weights.begin(), weights.end());
-    for (uint32_t t = 0; t < kMaxTiers; ++t) weights_[t] = t < weights.size() ? weights[t] : lowest;
-  }
-
-  // The tier that weighs most of those in the bits, which are not all clear.
-  uint32_t best_tier(uint8_t tiers) const {
-    auto best = static_cast<uint32_t>(std::countr_zero(tiers));
-    for (uint32_t rest = tiers & (tiers - 1U); rest != 0; rest &= rest - 1) {
-      const auto tier = static_cast<uint32_t>(std::countr_zero(rest));
-      if (weights_[tier] > weights_[best]) best = tier;
-    }
-    return best;
-  }
-
-  // The longest prefix that every group could reuse.
-  void judge(const Hybrid& hybrid) {
-    size_t length = walked_;
-    for (const auto& lane : hybrid.lanes) length = std::min(length, lane.tiers.size());
-    for (const auto& lane : hybrid.lanes) {
-      if (lane.info.kind != GroupKind::kFull) continue;
-      size_t held = 0;
-      while (held < length && lane.tiers[held] != 0) ++held;
-      length = held;
-    }
-    const uint32_t block_size = std::max(1U, index_.block_size());
-    for (bool settled = false; !settled && length > 0;) {
-      settled = true;
-      for (const auto& lane : hybrid.lanes) {
-        const size_t reached = longest(lane, length, block_size);
-        if (reached == length) continue;
-        length = reached;
-        settled = false;
-        if (length == 0) break;
-      }
-    }
-    Runner runner{hybrid.stream, static_cast<uint32_t>(length), {}};
-    for (size_t i = 0; i < length; ++i) {
-      uint8_t tiers = 0;
-      for (const auto& lane : hybrid.lanes) tiers |= lane.tiers[i];
-      // Outside every window nothing is needed, so nothing is paid for: as good as on the GPU.
-      ++runner.tier_blocks[tiers == 0 ? 0 : best_tier(tiers)];
-    }
-    runners_.push_back(runner);
-  }
-
-  // The longest prefix of at most `limit` blocks that this group alone could reuse.
-  static size_t longest(const HybridLane& lane, size_t limit, uint32_t block_size) {
-    switch (lane.info.kind) {
-      case GroupKind::kFull: return limit;  // bounded before
-      case GroupKind::kMamba:
-        while (limit > 0 && lane.tiers[limit - 1] == 0) --limit;
-        return limit;
-      case GroupKind::kSliding: {
-        const size_t window = (std::max(1U, lane.info.window) - 1 + block_size - 1) / block_size;
-        if (window == 0) return limit;
-        size_t run = 0;  // held blocks directly before `end`
-        for (size_t i = limit; i-- > 0;) {
-          if (lane.tiers[i] == 0) {
-            run = 0;
-            limit = i;
-          } else if (++run >= window) {
-            return limit;
-          }
-        }
-        return limit;  // all of them are held from the start, fewer than a window
-      }
-      case GroupKind::kUnknown: break;
-    }
-    return 0;
-  }
-
-  const Index& index_;
-  std::shared_ptr<const Topology> topology_;
-  std::vector<uint32_t> runner_of_lane_;
-  std::vector<Runner> runners_;
-  std::vector<Hybrid> hybrids_;
-  std::array<double, kMaxTiers> weights_{};
-  uint32_t simple_alive_ = 0;
-  uint32_t hybrids_alive_ = 0;
-  uint32_t walked_ = 0;
-};
+// --- queries ---
 
 std::vector<Match> Index::score(const uint64_t* keys, size_t count, const Pods& pods,
                                 const std::vector<double>& weights) const {
-  Walk walk(*this, pods, weights);
-  for (size_t i = 0; i < count && walk.alive(); ++i) walk.step(keys[i]);
-  return walk.finish();
+  const auto pin = blocks_.epoch().pin();
+  Walk walk(blocks_, *topology_.load(), pods, weights);
+  walk.advance(keys, count);
+  return walk.finish(block_size());
 }
 
 std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, const Pods& pods,
                                        const std::vector<double>& weights, const QueryExtras& extras) const {
-  constexpr size_t kChunk = 64;  // blocks hashed ahead of the walk
-  Walk walk(*this, pods, weights);
+  constexpr size_t kFirst = 4, kMost = 256;  // blocks hashed ahead of the walk: few at first, for those who miss early
+  const auto pin = blocks_.epoch().pin();
+  Walk walk(blocks_, *topology_.load(), pods, weights);
   const uint32_t size = block_size();
   const size_t blocks = size == 0 ? 0 : count / size;
-  std::vector<uint64_t> keys;
-  for (size_t begin = 0; begin < blocks && walk.alive(); begin += kChunk) {
-    const uint64_t parent = keys.empty() ? 0 : keys.back();
-    keys.clear();
-    block_keys(tokens, begin, std::min(blocks, begin + kChunk), size, parent, seed_, extras, keys);
-    for (size_t i = 0; i < keys.size() && walk.alive(); ++i) walk.step(keys[i]);
+  uint64_t keys[kMost];
+  uint64_t parent = 0;
+  size_t ahead = kFirst;
+  for (size_t begin = 0; begin < blocks && walk.alive(); begin += ahead) {
+    if (begin > 0) ahead = std::min(ahead * 2, kMost);
+    const size_t end = std::min(blocks, begin + ahead);
+    block_keys(tokens, begin, end, size, parent, seed_, extras, keys);
+    parent = keys[end - begin - 1];
+    walk.advance(keys, end - begin);
   }
-  return walk.finish();
+  return walk.finish(size);
 }
-
-// --- holders ---
 
 namespace {
 
@@ -608,18 +225,34 @@ void order(std::vector<Holder>& holders) {
   });
 }
 
+// What a key's holders are at one moment.
+void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out) {
+  for (;;) {
+    out.clear();
+    const Node node = blocks.find(key);
+    if (node == 0) return;
+    const Chunk& chunk = *blocks.chunk_of(node);
+    const uint32_t version = chunk.version.load(std::memory_order_acquire);
+    if (!chunk.has(node % kSlots, key)) continue;
+    chunk.each_holder([&](HolderId holder, uint64_t mask) {
+      if (mask >> node % kSlots & 1) out.push_back({lane_of(holder), static_cast<uint8_t>(1U << tier_of(holder))});
+    });
+    if (chunk.version.load(std::memory_order_acquire) == version) return;
+  }
+}
+
 }  // namespace
 
 std::vector<std::vector<Holder>> Index::holders(const uint64_t* keys, size_t count, const Pods& pods) const {
-  const auto topology = this->topology();
+  const auto pin = blocks_.epoch().pin();
+  const Topology& topology = *topology_.load();
   std::vector<bool> of_pod;
-  wanted(*topology, pods, of_pod);
+  wanted(topology, pods, of_pod);
   std::vector<std::vector<Holder>> result(count);
   std::vector<Holding> found;
   for (size_t i = 0; i < count; ++i) {
-    found.clear();
-    visit(keys[i], [&](uint32_t lane, uint8_t tiers) { found.push_back({lane, tiers}); });
-    for (const Holding& each : found) append_holders(*topology, each.lane, each.tiers, of_pod, result[i]);
+    holdings_of(blocks_, keys[i], found);
+    for (const Holding& each : found) append_holders(topology, each.lane, each.tiers, of_pod, result[i]);
     order(result[i]);
   }
   return result;
@@ -628,21 +261,20 @@ std::vector<std::vector<Holder>> Index::holders(const uint64_t* keys, size_t cou
 std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(const std::vector<uint64_t>& hashes,
                                                                                const Pods& pods) const {
   std::vector<std::pair<uint64_t, std::vector<Holder>>> result(hashes.size());
-  std::vector<Holding> found;
   for (const auto& stream : live_streams()) {
     std::vector<std::vector<Holding>> of_hash(hashes.size());
-    {
-      const auto lock = stream->read_lock();
-      for (size_t i = 0; i < hashes.size(); ++i) {
-        const uint64_t key = stream->find(hashes[i], of_hash[i]);
-        if (key != 0) result[i].first = key;
-      }
+    auto lock = stream->read_lock();
+    const auto pin = blocks_.epoch().pin();  // lanes found keep their meaning while it lasts
+    for (size_t i = 0; i < hashes.size(); ++i) {
+      const uint64_t key = stream->find(hashes[i], of_hash[i]);
+      if (key != 0) result[i].first = key;
     }
-    const auto topology = this->topology();
+    lock.unlock();
+    const Topology& topology = *topology_.load();
     std::vector<bool> of_pod;
-    wanted(*topology, pods, of_pod);
+    wanted(topology, pods, of_pod);
     for (size_t i = 0; i < hashes.size(); ++i)
-      for (const Holding& each : of_hash[i]) append_holders(*topology, each.lane, each.tiers, of_pod, result[i].second);
+      for (const Holding& each : of_hash[i]) append_holders(topology, each.lane, each.tiers, of_pod, result[i].second);
   }
   for (auto& each : result) order(each.second);
   return result;

@@ -1,10 +1,6 @@
-// The sharded block index of one model: which lane holds which key on which tiers.
-//
-// A lane is one KV-cache group of one stream in one life of its engine. Dropping a stream's claims gives it new
-// lanes at once, so that nothing old is ever answered, and takes the old claims out afterwards.
+// The index of one model: its blocks, who is who, the limits, and what can be asked.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -12,54 +8,14 @@
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
+#include "blocks.hpp"
 #include "keys.hpp"
+#include "topology.hpp"
+#include "walk.hpp"
 
 namespace kvindex {
-
-inline constexpr uint32_t kMaxTiers = 8;
-inline constexpr uint32_t kMaxGroups = 32;
-
-enum class GroupKind : uint8_t { kFull, kSliding, kMamba, kUnknown };
-
-struct Lane {
-  uint32_t stream = 0;  // index into Topology::streams
-  uint32_t group = 0;
-  uint32_t window = 0;  // tokens, for kSliding
-  GroupKind kind = GroupKind::kFull;
-  bool alive = false;
-};
-
-struct StreamPlace {
-  uint32_t pod = 0;  // index into Topology::pods
-  uint32_t rank = 0;
-  bool alive = false;
-  std::vector<uint32_t> lanes;
-};
-
-struct PodPlace {
-  std::string name;
-  std::vector<uint32_t> streams;
-};
-
-// Who is who, as one immutable value: a query works on the one it started with.
-struct Topology {
-  std::vector<PodPlace> pods;
-  std::vector<StreamPlace> streams;
-  std::vector<Lane> lanes;  // lane 0 is never used
-  std::unordered_map<std::string, uint32_t> pod_of_name;
-  mutable std::shared_ptr<const Topology> successor;  // written once, by the one who replaces this value
-};
-
-struct Match {
-  std::string pod;
-  uint32_t rank = 0;
-  uint32_t blocks = 0;
-  double score = 0;
-  std::array<uint32_t, kMaxTiers> tier_blocks{};
-};
 
 struct Holding {
   uint32_t lane;
@@ -67,27 +23,26 @@ struct Holding {
 };
 
 struct Holder {
-  std::string pod;
+  std::string_view pod;  // lives as long as the index
   uint32_t rank;
   uint32_t tier;
   uint32_t group;
   auto operator<=>(const Holder&) const = default;
 };
 
-using Pods = std::vector<std::string>;
-
 class Stream;
 
 class Index : public std::enable_shared_from_this<Index> {
  public:
-  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims);
+  // Limits of 0 mean none.
+  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_bytes = 0);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
 
   uint32_t block_size() const { return block_size_.load(std::memory_order_relaxed); }
   uint64_t seed() const { return seed_; }
-  uint64_t blocks() const { return blocks_.load(std::memory_order_relaxed); }
+  uint64_t blocks() const { return blocks_.size(); }
   uint64_t claims() const { return claims_.load(std::memory_order_relaxed); }
   uint64_t bytes() const;
   std::vector<std::string> tiers() const;
@@ -106,6 +61,7 @@ class Index : public std::enable_shared_from_this<Index> {
                                                                           const Pods& pods) const;
 
   // --- for streams ---
+  Blocks& held() { return blocks_; }
   // The canonical block size: `size` becomes it when none is known. Returns the size in force.
   uint32_t learn_block_size(uint32_t size);
   // Bit of a tier by its lower-cased name; kMaxTiers when there is no bit left.
@@ -116,49 +72,32 @@ class Index : public std::enable_shared_from_this<Index> {
   void retire_lanes(const std::vector<uint32_t>& lanes);
   void free_lanes(const std::vector<uint32_t>& lanes);
   void close_stream(uint32_t stream);
-  // True when the lane did not hold the key on this tier before.
-  bool hold(uint64_t key, uint32_t lane, uint32_t tier);
-  void release(uint64_t key, uint32_t lane, uint32_t tier);
-  // Room for one more claim; false at the limit.
-  bool claim();
+  // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
+  uint64_t claim(uint64_t count);
   void unclaim(uint64_t count) { claims_.fetch_sub(count, std::memory_order_relaxed); }
-  void account(int64_t bytes) { bytes_.fetch_add(bytes, std::memory_order_relaxed); }
 
  private:
-  struct Members;
-  struct Slot {
-    uint64_t key = 0;
-    uint64_t ref = 0;  // 0 empty; odd: one member inline; even: Members*
-  };
-  struct Shard;
-  class Walk;
-
-  static constexpr size_t kShards = 256;
-
-  Shard& shard(uint64_t key) const;
-  std::shared_ptr<const Topology> topology() const;
   template <typename Change>
   void change_topology(Change change);
-  template <typename Visit>
-  bool visit(uint64_t key, Visit visit) const;
   std::vector<std::shared_ptr<Stream>> live_streams() const;
 
   std::atomic<uint32_t> block_size_;
   const uint64_t seed_;
-  const uint64_t max_claims_;
-  std::atomic<uint64_t> blocks_{0}, claims_{0};
-  std::atomic<int64_t> bytes_{0};
-  std::unique_ptr<Shard[]> shards_;
+  const uint64_t max_claims_, max_bytes_;
+  std::atomic<uint64_t> claims_{0};
 
-  mutable std::mutex topology_mutex_;
-  std::shared_ptr<const Topology> topology_;
+  mutable std::mutex topology_mutex_;  // for those who change it; readers pin and load
+  std::atomic<const Topology*> topology_;
+  std::deque<std::string> names_;  // of pods ever seen
   std::vector<std::weak_ptr<Stream>> stream_objects_;
   std::vector<uint32_t> free_streams_;
-  // A lane's number is used again only when no query can still see the topology it was alive in.
-  std::deque<std::pair<uint32_t, std::weak_ptr<const Topology>>> resting_lanes_;
+  std::mutex free_lanes_mutex_;
+  std::vector<uint32_t> free_lanes_;
 
   mutable std::mutex tiers_mutex_;
   std::vector<std::string> tiers_{"gpu", "cpu", "disk"};
+
+  Blocks blocks_;  // last: what it still has to free refers to the members above
 };
 
 }  // namespace kvindex

@@ -42,13 +42,13 @@ uint64_t block_key(const uint32_t* tokens, size_t block_size, std::string_view e
 }
 
 void block_keys(const uint32_t* tokens, size_t begin, size_t end, size_t block_size, uint64_t parent, uint64_t seed,
-                const QueryExtras& extras, std::vector<uint64_t>& keys) {
+                const QueryExtras& extras, uint64_t* keys) {
   std::string of_block, scratch;
   const bool plain = extras.empty();
   for (size_t i = begin; i < end; ++i) {
     if (!plain) extras.of_block(i, block_size, of_block);
     parent = block_key(tokens + i * block_size, block_size, of_block, i == 0, parent, seed, scratch);
-    keys.push_back(parent);
+    *keys++ = parent;
   }
 }
 

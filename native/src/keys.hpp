@@ -34,8 +34,8 @@ struct QueryExtras {
 uint64_t block_key(const uint32_t* tokens, size_t block_size, std::string_view extras, bool first, uint64_t parent,
                    uint64_t seed, std::string& scratch);
 
-// Keys of the full blocks of `tokens`, appended from block `begin` (whose parent key is `parent`) up to `end`.
+// Keys of the full blocks of `tokens` from block `begin` (whose parent key is `parent`) up to `end`, into `keys`.
 void block_keys(const uint32_t* tokens, size_t begin, size_t end, size_t block_size, uint64_t parent, uint64_t seed,
-                const QueryExtras& extras, std::vector<uint64_t>& keys);
+                const QueryExtras& extras, uint64_t* keys);
 
 }  // namespace kvindex

@@ -92,8 +92,8 @@ NB_MODULE(_core, m) {
         std::vector<uint64_t> keys;
         {
           nb::gil_scoped_release release;
-          keys.reserve(ids.size() / block_size);
-          block_keys(ids.data(), 0, ids.size() / block_size, block_size, 0, seed, extras, keys);
+          keys.resize(ids.size() / block_size);
+          block_keys(ids.data(), 0, keys.size(), block_size, 0, seed, extras, keys.data());
         }
         return bytes_of(keys);
       },

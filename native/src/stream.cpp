@@ -24,7 +24,15 @@ Stream::Stream(std::shared_ptr<Index> index, uint32_t number) : index_(std::move
 Stream::~Stream() { close(); }
 
 void Stream::apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied) {
-  std::lock_guard lock(mutex_);
+  {
+    std::lock_guard lock(mutex_);
+    const auto pin = index_->held().epoch().pin();
+    apply_batch(data, size, rank, applied);
+  }
+  index_->held().epoch().collect();
+}
+
+void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied) {
   Batch batch;
   if (!batch.open(data, size)) {
     applied.count(Reason::kBadBatch);
@@ -123,12 +131,14 @@ void Stream::store(const Event& event, Applied& applied) {
   }
   const bool direct = canonical != 0 && canonical == event.block_size;
   uint64_t parent = 0;
-  const bool parent_known = !event.has_parent || knows(event.parent, parent);
+  Node before = 0;
+  const bool parent_known = !event.has_parent || knows(event.parent, parent, before);
   if (!direct || !parent_known) {
     for (const uint64_t hash : event.hashes) {
       uint64_t key = 0;
-      const bool known = knows(hash, key);
-      add_claim(hash, group, tier_bit, known, key, applied);
+      Node node = 0;
+      const bool known = knows(hash, key, node);
+      add_claim(hash, group, tier_bit, known, key, 0, applied);
     }
     if (canonical == 0) return;
     if (!parent_known) return add_orphan(event, applied);
@@ -136,14 +146,19 @@ void Stream::store(const Event& event, Applied& applied) {
                   event.parent, parent});
   }
   std::string scratch;
-  bool first = !event.has_parent;
+  keys_.resize(count);
   for (size_t i = 0; i < count; ++i) {
     const std::string_view extras = event.extras.empty() ? std::string_view{} : std::string_view(event.extras[i]);
-    parent = block_key(event.tokens.data() + i * event.block_size, event.block_size, extras, first, parent,
+    parent = block_key(event.tokens.data() + i * canonical, canonical, extras, i == 0 && !event.has_parent, parent,
                        index_->seed(), scratch);
-    first = false;
-    add_claim(event.hashes[i], group, tier_bit, true, parent, applied);
-    if (unresolved_ != 0 || !orphans_.empty()) learn(event.hashes[i], parent);
+    keys_[i] = parent;
+  }
+  if (unresolved_ == 0 && orphans_.empty() && parts_.empty() && spans_.empty())
+    return add_claims(event.hashes.data(), count, before, group, tier_bit, applied);
+  const std::vector<uint64_t> keys = keys_;
+  for (size_t i = 0; i < count; ++i) {
+    add_claim(event.hashes[i], group, tier_bit, true, keys[i], 0, applied);
+    if (unresolved_ != 0 || !orphans_.empty()) learn(event.hashes[i], keys[i]);
   }
 }
 
@@ -153,162 +168,264 @@ void Stream::remove(const Event& event, Applied& applied) {
   size_t group = 0;
   while (group < groups_.size() && groups_[group].index != event.group) ++group;
   if (group == groups_.size()) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
+  Book* book = find_book(static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
+  if (book == nullptr) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
+  for (const uint64_t hash : event.hashes) book->claims.prefetch(hash);
   for (const uint64_t hash : event.hashes) {
-    Claim* claim = find_claim(hash, static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
-    if (claim == nullptr) {
+    uint32_t* ref = book->claims.find(hash);
+    if (ref == nullptr) {
       applied.count(Reason::kUnknownRemoval);
       continue;
     }
     ++applied.blocks_removed;
-    if (--claim->count == 0) erase_claim(claim);
+    if ((*ref & kSpecial) != 0 && specials_[*ref & ~kSpecial].count > 1) {
+      --specials_[*ref & ~kSpecial].count;
+      settle(*ref);
+    } else {
+      erase_claim(*book, hash, *ref);
+    }
   }
 }
 
-// --- the claim table ---
+// --- claims ---
 
-Stream::Claim* Stream::find_claim(uint64_t hash, uint8_t group, uint8_t tier) {
-  if (table_.empty()) return nullptr;
-  for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
-    Claim& claim = table_[i];
-    if (claim.hash == hash && claim.group == group && claim.tier == tier) return &claim;
-  }
+Stream::Book* Stream::find_book(uint8_t group, uint8_t tier) {
+  for (Book& each : books_)
+    if (each.group == group && each.tier == tier) return &each;
   return nullptr;
 }
 
-bool Stream::key_of(uint64_t hash, uint64_t& key) const {
-  if (table_.empty()) return false;
-  for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
-    if (table_[i].hash == hash && table_[i].resolved) return key = table_[i].key, true;
+Stream::Book& Stream::book_of(uint8_t group, uint8_t tier) {
+  if (Book* found = find_book(group, tier)) return *found;
+  return books_.emplace_back(Book{group, tier, Claims(index_->held().accounted())});
+}
+
+uint32_t Stream::add_special(const Special& special) {
+  if (free_specials_.empty()) grow_specials();
+  const uint32_t place = free_specials_.back();
+  free_specials_.pop_back();
+  specials_[place] = special;
+  return kSpecial | place;
+}
+
+// Room for more, half as many again; `free_specials_` has room for all of them, so that freeing never allocates.
+void Stream::grow_specials() {
+  const size_t before = specials_.size(), after = before + before / 2 + 16;
+  specials_.reserve(after);
+  free_specials_.reserve(after);
+  specials_.resize(after);
+  for (size_t i = after; i > before; --i) free_specials_.push_back(static_cast<uint32_t>(i - 1));
+  index_->held().account(static_cast<int64_t>((after - before) * (sizeof(Special) + sizeof(uint32_t))));
+}
+
+void Stream::free_special(uint32_t ref) {
+  specials_[ref & ~kSpecial] = {};
+  free_specials_.push_back(ref & ~kSpecial);
+}
+
+Stream::Special& Stream::make_special(uint32_t& ref, uint64_t hash) {
+  if ((ref & kSpecial) == 0) {
+    Special made{hash, index_->held().key_of(ref), 1, ref, true, false, false};
+    ref = add_special(made);
+  }
+  return specials_[ref & ~kSpecial];
+}
+
+void Stream::settle(uint32_t& ref) {
+  const Special& special = specials_[ref & ~kSpecial];
+  if (!special.plain()) return;
+  const Node node = special.node;
+  free_special(ref);
+  ref = node;
+}
+
+bool Stream::key_of(uint64_t hash, uint64_t& key, Node& node) const {
+  for (const Book& book : books_) {
+    const uint32_t* ref = book.claims.find(hash);
+    if (ref == nullptr) continue;
+    if ((*ref & kSpecial) == 0) return node = *ref, key = index_->held().key_of(*ref), true;
+    const Special& special = specials_[*ref & ~kSpecial];
+    if (special.resolved) return node = special.node, key = special.key, true;
   }
   return false;
 }
 
 uint64_t Stream::find(uint64_t hash, std::vector<Holding>& out) const {
   uint64_t key = 0;
-  if (table_.empty()) return key;
-  for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
-    const Claim& claim = table_[i];
-    if (claim.hash != hash) continue;
-    out.push_back({groups_[claim.group].lane, static_cast<uint8_t>(1U << claim.tier)});
-    if (claim.resolved) key = claim.key;
+  for (const Book& book : books_) {
+    const uint32_t* ref = book.claims.find(hash);
+    if (ref == nullptr) continue;
+    out.push_back({groups_[book.group].lane, static_cast<uint8_t>(1U << book.tier)});
+    if ((*ref & kSpecial) == 0) {
+      key = index_->held().key_of(*ref);
+    } else if (specials_[*ref & ~kSpecial].resolved) {
+      key = specials_[*ref & ~kSpecial].key;
+    }
   }
   return key;
 }
 
-void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Applied& applied) {
-  if (Claim* claim = find_claim(hash, group, tier)) {
-    if (claim->count != UINT32_MAX) ++claim->count;
-    if (known && !claim->resolved) {
-      claim->resolved = true;
-      claim->key = key;
+void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before,
+                       Applied& applied) {
+  Book& book = book_of(group, tier);
+  if (uint32_t* ref = book.claims.find(hash)) {
+    Special& claim = make_special(*ref, hash);
+    if (claim.count != UINT32_MAX) ++claim.count;
+    if (known && !claim.resolved) {
+      claim.resolved = true;
+      claim.key = key;
       --unresolved_;
-      hold(*claim);
+      hold(claim, group, tier, before);
     }
     return;
   }
   if (!known && unresolved_ >= kMaxUnresolved) return applied.count(Reason::kUnresolvedLimit);
-  if (!index_->claim()) return applied.count(Reason::kClaimLimit);
-  if ((used_ + 1) * 4 > table_.size() * 3) resize(table_.empty() ? 64 : table_.size() * 2);
-  size_t i = home(hash);
-  while (table_[i].count != 0) i = (i + 1) & (table_.size() - 1);
-  table_[i] = {hash, key, 1, tier, group, known, false, false};
-  ++used_;
-  ++by_tier_[tier];
+  if (index_->claim(1) == 0) return applied.count(Reason::kClaimLimit);
+  Special claim{hash, key, 1, 0, known, false, false};
   if (known) {
-    hold(table_[i]);
+    hold(claim, group, tier, before);
   } else {
     ++unresolved_;
   }
+  book.claims.insert(hash, claim.plain() ? claim.node : add_special(claim));
 }
 
-void Stream::erase_claim(Claim* claim) {
-  if (claim->resolved) {
-    release(*claim);
-  } else {
-    --unresolved_;
+void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier,
+                        Applied& applied) {
+  Blocks& blocks = index_->held();
+  Book& book = book_of(group, tier);
+  if (nodes_.size() < count) {
+    nodes_.resize(count);
+    refs_.resize(count);
+    is_new_ = std::make_unique<bool[]>(count);
   }
-  --by_tier_[claim->tier];
-  --used_;
-  index_->unclaim(1);
-  const size_t mask = table_.size() - 1;
-  size_t hole = static_cast<size_t>(claim - table_.data());
-  for (size_t i = (hole + 1) & mask; table_[i].count != 0; i = (i + 1) & mask) {
-    if (((i - home(table_[i].hash)) & mask) >= ((i - hole) & mask)) {
-      table_[hole] = table_[i];
-      hole = i;
+  for (size_t i = 0; i < count; ++i) {
+    book.claims.prefetch(hashes[i]);
+    blocks.prefetch(keys_[i]);
+  }
+  size_t unclaimed = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t* ref = book.claims.find(hashes[i]);
+    refs_[i] = ref == nullptr ? 0 : *ref;
+    if (ref == nullptr) ++unclaimed;
+  }
+  const uint64_t granted = unclaimed == 0 ? 0 : index_->claim(unclaimed);
+  uint64_t left = granted;
+  for (size_t i = 0; i < count;) {
+    if (refs_[i] != 0 || left == 0) {
+      before = (refs_[i] & kSpecial) != 0 ? specials_[refs_[i] & ~kSpecial].node : refs_[i];
+      nodes_[i++] = 0;
+      continue;
+    }
+    size_t end = i;
+    for (; end < count && refs_[end] == 0 && left > 0; ++end) --left;
+    blocks.hold(keys_.data() + i, end - i, before, holder_of(group, tier), pen_, nodes_.data() + i, is_new_.get() + i);
+    before = nodes_[end - 1];
+    i = end;
+  }
+  uint64_t used = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (refs_[i] == 0 && nodes_[i] == 0) {
+      applied.count(Reason::kClaimLimit);
+      continue;
+    }
+    uint32_t* ref = book.claims.find(hashes[i]);
+    if (ref == nullptr) {
+      book.claims.insert(hashes[i], nodes_[i]);
+      ++used;
+      if (!is_new_[i]) share(keys_[i], group, tier);
+      continue;
+    }
+    // Another copy; perhaps of a hash that this event has named already.
+    Special& claim = make_special(*ref, hashes[i]);
+    if (claim.count != UINT32_MAX) ++claim.count;
+    if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) blocks.release(nodes_[i], holder_of(group, tier));
+  }
+  index_->unclaim(granted - used);
+}
+
+void Stream::erase_claim(Book& book, uint64_t hash, uint32_t ref) {
+  if ((ref & kSpecial) == 0) {
+    release_node(ref, book.group, book.tier);
+  } else {
+    const Special claim = specials_[ref & ~kSpecial];
+    free_special(ref);
+    if (claim.resolved) {
+      release(claim, book.group, book.tier);
+    } else {
+      --unresolved_;
     }
   }
-  table_[hole] = Claim{};
-  if (table_.size() > 64 && used_ * 6 < table_.size()) resize(table_.size() / 2);
-}
-
-void Stream::resize(size_t size) {
-  std::vector<Claim> old(size);
-  old.swap(table_);
-  index_->account((static_cast<int64_t>(size) - static_cast<int64_t>(old.size())) *
-                  static_cast<int64_t>(sizeof(Claim)));
-  for (const Claim& claim : old) {
-    if (claim.count == 0) continue;
-    size_t i = home(claim.hash);
-    while (table_[i].count != 0) i = (i + 1) & (size - 1);
-    table_[i] = claim;
-  }
+  index_->unclaim(1);
+  book.claims.erase(hash);
 }
 
 // The index is told once per (key, group, tier), however many hashes stand for it.
-void Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier) {
-  if (index_->hold(key, groups_[group].lane, tier)) return;
+void Stream::share(uint64_t key, uint8_t group, uint8_t tier) {
   uint32_t& holders = shared_[key][static_cast<uint16_t>(group << 8 | tier)];
   holders = std::max(holders, 1U) + 1;
 }
 
-void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
-  if (!shared_.empty()) {
-    const auto found = shared_.find(key);
-    if (found != shared_.end()) {
-      const auto holders = found->second.find(static_cast<uint16_t>(group << 8 | tier));
-      if (holders != found->second.end()) {
-        if (--holders->second == 1) found->second.erase(holders);
-        if (found->second.empty()) shared_.erase(found);
-        return;
-      }
-    }
-  }
-  index_->release(key, groups_[group].lane, tier);
+bool Stream::unshare(uint64_t key, uint8_t group, uint8_t tier) {
+  const auto found = shared_.find(key);
+  if (found == shared_.end()) return false;
+  const auto holders = found->second.find(static_cast<uint16_t>(group << 8 | tier));
+  if (holders == found->second.end()) return false;
+  if (--holders->second == 1) found->second.erase(holders);
+  if (found->second.empty()) shared_.erase(found);
+  return true;
 }
 
-void Stream::hold(Claim& claim) {
+Node Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before) {
+  Node node;
+  bool is_new;
+  index_->held().hold(&key, 1, before, holder_of(group, tier), pen_, &node, &is_new);
+  if (!is_new) share(key, group, tier);
+  return node;
+}
+
+void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
+  if (!shared_.empty() && unshare(key, group, tier)) return;
+  if (const Node node = index_->held().find(key)) index_->held().release(node, holder_of(group, tier));
+}
+
+void Stream::release_node(Node node, uint8_t group, uint8_t tier) {
+  if (!shared_.empty() && unshare(index_->held().key_of(node), group, tier)) return;
+  index_->held().release(node, holder_of(group, tier));
+}
+
+void Stream::hold(Special& claim, uint8_t group, uint8_t tier, Node before) {
   if (!parts_.empty()) {
     const auto part = parts_.find(claim.hash);
     if (part != parts_.end()) {
       claim.part = true;
       ++part->second.claims;
-      return hold_part(claim.hash, static_cast<uint16_t>(claim.group << 8 | claim.tier), true);
+      return hold_part(claim.hash, static_cast<uint16_t>(group << 8 | tier), true);
     }
   }
-  if (!spans_.empty() && groups_[claim.group].block_size > index_->block_size()) {
+  if (!spans_.empty() && groups_[group].block_size > index_->block_size()) {
     const auto span = spans_.find(claim.key);
     if (span != spans_.end()) {
       claim.wide = true;
       ++span->second.claims;
-      for (const uint64_t key : span->second.keys) hold_key(key, claim.group, claim.tier);
+      for (const uint64_t key : span->second.keys) before = hold_key(key, group, tier, before);
     }
   }
-  hold_key(claim.key, claim.group, claim.tier);
+  claim.node = hold_key(claim.key, group, tier, before);
 }
 
-void Stream::release(const Claim& claim) {
+void Stream::release(const Special& claim, uint8_t group, uint8_t tier) {
   if (claim.part) {
-    hold_part(claim.hash, static_cast<uint16_t>(claim.group << 8 | claim.tier), false);
+    hold_part(claim.hash, static_cast<uint16_t>(group << 8 | tier), false);
     --parts_.at(claim.hash).claims;
     return forget_part(claim.hash);
   }
   if (claim.wide) {
     const auto span = spans_.find(claim.key);
-    for (const uint64_t key : span->second.keys) release_key(key, claim.group, claim.tier);
+    for (const uint64_t key : span->second.keys) release_key(key, group, tier);
     if (--span->second.claims == 0) spans_.erase(span);
   }
-  release_key(claim.key, claim.group, claim.tier);
+  release_node(claim.node, group, tier);
 }
 
 // --- engine blocks of another size than the canonical one ---
@@ -346,21 +463,22 @@ uint32_t Stream::parts_of(uint32_t block_size) const {
   return block_size < canonical ? canonical / block_size : 1;
 }
 
-bool Stream::knows(uint64_t hash, uint64_t& key) const {
+bool Stream::knows(uint64_t hash, uint64_t& key, Node& node) const {
   if (!parts_.empty()) {
     const auto part = parts_.find(hash);
     if (part != parts_.end()) return key = part->second.key, true;
   }
-  return key_of(hash, key);
+  return key_of(hash, key, node);
 }
 
 bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
   bool any = false;
-  if (table_.empty()) return any;
-  for (size_t i = home(hash); table_[i].count != 0; i = (i + 1) & (table_.size() - 1)) {
-    Claim& claim = table_[i];
-    if (claim.hash != hash) continue;
+  for (Book& book : books_) {
+    uint32_t* ref = book.claims.find(hash);
+    if (ref == nullptr) continue;
     any = true;
+    if ((*ref & kSpecial) == 0) continue;
+    Special& claim = specials_[*ref & ~kSpecial];
     if (claim.resolved) {
       if (part && claim.part) claim.key = key;
       continue;
@@ -368,7 +486,8 @@ bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
     claim.resolved = true;
     claim.key = key;
     --unresolved_;
-    hold(claim);
+    hold(claim, book.group, book.tier, 0);
+    settle(*ref);
   }
   return any;
 }
@@ -456,10 +575,11 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
         uint64_t at = part.parent;
         for (uint32_t left = part.place; left > 0; --left) {
           const Part& each = parts_.at(at);
-          for (size_t place = home(at); !table_.empty() && table_[place].count != 0;
-               place = (place + 1) & (table_.size() - 1))
-            if (table_[place].hash == at && table_[place].part)
-              ++part.held[static_cast<uint16_t>(table_[place].group << 8 | table_[place].tier)];
+          for (const Book& book : books_) {
+            const uint32_t* ref = book.claims.find(at);
+            if (ref != nullptr && (*ref & kSpecial) != 0 && specials_[*ref & ~kSpecial].part)
+              ++part.held[static_cast<uint16_t>(book.group << 8 | book.tier)];
+          }
           at = each.parent;
         }
       }
@@ -488,7 +608,7 @@ void Stream::hold_part(uint64_t hash, uint16_t holder, bool added) {
     uint32_t& held = part.held[holder];
     const auto group = static_cast<uint8_t>(holder >> 8), tier = static_cast<uint8_t>(holder);
     if (added) {
-      if (++held == parts) hold_key(part.key, group, tier);
+      if (++held == parts) hold_key(part.key, group, tier, 0);
     } else {
       if (held-- == parts) release_key(part.key, group, tier);
       if (held == 0) part.held.erase(holder);
@@ -581,22 +701,42 @@ uint64_t Stream::drop_all() {
   lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
-  const uint64_t dropped = used_;
-  for (const Claim& claim : table_) {
-    if (claim.count == 0 || !claim.resolved || claim.part) continue;
-    index_->release(claim.key, groups_[claim.group].lane, claim.tier);
-    if (claim.wide)
-      for (const uint64_t key : spans_.at(claim.key).keys) index_->release(key, groups_[claim.group].lane, claim.tier);
-  }
+  const uint64_t dropped = size();
+  Blocks& blocks = index_->held();
+  const auto release_of_key = [&](uint64_t key, HolderId holder) {
+    if (const Node node = blocks.find(key)) blocks.release(node, holder);
+  };
   for (const auto& [hash, part] : parts_)
-    for (const auto& [holder, held] : part.held) index_->release(part.key, groups_[holder >> 8].lane, holder & 0xFF);
+    for (const auto& [holder, held] : part.held)
+      release_of_key(part.key, holder_of(static_cast<uint8_t>(holder >> 8), static_cast<uint8_t>(holder)));
+  for (const Book& book : books_) {
+    const HolderId holder = holder_of(book.group, book.tier);
+    std::vector<Node> nodes;
+    nodes.reserve(book.claims.size());
+    book.claims.each([&](uint32_t ref) {
+      if ((ref & kSpecial) == 0) return nodes.push_back(ref);
+      const Special& claim = specials_[ref & ~kSpecial];
+      if (claim.node != 0) nodes.push_back(claim.node);
+      if (claim.wide)
+        for (const uint64_t key : spans_.at(claim.key).keys) release_of_key(key, holder);
+    });
+    // Chunk by chunk, which is far cheaper than block by block.
+    std::sort(nodes.begin(), nodes.end());
+    for (size_t i = 0; i < nodes.size();) {
+      const uint32_t chunk = nodes[i] / kSlots;
+      uint64_t bits = 0;
+      for (; i < nodes.size() && nodes[i] / kSlots == chunk; ++i) bits |= bits_from(nodes[i] % kSlots, 1);
+      blocks.release(chunk, bits, holder);
+    }
+  }
+  blocks.lay_down(pen_);
   index_->free_lanes(lanes);
-  index_->unclaim(used_);
-  index_->account(-static_cast<int64_t>(table_.size() * sizeof(Claim)));
-  std::vector<Claim>().swap(table_);
-  used_ = 0;
+  index_->unclaim(dropped);
+  books_.clear();
+  blocks.account(-static_cast<int64_t>(specials_.size() * (sizeof(Special) + sizeof(uint32_t))));
+  std::vector<Special>().swap(specials_);
+  std::vector<uint32_t>().swap(free_specials_);
   unresolved_ = 0;
-  by_tier_ = {};
   groups_.clear();
   shared_.clear();
   spans_.clear();
@@ -609,27 +749,45 @@ uint64_t Stream::drop_all() {
 }
 
 uint64_t Stream::clear() {
-  std::lock_guard lock(mutex_);
-  return drop_all();
+  uint64_t dropped;
+  {
+    std::lock_guard lock(mutex_);
+    const auto pin = index_->held().epoch().pin();
+    dropped = drop_all();
+  }
+  index_->held().epoch().collect();
+  return dropped;
 }
 
 uint64_t Stream::close() {
-  std::lock_guard lock(mutex_);
-  if (closed_) return 0;
-  closed_ = true;
-  const uint64_t dropped = drop_all();
+  uint64_t dropped;
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_) return 0;
+    closed_ = true;
+    const auto pin = index_->held().epoch().pin();
+    dropped = drop_all();
+  }
   index_->close_stream(number_);
   return dropped;
 }
 
+uint64_t Stream::size() const {
+  uint64_t all = 0;
+  for (const Book& book : books_) all += book.claims.size();
+  return all;
+}
+
 uint64_t Stream::claims() const {
   std::lock_guard lock(mutex_);
-  return used_;
+  return size();
 }
 
 std::array<uint64_t, kMaxTiers> Stream::claims_by_tier() const {
   std::lock_guard lock(mutex_);
-  return by_tier_;
+  std::array<uint64_t, kMaxTiers> all{};
+  for (const Book& book : books_) all[book.tier] += book.claims.size();
+  return all;
 }
 
 uint64_t Stream::orphans() const {

@@ -11,6 +11,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "blocks.hpp"
+#include "claims.hpp"
 #include "events.hpp"
 #include "index.hpp"
 
@@ -46,16 +48,22 @@ class Stream {
   uint64_t find(uint64_t hash, std::vector<Holding>& out) const;
 
  private:
-  // Claims of one (engine hash, group, tier). The key is known once some event of the stream has told it.
-  struct Claim {
+  // A claim that is more than "held once, under this node": it stands here, and its reference says so.
+  struct Special {
     uint64_t hash = 0;
     uint64_t key = 0;
-    uint32_t count = 0;  // 0 = empty place
-    uint8_t tier = 0;
-    uint8_t group = 0;  // index into groups_
-    bool resolved : 1 = false;
-    bool wide : 1 = false;  // stands for several canonical blocks, see spans_
-    bool part : 1 = false;  // a part of a canonical block, see parts_
+    uint32_t count = 0;
+    Node node = 0;               // of `key`; 0 while unresolved and for parts
+    bool resolved : 1 = false;   // the key is known once some event of the stream has told it
+    bool wide : 1 = false;       // stands for several canonical blocks, see spans_
+    bool part : 1 = false;       // a part of a canonical block, see parts_
+    bool plain() const { return resolved && !wide && !part && count == 1; }
+  };
+  // Claims of one (group, tier) by engine hash. A reference is the block's node, or kSpecial and a place in specials_.
+  struct Book {
+    uint8_t group;  // index into groups_
+    uint8_t tier;
+    Claims claims;
   };
   struct Group {
     uint32_t index;  // the engine's group_idx
@@ -95,22 +103,40 @@ class Stream {
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
   static constexpr uint64_t kMaxUnresolved = 1U << 20;
 
+  void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied);
   void store(const Event& event, Applied& applied);
   void remove(const Event& event, Applied& applied);
   uint64_t drop_all();
+  uint64_t size() const;
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
   uint32_t tier_of(std::string_view medium);
 
-  size_t home(uint64_t hash) const { return (hash * 0x9E3779B97F4A7C15ULL >> 24) & (table_.size() - 1); }
-  Claim* find_claim(uint64_t hash, uint8_t group, uint8_t tier);
-  bool key_of(uint64_t hash, uint64_t& key) const;
-  void add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Applied& applied);
-  void erase_claim(Claim* claim);
-  void resize(size_t size);
-  void hold(Claim& claim);
-  void release(const Claim& claim);
-  void hold_key(uint64_t key, uint8_t group, uint8_t tier);
+  static constexpr uint32_t kSpecial = 0x80000000U;
+
+  Book* find_book(uint8_t group, uint8_t tier);
+  Book& book_of(uint8_t group, uint8_t tier);
+  HolderId holder_of(uint8_t group, uint8_t tier) const { return holder_id(groups_[group].lane, tier); }
+  uint32_t add_special(const Special& special);
+  // The claim behind a reference as a special one, which it becomes if it was none.
+  Special& make_special(uint32_t& ref, uint64_t hash);
+  // Back to a plain reference when nothing is special any more.
+  void settle(uint32_t& ref);
+  void free_special(uint32_t ref);
+  void grow_specials();
+  bool key_of(uint64_t hash, uint64_t& key, Node& node) const;
+  // One claim. `before` is the node of the block before, if known.
+  void add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before, Applied& applied);
+  // Claims of consecutive blocks with known keys, while the stream has neither parts nor spans nor anything unresolved.
+  void add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier, Applied& applied);
+  void erase_claim(Book& book, uint64_t hash, uint32_t ref);
+  void hold(Special& claim, uint8_t group, uint8_t tier, Node before);
+  void release(const Special& claim, uint8_t group, uint8_t tier);
+  Node hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before);
   void release_key(uint64_t key, uint8_t group, uint8_t tier);
+  void release_node(Node node, uint8_t group, uint8_t tier);
+  // Whether another hash of the same (group, tier) still stands for the key.
+  bool unshare(uint64_t key, uint8_t group, uint8_t tier);
+  void share(uint64_t key, uint8_t group, uint8_t tier);
   // Makes the key of every block of a range known, one hash after the other; `told` sees each hash and its key.
   struct Range {
     const std::vector<uint64_t>& hashes;
@@ -128,7 +154,7 @@ class Stream {
   bool whole_key(const Part& last, uint64_t& key) const;
   // Gives its key to every unresolved claim of a hash; true when there is any claim of it.
   bool resolve(uint64_t hash, uint64_t key, bool part);
-  bool knows(uint64_t hash, uint64_t& key) const;
+  bool knows(uint64_t hash, uint64_t& key, Node& node) const;
   uint32_t parts_of(uint32_t block_size) const;
   // `key` is the key of `hash`: unresolved claims of it get it, and orphans waiting for it are adopted.
   void learn(uint64_t hash, uint64_t key);
@@ -140,11 +166,17 @@ class Stream {
   const uint32_t number_;
   mutable std::mutex mutex_;
   bool closed_ = false;
-  std::vector<Claim> table_;
-  size_t used_ = 0;
+  std::vector<Book> books_;
+  std::vector<Special> specials_;
+  std::vector<uint32_t> free_specials_;
   uint64_t unresolved_ = 0;
-  std::array<uint64_t, kMaxTiers> by_tier_{};
   std::vector<Group> groups_;
+  Blocks::Pen pen_;
+  // Of the event at hand, per block.
+  std::vector<uint64_t> keys_;
+  std::vector<uint32_t> refs_;
+  std::vector<Node> nodes_;
+  std::unique_ptr<bool[]> is_new_;
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;

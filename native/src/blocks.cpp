@@ -1,0 +1,169 @@
+#include "blocks.hpp"
+
+#include <algorithm>
+
+namespace kvindex {
+namespace {
+
+// Where the chain behind a node normally goes on.
+Node guess_after(Node node, const Chunk& chunk) {
+  return node % kSlots + 1 < kSlots ? node + 1 : chunk.next.load(std::memory_order_relaxed) * kSlots;
+}
+
+}  // namespace
+
+void Blocks::hold(const uint64_t* keys, size_t count, Node before, HolderId holder, Pen& pen, Node* nodes,
+                  bool* is_new) {
+  for (size_t i = 0; i < count;) {
+    size_t done = 0;
+    if (before != 0) {
+      const Node guess = guess_after(before, *pool_.of(before));
+      if (guess != 0) done = hold_known(guess, keys + i, count - i, holder, nodes + i, is_new + i);
+    }
+    if (done == 0) {
+      const Node found = table_.find(keys[i]);
+      if (found != 0) {
+        // 0 when it was forgotten since: look again.
+        done = hold_known(found, keys + i, count - i, holder, nodes + i, is_new + i);
+        if (done > 0 && before != 0 && found % kSlots == 0)
+          pool_.of(before)->next.store(found / kSlots, std::memory_order_relaxed);
+      } else {
+        size_t absent = 1;
+        while (absent < kSlots && i + absent < count && table_.find(keys[i + absent]) == 0) ++absent;
+        done = hold_absent(keys + i, absent, before, holder, pen, nodes + i, is_new + i);
+      }
+    }
+    i += done;
+    if (done > 0) before = nodes[i - 1];
+  }
+}
+
+size_t Blocks::hold_known(Node node, const uint64_t* keys, size_t count, HolderId holder, Node* nodes, bool* is_new) {
+  Chunk* chunk = pool_.of(node);
+  const uint32_t slot = node % kSlots;
+  if (chunk == nullptr || !chunk->has(slot, keys[0])) return 0;
+  std::lock_guard lock(chunk->lock);
+  const uint32_t run = chunk->run(slot, keys, count);
+  if (run == 0) return 0;
+  const uint64_t added = chunk->add(holder, bits_from(slot, run), epoch_, bytes_);
+  for (uint32_t i = 0; i < run; ++i) {
+    nodes[i] = node + i;
+    is_new[i] = (added >> (slot + i) & 1) != 0;
+  }
+  return run;
+}
+
+size_t Blocks::hold_absent(const uint64_t* keys, size_t count, Node before, HolderId holder, Pen& pen, Node* nodes,
+                           bool* is_new) {
+  const Place at = place(before, count, pen);
+  const Node first = at.number * kSlots + at.slot;
+  at.chunk->name(at.slot, keys, at.count);
+  at.chunk->add(holder, bits_from(at.slot, at.count), epoch_, bytes_);
+  at.chunk->lock.unlock();
+  if (before != 0 && at.slot == 0) pool_.of(before)->next.store(at.number, std::memory_order_relaxed);
+
+  // Another writer may have placed some of the same keys meanwhile: there is one node per key, so ours gives way.
+  uint64_t lost = 0;
+  for (uint32_t i = 0; i < at.count; ++i) {
+    nodes[i] = first + i;
+    is_new[i] = true;
+    const auto lock = table_.lock(keys[i]);
+    if (table_.find(keys[i]) != 0) {
+      lost |= bits_from(at.slot + i, 1);
+      continue;
+    }
+    table_.insert(keys[i], first + i);
+    at.chunk->live.fetch_or(bits_from(at.slot + i, 1), std::memory_order_release);
+  }
+  size_.fetch_add(at.count - static_cast<uint32_t>(std::popcount(lost)), std::memory_order_relaxed);
+  if (lost == 0) return at.count;
+  {
+    std::lock_guard lock(at.chunk->lock);
+    at.chunk->remove(holder, lost, epoch_, bytes_);
+    at.chunk->unname(lost);
+    pool_.slots_freed(at.number, *at.chunk);
+  }
+  // What stands before the first lost one is done; the caller goes on with that one. The later ones are given back.
+  const auto kept = static_cast<uint32_t>(std::countr_zero(lost)) - at.slot;
+  const uint64_t later = bits_from(at.slot + kept, at.count - kept) & ~lost;
+  if (later != 0) release(at.number, later, holder);
+  return kept;
+}
+
+Blocks::Place Blocks::place(Node before, size_t count, Pen& pen) {
+  if (before != 0 && before % kSlots + 1 < kSlots) {
+    Chunk* chunk = pool_.of(before);
+    const uint32_t slot = before % kSlots + 1;
+    chunk->lock.lock();
+    const auto room = static_cast<uint32_t>(std::countr_zero(chunk->taken >> slot | uint64_t{1} << (kSlots - slot)));
+    if (room > 0) return {before / kSlots, chunk, slot, std::min(room, static_cast<uint32_t>(count))};
+    chunk->lock.unlock();
+  }
+  for (;;) {
+    if (pen.chunk == 0) {
+      pen.chunk = pool_.open(size());
+      Chunk* opened = pool_.at(pen.chunk);
+      std::lock_guard lock(opened->lock);
+      pen.scattered = opened->taken != 0;
+    }
+    Chunk* chunk = pool_.at(pen.chunk);
+    chunk->lock.lock();
+    // A chain starts on an empty eighth and so has room to grow, one block after the other.
+    uint32_t slot = 0;
+    while (slot < kSlots && (chunk->taken >> slot & 0xFF) != 0) slot += 8;
+    if (slot == kSlots && pen.scattered && ~chunk->taken != 0)
+      slot = static_cast<uint32_t>(std::countr_zero(~chunk->taken));
+    if (slot < kSlots) {
+      const uint64_t rest = chunk->taken >> slot;
+      const uint32_t room = rest == 0 ? kSlots - slot : static_cast<uint32_t>(std::countr_zero(rest));
+      return {pen.chunk, chunk, slot, std::min(room, static_cast<uint32_t>(count))};
+    }
+    pool_.close(pen.chunk, *chunk);
+    chunk->lock.unlock();
+    pen = {};
+  }
+}
+
+void Blocks::lay_down(Pen& pen) {
+  if (pen.chunk == 0) return;
+  Chunk* chunk = pool_.at(pen.chunk);
+  std::lock_guard lock(chunk->lock);
+  pool_.close(pen.chunk, *chunk);
+  pen = {};
+}
+
+void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
+  Chunk* chunk = pool_.at(number);
+  uint64_t keys[kSlots];
+  uint64_t orphaned;
+  {
+    std::lock_guard lock(chunk->lock);
+    const uint64_t gone = chunk->remove(holder, bits, epoch_, bytes_);
+    orphaned = gone & ~chunk->held();
+    for (uint64_t rest = orphaned; rest != 0; rest &= rest - 1) {
+      const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
+      keys[slot] = chunk->keys[slot].load(std::memory_order_relaxed);
+    }
+  }
+  for (; orphaned != 0; orphaned &= orphaned - 1) {
+    const auto slot = static_cast<uint32_t>(std::countr_zero(orphaned));
+    forget(number * kSlots + slot, keys[slot]);
+  }
+}
+
+// Takes a block out unless someone came to hold it, or it was taken out, since its last holder left.
+void Blocks::forget(Node node, uint64_t key) {
+  const auto shard_lock = table_.lock(key);
+  Chunk* chunk = pool_.of(node);
+  if (chunk == nullptr) return;
+  const uint64_t bit = bits_from(node % kSlots, 1);
+  std::lock_guard lock(chunk->lock);
+  if (!chunk->has(node % kSlots, key) || (chunk->held() & bit) != 0) return;
+  table_.erase(key, node);
+  chunk->live.fetch_and(~bit, std::memory_order_release);
+  chunk->unname(bit);
+  size_.fetch_sub(1, std::memory_order_relaxed);
+  pool_.slots_freed(node / kSlots, *chunk);
+}
+
+}  // namespace kvindex

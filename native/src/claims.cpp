@@ -1,0 +1,193 @@
+#include "claims.hpp"
+
+#include <cstring>
+#include <random>
+
+#include "memory.hpp"
+
+namespace kvindex {
+namespace {
+
+// Unknown to whoever sends hashes, so that nobody can aim at one place.
+uint64_t make_secret() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
+
+constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
+
+}  // namespace
+
+Claims::Claims(std::atomic<int64_t>& bytes) : bytes_(bytes), directory_{new Segment} {}
+
+Claims::Claims(Claims&& other) noexcept
+    : bytes_(other.bytes_), depth_(other.depth_), size_(other.size_), directory_(std::move(other.directory_)) {
+  other.directory_.clear();
+}
+
+Claims::~Claims() {
+  for (size_t i = 0; i < directory_.size(); ++i) {
+    if (i + 1 < directory_.size() && directory_[i + 1] == directory_[i]) continue;
+    release(*directory_[i]);
+    delete directory_[i];
+  }
+}
+
+uint64_t Claims::mix(uint64_t hash) {
+  static const uint64_t secret = make_secret();
+  hash ^= secret;
+  hash *= 0x9E3779B97F4A7C15ULL;
+  hash ^= hash >> 32;
+  hash *= 0xD6E8FEB86659FD93ULL;
+  return hash;
+}
+
+void Claims::allocate(Segment& segment, uint32_t capacity) {
+  segment.capacity = capacity;
+  segment.end = capacity + spare_of(capacity);
+  segment.entries = static_cast<Entry*>(take_memory(segment.end * sizeof(Entry)));
+  bytes_.fetch_add(static_cast<int64_t>(footprint(segment.end * sizeof(Entry))), std::memory_order_relaxed);
+}
+
+void Claims::release(Segment& segment) {
+  if (segment.entries == nullptr) return;
+  give_memory(segment.entries, segment.end * sizeof(Entry));
+  bytes_.fetch_sub(static_cast<int64_t>(footprint(segment.end * sizeof(Entry))), std::memory_order_relaxed);
+  segment.entries = nullptr;
+  segment.capacity = segment.end = 0;
+}
+
+void Claims::prefetch(uint64_t hash) const {
+  const uint64_t mixed = mix(hash);
+  const Segment& segment = segment_of(mixed);
+  if (segment.end != 0) __builtin_prefetch(segment.entries + segment.home(mixed));
+}
+
+uint32_t Claims::search(const Segment& segment, uint64_t mixed) {
+  uint32_t at = segment.home(mixed);
+  while (at < segment.end && segment.entries[at].ref != 0 && segment.entries[at].mixed() < mixed) ++at;
+  return at;
+}
+
+uint32_t* Claims::find(uint64_t hash) {
+  const uint64_t mixed = mix(hash);
+  Segment& segment = segment_of(mixed);
+  const uint32_t at = search(segment, mixed);
+  if (at == segment.end || segment.entries[at].ref == 0 || segment.entries[at].mixed() != mixed) return nullptr;
+  return &segment.entries[at].ref;
+}
+
+void Claims::insert(uint64_t hash, uint32_t ref) {
+  const uint64_t mixed = mix(hash);
+  for (;;) {
+    Segment& segment = segment_of(mixed);
+    if (segment.used * uint64_t{10} >= segment.capacity * uint64_t{9}) {
+      if (segment.used >= kSegmentMost && segment.depth < kMaxDepth) {
+        split(segment);
+        continue;
+      }
+      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+    }
+    const uint32_t at = search(segment, mixed);
+    uint32_t empty = at;
+    while (empty < segment.end && segment.entries[empty].ref != 0) ++empty;
+    if (empty == segment.end) {
+      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      continue;
+    }
+    std::memmove(segment.entries + at + 1, segment.entries + at, (empty - at) * sizeof(Entry));
+    segment.entries[at] = {static_cast<uint32_t>(mixed), static_cast<uint32_t>(mixed >> 32), ref};
+    ++segment.used;
+    ++size_;
+    return;
+  }
+}
+
+void Claims::erase(uint64_t hash) {
+  const uint64_t mixed = mix(hash);
+  Segment& segment = segment_of(mixed);
+  const uint32_t at = search(segment, mixed);
+  // Those behind it that do not stand where they belong move up by one.
+  uint32_t last = at + 1;
+  while (last < segment.end && segment.entries[last].ref != 0 && segment.home(segment.entries[last].mixed()) < last)
+    ++last;
+  std::memmove(segment.entries + at, segment.entries + at + 1, (last - at - 1) * sizeof(Entry));
+  segment.entries[last - 1] = {};
+  --segment.used;
+  --size_;
+  if (segment.used == 0) {
+    release(segment);
+  } else if (segment.capacity > 64 && segment.used * uint64_t{10} < segment.capacity * uint64_t{6}) {
+    rebuild(segment, segment.used + segment.used / 4);
+  }
+}
+
+bool Claims::append(Segment& segment, uint32_t& next, const Entry& entry) {
+  const uint32_t home = segment.home(entry.mixed());
+  if (next < home) next = home;
+  if (next == segment.end) return false;
+  segment.entries[next++] = entry;
+  ++segment.used;
+  return true;
+}
+
+void Claims::rebuild(Segment& segment, uint32_t capacity) {
+  for (;; capacity += capacity / 5 + 8) {  // again only when the spare places behind the end do not suffice
+    Segment made;
+    made.depth = segment.depth;
+    allocate(made, capacity);
+    uint32_t next = 0;
+    bool fits = true;
+    for (uint32_t i = 0; fits && i < segment.end; ++i)
+      if (segment.entries[i].ref != 0) fits = append(made, next, segment.entries[i]);
+    if (fits) {
+      release(segment);
+      segment = made;
+      return;
+    }
+    release(made);
+  }
+}
+
+void Claims::split(Segment& segment) {
+  if (segment.depth == depth_) {
+    std::vector<Segment*> twice;
+    twice.reserve(directory_.size() * 2);
+    for (Segment* each : directory_) twice.insert(twice.end(), 2, each);
+    directory_.swap(twice);
+    ++depth_;
+  }
+  const size_t each = size_t{1} << (depth_ - segment.depth - 1);
+  size_t first = 0;
+  while (directory_[first] != &segment) ++first;
+  // The upper half of the hashes goes to a new segment.
+  auto* upper = new Segment;
+  upper->depth = segment.depth + 1;
+  uint32_t begin = 0;
+  const uint64_t bit = uint64_t{1} << (63 - segment.depth);
+  while (begin < segment.end && (segment.entries[begin].ref == 0 || (segment.entries[begin].mixed() & bit) == 0))
+    ++begin;
+  const Segment old = segment;
+  const auto move = [&](Segment& into, uint32_t from, uint32_t to) {
+    uint32_t count = 0;
+    for (uint32_t i = from; i < to; ++i) count += old.entries[i].ref != 0 ? 1 : 0;
+    for (uint32_t capacity = count + count / 4 + 8;; capacity += capacity / 5 + 8) {
+      into.used = 0;
+      allocate(into, capacity);
+      uint32_t next = 0;
+      bool fits = true;
+      for (uint32_t i = from; fits && i < to; ++i)
+        if (old.entries[i].ref != 0) fits = append(into, next, old.entries[i]);
+      if (fits) return;
+      release(into);
+    }
+  };
+  segment.depth = upper->depth;
+  move(segment, 0, begin);
+  move(*upper, begin, old.end);
+  Segment gone = old;
+  release(gone);
+  for (size_t i = 0; i < each; ++i) directory_[first + each + i] = upper;
+}
+
+}  // namespace kvindex

@@ -1,0 +1,81 @@
+// Engine hash -> 32-bit reference, for the claims of one stream on one group and tier: 12 bytes each, nine in ten used.
+//
+// Hashes are mixed by a bijection and kept in order of the mixed value, each at or shortly behind the place where an
+// even spread would put it. That makes a search end early and growing a copy from front to back. A segment that grew
+// large is split in two, so that no single step costs more than a segment.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kvindex {
+
+class Claims {
+ public:
+  explicit Claims(std::atomic<int64_t>& bytes);
+  ~Claims();
+  Claims(Claims&& other) noexcept;
+  Claims(const Claims&) = delete;
+  Claims& operator=(const Claims&) = delete;
+  Claims& operator=(Claims&&) = delete;
+
+  size_t size() const { return size_; }
+  void prefetch(uint64_t hash) const;
+  // The reference of a hash, to be read or replaced (never by 0) until the next change; null when there is none.
+  uint32_t* find(uint64_t hash);
+  const uint32_t* find(uint64_t hash) const { return const_cast<Claims*>(this)->find(hash); }
+  // The hash must not be there; `ref` must not be 0.
+  void insert(uint64_t hash, uint32_t ref);
+  void erase(uint64_t hash);
+
+  template <typename Visit>
+  void each(Visit visit) const {
+    for (size_t i = 0; i < directory_.size(); ++i) {
+      const Segment& segment = *directory_[i];
+      if (i > 0 && directory_[i - 1] == &segment) continue;
+      for (uint32_t at = 0; at < segment.end; ++at)
+        if (segment.entries[at].ref != 0) visit(segment.entries[at].ref);
+    }
+  }
+
+ private:
+  struct Entry {
+    uint32_t low, high;  // the mixed hash; apart, so that an entry takes 12 bytes
+    uint32_t ref;        // 0 = empty
+    uint64_t mixed() const { return uint64_t{high} << 32 | low; }
+  };
+  struct Segment {
+    uint32_t depth = 0;  // leading bits that all its hashes share
+    uint32_t capacity = 0;  // places that hashes are spread over
+    uint32_t end = 0;       // places there are: some more, for those pushed behind the last
+    uint32_t used = 0;
+    Entry* entries = nullptr;
+    uint32_t home(uint64_t mixed) const {
+      return static_cast<uint32_t>(((mixed << depth) >> 32) * capacity >> 32);
+    }
+  };
+
+  static constexpr uint32_t kSegmentMost = 32768;  // claims
+  static constexpr uint32_t kMaxDepth = 24;
+
+  static uint64_t mix(uint64_t hash);
+  Segment& segment_of(uint64_t mixed) const {
+    return *directory_[depth_ == 0 ? 0 : static_cast<size_t>(mixed >> (64 - depth_))];
+  }
+  // First place of the segment whose entry is not below `mixed`, or that is empty.
+  static uint32_t search(const Segment& segment, uint64_t mixed);
+  void allocate(Segment& segment, uint32_t capacity);
+  void release(Segment& segment);
+  void rebuild(Segment& segment, uint32_t capacity);
+  void split(Segment& segment);
+  static bool append(Segment& segment, uint32_t& next, const Entry& entry);
+
+  std::atomic<int64_t>& bytes_;
+  uint32_t depth_ = 0;
+  size_t size_ = 0;
+  std::vector<Segment*> directory_;  // by leading bits; neighbours may be the same
+};
+
+}  // namespace kvindex

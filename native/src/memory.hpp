@@ -1,0 +1,41 @@
+// Zeroed memory for tables: large ones are mapped on their own, so that giving them back gives them to the system.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace kvindex {
+
+inline constexpr size_t kMappedFrom = size_t{64} << 10;
+
+// What an allocation of so many bytes takes from the system.
+inline size_t footprint(size_t bytes) {
+  constexpr size_t kPage = 4096, kHeapUnit = 16;
+  if (bytes >= kMappedFrom) return (bytes + kPage - 1) / kPage * kPage;
+  return (bytes + sizeof(size_t) + kHeapUnit - 1) / kHeapUnit * kHeapUnit;
+}
+
+inline void* take_memory(size_t bytes) {
+  if (bytes >= kMappedFrom) {
+    void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made == MAP_FAILED) throw std::bad_alloc();
+    return made;
+  }
+  void* made = std::calloc(1, bytes);
+  if (made == nullptr) throw std::bad_alloc();
+  return made;
+}
+
+inline void give_memory(void* memory, size_t bytes) {
+  if (memory == nullptr) return;
+  if (bytes >= kMappedFrom) {
+    munmap(memory, bytes);
+  } else {
+    std::free(memory);
+  }
+}
+
+}  // namespace kvindex

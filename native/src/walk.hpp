@@ -1,0 +1,97 @@
+// One prompt walked chunk by chunk for all candidates at once.
+//
+// A simple stream holds what it matches from block 0 on, so its runner is made there and followed by bit masks; a
+// hybrid stream keeps the tiers of every block per group and is judged at the end.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "blocks.hpp"
+#include "topology.hpp"
+
+namespace kvindex {
+
+using Pods = std::vector<std::string>;
+
+struct Match {
+  std::string_view pod;  // lives as long as the index
+  uint32_t rank = 0;
+  uint32_t blocks = 0;
+  double score = 0;
+  std::array<uint32_t, kMaxTiers> tier_blocks{};
+};
+
+// For one thread and one query at a time; the caller holds a pin of the blocks' epoch.
+class Walk {
+ public:
+  // `pods` empty = all; `weights` by tier bit.
+  Walk(const Blocks& blocks, const Topology& topology, const Pods& pods, const std::vector<double>& weights);
+  ~Walk();
+  Walk(const Walk&) = delete;
+  Walk& operator=(const Walk&) = delete;
+
+  // False when further keys cannot change the result.
+  bool alive() const { return walked_ == 0 || !alive_.empty() || hybrids_alive_ > 0; }
+  void advance(const uint64_t* keys, size_t count);
+  std::vector<Match> finish(uint32_t block_size);
+
+ private:
+  struct Runner {
+    uint32_t stream = 0;
+    uint32_t blocks = 0;
+    uint8_t tiers = 0;  // which of `bits` count
+    std::array<uint64_t, kMaxTiers> bits{};
+    std::array<uint32_t, kMaxTiers> tier_blocks{};
+  };
+  struct HybridLane {
+    Lane info;
+    std::vector<uint8_t> tiers;  // per block
+  };
+  struct Hybrid {
+    uint32_t stream = 0;
+    bool alive = true;
+    bool has_full = false;
+    std::vector<HybridLane> lanes;
+  };
+  struct Found {
+    HolderId holder;
+    uint64_t bits;  // from the first block of the step
+  };
+  struct Scratch;
+
+  static constexpr uint32_t kHybrid = 0x80000000U;
+
+  bool wanted(uint32_t pod);
+  void add_hybrid(uint32_t stream);
+  uint32_t step(const uint64_t* keys, size_t count);
+  void apply(uint32_t length);
+  void start(const Found& found);
+  void move(Runner& runner, uint32_t length);
+  void apply_to_hybrids(uint32_t length);
+  uint32_t& place_of(uint32_t lane);
+  bool has_place(uint32_t lane) const;
+  uint32_t best_tier(uint8_t tiers) const;
+  void judge(const Hybrid& hybrid, uint32_t block_size);
+  static size_t longest(const HybridLane& lane, size_t limit, uint32_t block_size);
+
+  const Blocks& blocks_;
+  const Topology& topology_;
+  const Pods& pods_;
+  Scratch& scratch_;
+  std::vector<Found>& found_;
+  std::vector<Runner>& runners_;
+  std::vector<uint32_t>& alive_;  // simple streams that held every block so far
+  std::vector<bool> wanted_;      // by pod, filled when first asked
+  std::vector<Hybrid> hybrids_;
+  std::array<double, kMaxTiers> weights_{};
+  std::array<uint8_t, kMaxTiers> by_weight_{};  // tiers, heaviest first
+  uint32_t hybrids_alive_ = 0;
+  uint32_t walked_ = 0;
+  Node last_ = 0;  // of the block before, when it is known
+};
+
+}  // namespace kvindex
