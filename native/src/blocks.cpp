@@ -28,9 +28,8 @@ void Blocks::hold(const uint64_t* keys, size_t count, Node before, HolderId hold
         if (done > 0 && before != 0 && found % kSlots == 0)
           pool_.of(before)->next.store(found / kSlots, std::memory_order_relaxed);
       } else {
-        size_t absent = 1;
-        while (absent < kSlots && i + absent < count && table_.find(keys[i + absent]) == 0) ++absent;
-        done = hold_absent(keys + i, absent, before, holder, pen, nodes + i, is_new + i);
+        // What follows an absent block is absent too, but for holes; `hold_absent` sees to those.
+        done = hold_absent(keys + i, count - i, before, holder, pen, nodes + i, is_new + i);
       }
     }
     i += done;
@@ -62,18 +61,17 @@ size_t Blocks::hold_absent(const uint64_t* keys, size_t count, Node before, Hold
   at.chunk->lock.unlock();
   if (before != 0 && at.slot == 0) pool_.of(before)->next.store(at.number, std::memory_order_relaxed);
 
-  // Another writer may have placed some of the same keys meanwhile: there is one node per key, so ours gives way.
+  // Some keys may be there already: there is one node per key, so ours gives way.
   uint64_t lost = 0;
   for (uint32_t i = 0; i < at.count; ++i) {
     nodes[i] = first + i;
     is_new[i] = true;
     const auto lock = table_.lock(keys[i]);
-    if (table_.find(keys[i]) != 0) {
+    if (table_.insert(keys[i], first + i)) {
+      at.chunk->live.fetch_or(bits_from(at.slot + i, 1), std::memory_order_release);
+    } else {
       lost |= bits_from(at.slot + i, 1);
-      continue;
     }
-    table_.insert(keys[i], first + i);
-    at.chunk->live.fetch_or(bits_from(at.slot + i, 1), std::memory_order_release);
   }
   size_.fetch_add(at.count - static_cast<uint32_t>(std::popcount(lost)), std::memory_order_relaxed);
   if (lost == 0) return at.count;
@@ -132,6 +130,15 @@ void Blocks::lay_down(Pen& pen) {
   pen = {};
 }
 
+void Blocks::release(Node node, HolderId holder) {
+  Chunk* chunk = pool_.of(node);
+  const uint64_t key = key_of(node), bit = bits_from(node % kSlots, 1);
+  const auto shard_lock = table_.lock(key);
+  std::lock_guard lock(chunk->lock);
+  // A claim's node is the caller's own, so its key cannot change; one held no more is nobody's business here.
+  if (chunk->remove(holder, bit, epoch_, bytes_) != 0) forget(*chunk, node, key);
+}
+
 void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
   Chunk* chunk = pool_.at(number);
   uint64_t keys[kSlots];
@@ -147,23 +154,22 @@ void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
   }
   for (; orphaned != 0; orphaned &= orphaned - 1) {
     const auto slot = static_cast<uint32_t>(std::countr_zero(orphaned));
-    forget(number * kSlots + slot, keys[slot]);
+    const auto shard_lock = table_.lock(keys[slot]);
+    std::lock_guard lock(chunk->lock);
+    // Someone may have come to hold it, or have taken it out, since its last holder left.
+    if (chunk->has(slot, keys[slot])) forget(*chunk, number * kSlots + slot, keys[slot]);
   }
 }
 
-// Takes a block out unless someone came to hold it, or it was taken out, since its last holder left.
-void Blocks::forget(Node node, uint64_t key) {
-  const auto shard_lock = table_.lock(key);
-  Chunk* chunk = pool_.of(node);
-  if (chunk == nullptr) return;
+// Takes a block out when nobody holds it. Under both locks.
+void Blocks::forget(Chunk& chunk, Node node, uint64_t key) {
   const uint64_t bit = bits_from(node % kSlots, 1);
-  std::lock_guard lock(chunk->lock);
-  if (!chunk->has(node % kSlots, key) || (chunk->held() & bit) != 0) return;
+  if ((chunk.held() & bit) != 0) return;
   table_.erase(key, node);
-  chunk->live.fetch_and(~bit, std::memory_order_release);
-  chunk->unname(bit);
+  chunk.live.fetch_and(~bit, std::memory_order_release);
+  chunk.unname(bit);
   size_.fetch_sub(1, std::memory_order_relaxed);
-  pool_.slots_freed(node / kSlots, *chunk);
+  pool_.slots_freed(node / kSlots, chunk);
 }
 
 }  // namespace kvindex

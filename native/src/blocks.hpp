@@ -33,12 +33,18 @@ class Blocks {
   // The holder holds `count` blocks that follow each other behind `before` (0 = nothing known). Writes every block's
   // node, and whether the holder did not hold it before.
   void hold(const uint64_t* keys, size_t count, Node before, HolderId holder, Pen& pen, Node* nodes, bool* is_new);
-  void prefetch(uint64_t key) const { table_.prefetch(key); }
-  void release(Node node, HolderId holder) { release(node / kSlots, bits_from(node % kSlots, 1), holder); }
+  void prefetch_key(uint64_t key) const { table_.prefetch(key); }
+  // One block that the holder holds.
+  void release(Node node, HolderId holder);
   // Several blocks of one chunk.
   void release(uint32_t chunk, uint64_t bits, HolderId holder);
   void lay_down(Pen& pen);
-  void prefetch_chunk(Node node) const { __builtin_prefetch(pool_.of(node)); }
+  // For a release soon: the chunk first, then what its key leads to.
+  void prefetch(Node node) const {
+    const Chunk* chunk = pool_.of(node);
+    __builtin_prefetch(chunk);
+    __builtin_prefetch(&chunk->keys[node % kSlots]);
+  }
 
   // For blocks that the caller holds.
   uint64_t key_of(Node node) const { return pool_.of(node)->keys[node % kSlots].load(std::memory_order_relaxed); }
@@ -57,7 +63,7 @@ class Blocks {
     uint32_t slot, count;
   };
   Place place(Node before, size_t count, Pen& pen);
-  void forget(Node node, uint64_t key);
+  void forget(Chunk& chunk, Node node, uint64_t key);
 
   mutable Epoch epoch_;
   std::atomic<int64_t> bytes_{0};

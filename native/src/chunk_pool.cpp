@@ -45,8 +45,7 @@ constexpr size_t directory_bytes(uint32_t slabs) { return slabs * sizeof(std::at
 ChunkPool::ChunkPool(Epoch& epoch, std::atomic<int64_t>& bytes)
     : epoch_(epoch),
       bytes_(bytes),
-      // Only the pages that are used are ever touched.
-      slabs_(static_cast<std::atomic<char*>*>(take_memory(directory_bytes(kMaxSlabs))),
+      slabs_(static_cast<std::atomic<char*>*>(take_memory(directory_bytes(kMaxSlabs), false)),
              [](std::atomic<char*>* all) { give_memory(all, directory_bytes(kMaxSlabs)); }) {}
 
 ChunkPool::~ChunkPool() {

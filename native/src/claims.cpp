@@ -9,19 +9,22 @@ namespace kvindex {
 namespace {
 
 // Unknown to whoever sends hashes, so that nobody can aim at one place.
-uint64_t make_secret() {
-  std::random_device device;
-  return uint64_t{device()} << 32 | device();
+uint64_t secret() {
+  static const uint64_t made = [] {
+    std::random_device device;
+    return uint64_t{device()} << 32 | device();
+  }();
+  return made;
 }
 
 constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
 
 }  // namespace
 
-Claims::Claims(std::atomic<int64_t>& bytes) : bytes_(bytes), directory_{new Segment} {}
+Claims::Claims(std::atomic<int64_t>& bytes) : bytes_(bytes), secret_(secret()), directory_{new Segment} {}
 
 Claims::Claims(Claims&& other) noexcept
-    : bytes_(other.bytes_), depth_(other.depth_), size_(other.size_), directory_(std::move(other.directory_)) {
+    : bytes_(other.bytes_), secret_(other.secret_), depth_(other.depth_), size_(other.size_), directory_(std::move(other.directory_)) {
   other.directory_.clear();
 }
 
@@ -33,9 +36,8 @@ Claims::~Claims() {
   }
 }
 
-uint64_t Claims::mix(uint64_t hash) {
-  static const uint64_t secret = make_secret();
-  hash ^= secret;
+inline uint64_t Claims::mix(uint64_t hash) const {
+  hash ^= secret_;
   hash *= 0x9E3779B97F4A7C15ULL;
   hash ^= hash >> 32;
   hash *= 0xD6E8FEB86659FD93ULL;
@@ -77,18 +79,23 @@ uint32_t* Claims::find(uint64_t hash) {
   return &segment.entries[at].ref;
 }
 
-void Claims::insert(uint64_t hash, uint32_t ref) {
+uint32_t* Claims::insert(uint64_t hash, uint32_t ref, bool& is_new) {
   const uint64_t mixed = mix(hash);
   for (;;) {
     Segment& segment = segment_of(mixed);
+    const uint32_t at = search(segment, mixed);
+    if (at < segment.end && segment.entries[at].ref != 0 && segment.entries[at].mixed() == mixed) {
+      is_new = false;
+      return &segment.entries[at].ref;
+    }
     if (segment.used * uint64_t{10} >= segment.capacity * uint64_t{9}) {
       if (segment.used >= kSegmentMost && segment.depth < kMaxDepth) {
         split(segment);
         continue;
       }
       rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      continue;
     }
-    const uint32_t at = search(segment, mixed);
     uint32_t empty = at;
     while (empty < segment.end && segment.entries[empty].ref != 0) ++empty;
     if (empty == segment.end) {
@@ -99,7 +106,8 @@ void Claims::insert(uint64_t hash, uint32_t ref) {
     segment.entries[at] = {static_cast<uint32_t>(mixed), static_cast<uint32_t>(mixed >> 32), ref};
     ++segment.used;
     ++size_;
-    return;
+    is_new = true;
+    return &segment.entries[at].ref;
   }
 }
 

@@ -26,8 +26,8 @@ class Claims {
   // The reference of a hash, to be read or replaced (never by 0) until the next change; null when there is none.
   uint32_t* find(uint64_t hash);
   const uint32_t* find(uint64_t hash) const { return const_cast<Claims*>(this)->find(hash); }
-  // The hash must not be there; `ref` must not be 0.
-  void insert(uint64_t hash, uint32_t ref);
+  // Gives a hash that is not there yet the reference, which must not be 0. Returns the reference it has now, as `find`.
+  uint32_t* insert(uint64_t hash, uint32_t ref, bool& is_new);
   void erase(uint64_t hash);
 
   template <typename Visit>
@@ -60,7 +60,7 @@ class Claims {
   static constexpr uint32_t kSegmentMost = 32768;  // claims
   static constexpr uint32_t kMaxDepth = 24;
 
-  static uint64_t mix(uint64_t hash);
+  uint64_t mix(uint64_t hash) const;
   Segment& segment_of(uint64_t mixed) const {
     return *directory_[depth_ == 0 ? 0 : static_cast<size_t>(mixed >> (64 - depth_))];
   }
@@ -73,6 +73,7 @@ class Claims {
   static bool append(Segment& segment, uint32_t& next, const Entry& entry);
 
   std::atomic<int64_t>& bytes_;
+  const uint64_t secret_;
   uint32_t depth_ = 0;
   size_t size_ = 0;
   std::vector<Segment*> directory_;  // by leading bits; neighbours may be the same

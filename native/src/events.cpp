@@ -63,20 +63,24 @@ constexpr Field kStoredAt[] = {Field::kHashes, Field::kParent, Field::kTokens,  
 constexpr Field kRemovedAt[] = {Field::kHashes, Field::kMedium, Field::kGroup};
 
 Field field_of(std::string_view name) {
-  if (name == "block_hashes") return Field::kHashes;
-  if (name == "parent_block_hash") return Field::kParent;
-  if (name == "token_ids") return Field::kTokens;
-  if (name == "block_size") return Field::kBlockSize;
-  if (name == "lora_id") return Field::kLoraId;
-  if (name == "medium") return Field::kMedium;
-  if (name == "lora_name") return Field::kLoraName;
-  if (name == "extra_keys") return Field::kExtraKeys;
-  if (name == "group_idx") return Field::kGroup;
-  if (name == "kv_cache_spec_kind") return Field::kKind;
-  if (name == "kv_cache_spec_sliding_window") return Field::kWindow;
-  if (name == "cache_salt") return Field::kSalt;
-  if (name == "seq_hashes") return Field::kHashAliases;
-  return Field::kOther;
+  switch (name.size()) {
+    case 6: return name == "medium" ? Field::kMedium : Field::kOther;
+    case 7: return name == "lora_id" ? Field::kLoraId : Field::kOther;
+    case 9:
+      if (name == "token_ids") return Field::kTokens;
+      if (name == "group_idx") return Field::kGroup;
+      return name == "lora_name" ? Field::kLoraName : Field::kOther;
+    case 10:
+      if (name == "block_size") return Field::kBlockSize;
+      if (name == "extra_keys") return Field::kExtraKeys;
+      if (name == "cache_salt") return Field::kSalt;
+      return name == "seq_hashes" ? Field::kHashAliases : Field::kOther;
+    case 12: return name == "block_hashes" ? Field::kHashes : Field::kOther;
+    case 17: return name == "parent_block_hash" ? Field::kParent : Field::kOther;
+    case 18: return name == "kv_cache_spec_kind" ? Field::kKind : Field::kOther;
+    case 28: return name == "kv_cache_spec_sliding_window" ? Field::kWindow : Field::kOther;
+    default: return Field::kOther;
+  }
 }
 
 bool tag_of(std::string_view name, Tag& tag) {
@@ -120,6 +124,8 @@ bool read_tokens(Cursor& in, std::vector<uint32_t>& tokens, Reason& reason) {
   if (in.nil()) return true;
   if (!in.array(count)) return reason = Reason::kBadField, false;
   for (uint32_t i = 0; i < count; ++i) {
+    i += in.small_integers(count - i, tokens);
+    if (i == count) break;
     uint64_t value;
     bool negative;
     if (!in.integer(value, negative)) return reason = Reason::kTokenIds, false;
@@ -286,8 +292,8 @@ bool read_field(Field field, Cursor& in, Event& event, std::vector<std::vector<E
   return false;
 }
 
-// A whole event; `in` is bounded to it, so a lying length cannot reach the next one.
-bool read_event(Cursor in, Event& event, Reason& reason) {
+// A whole event. When it could be read, `in` stands behind it.
+bool read_event(Cursor& in, Event& event, Reason& reason) {
   event.reset();
   std::vector<std::vector<ExtraItem>> entries;
   bool has_hashes = false;
@@ -341,17 +347,11 @@ bool Batch::open(const uint8_t* data, size_t size) {
   end_ = data + size;
   uint32_t count;
   bool has_events = false;
-  const auto read_rank = [&] {
-    return in.peek() == Type::kInt || in.peek() == Type::kNil ? read_optional_uint(in, has_rank_, rank_) : in.skip();
-  };
   if (in.array(count)) {
     if (count < 2 || (!in.number(timestamp_) && !in.nil())) return false;
     if (!in.array(left_)) return false;
     at_ = in.position();
-    // The rank stands behind the events; a payload cut inside them has none, and its first events still count.
-    for (uint32_t i = 0; i < left_; ++i)
-      if (!in.skip()) return true;
-    if (count > 2) read_rank();
+    rank_follows_ = count > 2;
     return true;
   }
   if (!in.map(count)) return false;
@@ -370,7 +370,7 @@ bool Batch::open(const uint8_t* data, size_t size) {
       for (uint32_t k = 0; k < left_; ++k)
         if (!in.skip()) return true;
     } else if (name == "data_parallel_rank" || name == "attn_dp_rank" || name == "dp_rank") {
-      if (!read_rank()) return has_events;
+      if (!read_rank(in)) return has_events;
     } else if (!in.skip()) {
       return has_events;
     }
@@ -378,19 +378,32 @@ bool Batch::open(const uint8_t* data, size_t size) {
   return has_events;
 }
 
+bool Batch::read_rank(Cursor& in) {
+  return in.peek() == Type::kInt || in.peek() == Type::kNil ? read_optional_uint(in, has_rank_, rank_) : in.skip();
+}
+
 Batch::Next Batch::next(Event& event, Reason& reason) {
-  if (left_ == 0) return Next::kEnd;
-  Cursor all(at_, static_cast<size_t>(end_ - at_));
-  Cursor whole = all;
-  if (!whole.skip()) {
-    left_ = 0;
-    reason = Reason::kTruncated;
-    return Next::kSkipped;
+  Cursor in(at_, static_cast<size_t>(end_ - at_));
+  if (left_ == 0) {
+    // The rank stands behind the events; a payload cut inside them has none, and its first events still count.
+    if (rank_follows_) read_rank(in);
+    rank_follows_ = false;
+    return Next::kEnd;
+  }
+  const Cursor start = in;
+  const bool read = read_event(in, event, reason);
+  if (!read) {
+    in = start;
+    if (!in.skip()) {
+      left_ = 0;
+      rank_follows_ = false;
+      reason = Reason::kTruncated;
+      return Next::kSkipped;
+    }
   }
   --left_;
-  const Cursor one(at_, static_cast<size_t>(whole.position() - at_));
-  at_ = whole.position();
-  return read_event(one, event, reason) ? Next::kEvent : Next::kSkipped;
+  at_ = in.position();
+  return read ? Next::kEvent : Next::kSkipped;
 }
 
 }  // namespace kvindex

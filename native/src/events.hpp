@@ -6,6 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include "msgpack.hpp"
+
 namespace kvindex {
 
 // Why something was not applied, or was odd. The names are metric labels.
@@ -68,11 +70,15 @@ class Batch {
   Next next(Event& event, Reason& reason);
 
   double timestamp() const { return timestamp_; }
+  // Known once `next` has returned kEnd.
   bool has_rank() const { return has_rank_; }
   uint64_t rank() const { return rank_; }
 
  private:
+  bool read_rank(Cursor& in);
+
   double timestamp_ = 0;
+  bool rank_follows_ = false;
   bool has_rank_ = false;
   uint64_t rank_ = 0;
   uint32_t left_ = 0;

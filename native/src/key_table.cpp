@@ -41,7 +41,7 @@ uint64_t KeyTable::buckets_at(const Shard& shard, uint32_t level) const {
   return static_cast<uint64_t>(std::exp2((level + phase) / 2));
 }
 
-KeyTable::Bucket& KeyTable::home(const Table& table, uint64_t key, uint64_t& at) {
+inline KeyTable::Bucket& KeyTable::home(const Table& table, uint64_t key, uint64_t& at) {
   at = ((key >> 24 & 0xFFFFFFFFU) * table.size) >> 32;
   return table.buckets[at];
 }
@@ -55,11 +55,14 @@ void KeyTable::prefetch(uint64_t key) const {
 
 Node KeyTable::find(uint64_t key) const {
   const Table* table = shard(key).table.load();
-  if (table == nullptr) return 0;
+  return table == nullptr ? 0 : find_in(*table, key);
+}
+
+inline Node KeyTable::find_in(const Table& table, uint64_t key) const {
   const uint64_t tag = tag_of(key);
   uint64_t at;
-  const Bucket* bucket = &home(*table, key, at);
-  for (uint64_t looked = 0; looked < table->size; ++looked) {
+  const Bucket* bucket = &home(table, key, at);
+  for (uint64_t looked = 0; looked < table.size; ++looked) {
     const uint64_t lower = bucket->tags[0].load(std::memory_order_acquire);
     const uint64_t upper = bucket->tags[1].load(std::memory_order_acquire);
     const auto check = [&](uint64_t hits, uint32_t first) -> Node {
@@ -74,13 +77,13 @@ Node KeyTable::find(uint64_t key) const {
     if (const Node node = check(equal(lower, tag), 0)) return node;
     if (const Node node = check(equal(upper, tag) & kUpperTags, 8)) return node;
     if (upper < kPassedOne) return 0;
-    if (++at == table->size) at = 0;
-    bucket = &table->buckets[at];
+    if (++at == table.size) at = 0;
+    bucket = &table.buckets[at];
   }
   return 0;
 }
 
-void KeyTable::put(Table& table, uint64_t key, Node node) {
+inline void KeyTable::put(Table& table, uint64_t key, Node node) {
   uint64_t at;
   Bucket* bucket = &home(table, key, at);
   for (;;) {
@@ -100,9 +103,10 @@ void KeyTable::put(Table& table, uint64_t key, Node node) {
   }
 }
 
-void KeyTable::insert(uint64_t key, Node node) {
+bool KeyTable::insert(uint64_t key, Node node) {
   Shard& home_shard = shard(key);
   Table* table = home_shard.table.load(std::memory_order_relaxed);
+  if (table != nullptr && find_in(*table, key) != 0) return false;
   if (home_shard.used == home_shard.grow_at) {
     uint32_t level = home_shard.level;
     while (table != nullptr && buckets_at(home_shard, level) <= table->size) ++level;
@@ -111,6 +115,7 @@ void KeyTable::insert(uint64_t key, Node node) {
   }
   put(*table, key, node);
   ++home_shard.used;
+  return true;
 }
 
 void KeyTable::erase(uint64_t key, Node node) {

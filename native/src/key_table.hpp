@@ -27,9 +27,10 @@ class KeyTable {
   // The live node of a key, 0 when there is none; needs a pin, no lock.
   Node find(uint64_t key) const;
 
-  // For the following three: the lock of the key's shard.
+  // For the following two: the lock of the key's shard.
   [[nodiscard]] std::unique_lock<SpinLock> lock(uint64_t key) { return std::unique_lock(shard(key).lock); }
-  void insert(uint64_t key, Node node);
+  // False when the key is there already.
+  bool insert(uint64_t key, Node node);
   void erase(uint64_t key, Node node);
 
  private:
@@ -55,6 +56,7 @@ class KeyTable {
   Shard& shard(uint64_t key) { return shards_[key >> 56]; }
   const Shard& shard(uint64_t key) const { return shards_[key >> 56]; }
   static Bucket& home(const Table& table, uint64_t key, uint64_t& at);
+  Node find_in(const Table& table, uint64_t key) const;
   static void put(Table& table, uint64_t key, Node node);
   void resize(Shard& shard, uint32_t level);
   uint64_t buckets_at(const Shard& shard, uint32_t level) const;

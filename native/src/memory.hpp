@@ -18,9 +18,11 @@ inline size_t footprint(size_t bytes) {
   return (bytes + sizeof(size_t) + kHeapUnit - 1) / kHeapUnit * kHeapUnit;
 }
 
-inline void* take_memory(size_t bytes) {
+// `whole`: all of it will be used soon, so that one call maps it; else each page is mapped when it is touched.
+inline void* take_memory(size_t bytes, bool whole = true) {
   if (bytes >= kMappedFrom) {
-    void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (whole ? MAP_POPULATE : 0);
+    void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (made == MAP_FAILED) throw std::bad_alloc();
     return made;
   }

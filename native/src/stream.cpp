@@ -40,12 +40,15 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
   }
   ++applied.messages;
   if (batch.timestamp() > 0) applied.timestamp = batch.timestamp();
-  if (batch.has_rank() && batch.rank() != rank) applied.count(Reason::kRankMismatch);
   if (closed_) return;
   for (;;) {
     Reason reason;
-    switch (batch.next(event_, reason)) {
-      case Batch::Next::kEnd: return;
+    const auto next = batch.next(event_, reason);
+    if (next != Batch::Next::kEvent || event_.tag != Tag::kRemoved) remove_gathered(applied);
+    switch (next) {
+      case Batch::Next::kEnd:
+        if (batch.has_rank() && batch.rank() != rank) applied.count(Reason::kRankMismatch);
+        return;
       case Batch::Next::kSkipped: applied.count(reason); continue;
       case Batch::Next::kEvent: break;
     }
@@ -162,17 +165,37 @@ void Stream::store(const Event& event, Applied& applied) {
   }
 }
 
+// Removals in a row are gathered and done together: one after the other they would wait for memory at every step.
 void Stream::remove(const Event& event, Applied& applied) {
   const uint32_t tier = tier_of(event.medium);
   if (tier == kMaxTiers) return applied.count(Reason::kTierLimit);
   size_t group = 0;
   while (group < groups_.size() && groups_[group].index != event.group) ++group;
-  if (group == groups_.size()) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
-  Book* book = find_book(static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
+  Book* book = nullptr;
+  if (group < groups_.size()) book = find_book(static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
   if (book == nullptr) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
-  for (const uint64_t hash : event.hashes) book->claims.prefetch(hash);
+  if (book != removed_from_) remove_gathered(applied);
+  removed_from_ = book;
   for (const uint64_t hash : event.hashes) {
-    uint32_t* ref = book->claims.find(hash);
+    book->claims.prefetch(hash);
+    removed_.push_back(hash);
+  }
+}
+
+void Stream::remove_gathered(Applied& applied) {
+  if (removed_.empty()) return;
+  Book& book = *removed_from_;
+  Blocks& blocks = index_->held();
+  nodes_.clear();
+  for (const uint64_t hash : removed_) {
+    const uint32_t* ref = book.claims.find(hash);
+    if (ref == nullptr || (*ref & kSpecial) != 0) continue;
+    nodes_.push_back(*ref);
+    blocks.prefetch(*ref);
+  }
+  for (const Node node : nodes_) blocks.prefetch_key(blocks.key_of(node));
+  for (const uint64_t hash : removed_) {
+    uint32_t* ref = book.claims.find(hash);
     if (ref == nullptr) {
       applied.count(Reason::kUnknownRemoval);
       continue;
@@ -182,9 +205,11 @@ void Stream::remove(const Event& event, Applied& applied) {
       --specials_[*ref & ~kSpecial].count;
       settle(*ref);
     } else {
-      erase_claim(*book, hash, *ref);
+      erase_claim(book, hash, *ref);
     }
   }
+  removed_.clear();
+  removed_from_ = nullptr;
 }
 
 // --- claims ---
@@ -287,59 +312,60 @@ void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, u
   } else {
     ++unresolved_;
   }
-  book.claims.insert(hash, claim.plain() ? claim.node : add_special(claim));
+  bool is_new;
+  book.claims.insert(hash, claim.plain() ? claim.node : add_special(claim), is_new);
 }
 
 void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier,
                         Applied& applied) {
   Blocks& blocks = index_->held();
   Book& book = book_of(group, tier);
-  if (nodes_.size() < count) {
-    nodes_.resize(count);
-    refs_.resize(count);
-    is_new_ = std::make_unique<bool[]>(count);
-  }
+  nodes_.resize(std::max(nodes_.size(), count));
+  if (is_new_size_ < count) is_new_ = std::make_unique<bool[]>(is_new_size_ = count);
   for (size_t i = 0; i < count; ++i) {
     book.claims.prefetch(hashes[i]);
-    blocks.prefetch(keys_[i]);
+    blocks.prefetch_key(keys_[i]);
   }
-  size_t unclaimed = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const uint32_t* ref = book.claims.find(hashes[i]);
-    refs_[i] = ref == nullptr ? 0 : *ref;
-    if (ref == nullptr) ++unclaimed;
-  }
-  const uint64_t granted = unclaimed == 0 ? 0 : index_->claim(unclaimed);
-  uint64_t left = granted;
-  for (size_t i = 0; i < count;) {
-    if (refs_[i] != 0 || left == 0) {
-      before = (refs_[i] & kSpecial) != 0 ? specials_[refs_[i] & ~kSpecial].node : refs_[i];
-      nodes_[i++] = 0;
-      continue;
+  // Normally there is room, and all of them are held before it shows which were claimed already. Without room for
+  // all, those are looked for first, so that the room goes to the others.
+  const HolderId holder = holder_of(group, tier);
+  uint64_t granted = index_->claim(count);
+  if (granted == count) {
+    blocks.hold(keys_.data(), count, before, holder, pen_, nodes_.data(), is_new_.get());
+  } else {
+    index_->unclaim(granted);
+    std::fill_n(nodes_.begin(), count, 0);
+    granted = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const uint32_t* ref = book.claims.find(hashes[i]);
+      if (ref != nullptr) {
+        before = (*ref & kSpecial) != 0 ? specials_[*ref & ~kSpecial].node : *ref;
+      } else if (index_->claim(1) == 1) {
+        ++granted;
+        blocks.hold(&keys_[i], 1, before, holder, pen_, &nodes_[i], &is_new_[i]);
+        before = nodes_[i];
+      } else {
+        before = 0;
+      }
     }
-    size_t end = i;
-    for (; end < count && refs_[end] == 0 && left > 0; ++end) --left;
-    blocks.hold(keys_.data() + i, end - i, before, holder_of(group, tier), pen_, nodes_.data() + i, is_new_.get() + i);
-    before = nodes_[end - 1];
-    i = end;
   }
   uint64_t used = 0;
   for (size_t i = 0; i < count; ++i) {
-    if (refs_[i] == 0 && nodes_[i] == 0) {
+    if (nodes_[i] == 0 && book.claims.find(hashes[i]) == nullptr) {
       applied.count(Reason::kClaimLimit);
       continue;
     }
-    uint32_t* ref = book.claims.find(hashes[i]);
-    if (ref == nullptr) {
-      book.claims.insert(hashes[i], nodes_[i]);
+    bool is_new;
+    uint32_t* ref = book.claims.insert(hashes[i], nodes_[i], is_new);
+    if (is_new) {
       ++used;
       if (!is_new_[i]) share(keys_[i], group, tier);
       continue;
     }
-    // Another copy; perhaps of a hash that this event has named already.
+    // Another copy. It holds the block already, unless the engine gave one hash to two blocks: the first one counts.
     Special& claim = make_special(*ref, hashes[i]);
     if (claim.count != UINT32_MAX) ++claim.count;
-    if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) blocks.release(nodes_[i], holder_of(group, tier));
+    if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) blocks.release(nodes_[i], holder);
   }
   index_->unclaim(granted - used);
 }

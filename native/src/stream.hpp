@@ -106,6 +106,7 @@ class Stream {
   void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied);
   void store(const Event& event, Applied& applied);
   void remove(const Event& event, Applied& applied);
+  void remove_gathered(Applied& applied);
   uint64_t drop_all();
   uint64_t size() const;
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
@@ -174,9 +175,12 @@ class Stream {
   Blocks::Pen pen_;
   // Of the event at hand, per block.
   std::vector<uint64_t> keys_;
-  std::vector<uint32_t> refs_;
   std::vector<Node> nodes_;
   std::unique_ptr<bool[]> is_new_;
+  size_t is_new_size_ = 0;
+  // Removals that the events at hand ask for and that are still to be done, all of one book.
+  std::vector<uint64_t> removed_;
+  Book* removed_from_ = nullptr;
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;
