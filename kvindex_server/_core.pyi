@@ -90,6 +90,8 @@ class Stream:
     """One (pod, rank). Calls to one stream come from one thread at a time; readers are free."""
 
     def apply(self, payloads: Sequence[bytes]) -> Applied: ...
+    def snapshot(self) -> bytes: ...  # the whole state
+    def restore(self, snapshot: bytes) -> bool: ...  # into an unused stream; False when it does not fit
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
     def close(self) -> int: ...  # the same, and the stream is gone from answers
     @property

@@ -60,8 +60,8 @@ struct Chunk {
 
   SpinLock lock;
   std::atomic<uint32_t> version;
-  std::atomic<uint64_t> live;  // slots whose block is in the key table
-  uint64_t taken;              // slots in use, live or about to be
+  std::atomic<uint64_t> live;     // slots whose block is in the key table
+  uint64_t taken;                 // slots in use, live or about to be
   std::atomic<uint64_t> holders;  // 0 none; odd: one holder, its bits in `mask`; even: Holders*
   std::atomic<uint64_t> mask;
   std::atomic<uint32_t> next;  // the chunk where the chain went on: a hint, to be checked by key

@@ -24,7 +24,11 @@ constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
 Claims::Claims(std::atomic<int64_t>& bytes) : bytes_(bytes), secret_(secret()), directory_{new Segment} {}
 
 Claims::Claims(Claims&& other) noexcept
-    : bytes_(other.bytes_), secret_(other.secret_), depth_(other.depth_), size_(other.size_), directory_(std::move(other.directory_)) {
+    : bytes_(other.bytes_),
+      secret_(other.secret_),
+      depth_(other.depth_),
+      size_(other.size_),
+      directory_(std::move(other.directory_)) {
   other.directory_.clear();
 }
 
@@ -36,12 +40,33 @@ Claims::~Claims() {
   }
 }
 
+namespace {
+
+constexpr uint64_t kFirst = 0x9E3779B97F4A7C15ULL, kSecond = 0xD6E8FEB86659FD93ULL;
+
+// Of an odd number, modulo 2^64: each step doubles the bits that are right.
+constexpr uint64_t inverse(uint64_t odd) {
+  uint64_t found = odd;
+  for (int i = 0; i < 5; ++i) found *= 2 - odd * found;
+  return found;
+}
+static_assert(inverse(kFirst) * kFirst == 1 && inverse(kSecond) * kSecond == 1);
+
+}  // namespace
+
 inline uint64_t Claims::mix(uint64_t hash) const {
   hash ^= secret_;
-  hash *= 0x9E3779B97F4A7C15ULL;
+  hash *= kFirst;
   hash ^= hash >> 32;
-  hash *= 0xD6E8FEB86659FD93ULL;
+  hash *= kSecond;
   return hash;
+}
+
+uint64_t Claims::unmix(uint64_t mixed) const {
+  mixed *= inverse(kSecond);
+  mixed ^= mixed >> 32;
+  mixed *= inverse(kFirst);
+  return mixed ^ secret_;
 }
 
 void Claims::allocate(Segment& segment, uint32_t capacity) {

@@ -39,6 +39,16 @@ class Claims {
         if (segment.entries[at].ref != 0) visit(segment.entries[at].ref);
     }
   }
+  // The same as (reference, hash).
+  template <typename Visit>
+  void each_hash(Visit visit) const {
+    for (size_t i = 0; i < directory_.size(); ++i) {
+      const Segment& segment = *directory_[i];
+      if (i > 0 && directory_[i - 1] == &segment) continue;
+      for (uint32_t at = 0; at < segment.end; ++at)
+        if (segment.entries[at].ref != 0) visit(segment.entries[at].ref, unmix(segment.entries[at].mixed()));
+    }
+  }
 
  private:
   struct Entry {
@@ -47,20 +57,19 @@ class Claims {
     uint64_t mixed() const { return uint64_t{high} << 32 | low; }
   };
   struct Segment {
-    uint32_t depth = 0;  // leading bits that all its hashes share
+    uint32_t depth = 0;     // leading bits that all its hashes share
     uint32_t capacity = 0;  // places that hashes are spread over
     uint32_t end = 0;       // places there are: some more, for those pushed behind the last
     uint32_t used = 0;
     Entry* entries = nullptr;
-    uint32_t home(uint64_t mixed) const {
-      return static_cast<uint32_t>(((mixed << depth) >> 32) * capacity >> 32);
-    }
+    uint32_t home(uint64_t mixed) const { return static_cast<uint32_t>(((mixed << depth) >> 32) * capacity >> 32); }
   };
 
   static constexpr uint32_t kSegmentMost = 32768;  // claims
   static constexpr uint32_t kMaxDepth = 24;
 
   uint64_t mix(uint64_t hash) const;
+  uint64_t unmix(uint64_t mixed) const;
   Segment& segment_of(uint64_t mixed) const {
     return *directory_[depth_ == 0 ? 0 : static_cast<size_t>(mixed >> (64 - depth_))];
   }

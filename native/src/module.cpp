@@ -149,6 +149,23 @@ NB_MODULE(_core, m) {
             return applied;
           },
           nb::arg("payloads"))
+      .def("snapshot",
+           [](const BoundStream& self) {
+             std::string out;
+             {
+               nb::gil_scoped_release release;
+               self.stream->snapshot(out);
+             }
+             return nb::bytes(out.data(), out.size());
+           })
+      .def(
+          "restore",
+          [](BoundStream& self, nb::bytes snapshot) {
+            const std::string_view bytes(snapshot.c_str(), snapshot.size());
+            nb::gil_scoped_release release;
+            return self.stream->restore(bytes);
+          },
+          nb::arg("snapshot"))
       .def(
           "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
       .def(

@@ -37,6 +37,11 @@ class Stream {
   uint64_t clear();
   uint64_t close();
 
+  // Appends the whole state; see stream_snapshot.cpp. Holds back this stream's writer, and nobody else.
+  void snapshot(std::string& out) const;
+  // Takes a snapshot into a stream that knows nothing yet. False, and still nothing known, when it does not fit.
+  bool restore(std::string_view bytes);
+
   uint64_t claims() const;
   std::array<uint64_t, kMaxTiers> claims_by_tier() const;
   uint64_t orphans() const;
@@ -53,10 +58,10 @@ class Stream {
     uint64_t hash = 0;
     uint64_t key = 0;
     uint32_t count = 0;
-    Node node = 0;               // of `key`; 0 while unresolved and for parts
-    bool resolved : 1 = false;   // the key is known once some event of the stream has told it
-    bool wide : 1 = false;       // stands for several canonical blocks, see spans_
-    bool part : 1 = false;       // a part of a canonical block, see parts_
+    Node node = 0;              // of `key`; 0 while unresolved and for parts
+    bool resolved : 1 = false;  // the key is known once some event of the stream has told it
+    bool wide : 1 = false;      // stands for several canonical blocks, see spans_
+    bool part : 1 = false;      // a part of a canonical block, see parts_
     bool plain() const { return resolved && !wide && !part && count == 1; }
   };
   // Claims of one (group, tier) by engine hash. A reference is the block's node, or kSpecial and a place in specials_.
@@ -102,6 +107,11 @@ class Stream {
 
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
   static constexpr uint64_t kMaxUnresolved = 1U << 20;
+
+  class Reader;
+  bool read(std::string_view bytes);
+  bool read_orphans(Reader& in);
+  bool read_book(Reader& in, uint8_t group, uint8_t tier);
 
   void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied);
   void store(const Event& event, Applied& applied);
