@@ -123,6 +123,7 @@ class PodSettings(_Section):
     replay_endpoint: str = Field(default="", description="Where rank 0's events can be asked for again; likewise")
     ranks: Integer = Field(default=1, ge=1, le=MAX_RANKS, description="Data-parallel ranks of the pod")
     topic: str = Field(default="", description="Subscription prefix; empty = everything")
+    incarnation: str = Field(default="", description="Names one life of the engine, such as a container id; any text")
     engine: str = Field(default="", description="`vllm`, `sglang` or `trtllm`; empty = detect")
     block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     bind: bool = Field(default=False, description="Bind `endpoint`; the engine dials in")
@@ -163,6 +164,11 @@ class StreamSettings(_Section):
     buffer_bytes: Integer = Field(default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay")
     buffer_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to buffer during a replay")
     replay_timeout_seconds: Seconds = Field(default=5.0, gt=0, description="Wait for a replay's next message")
+    rearm_seconds: Seconds = Field(default=5.0, gt=0, description="First wait before a failed repair is tried again")
+    rearm_max_seconds: Seconds = Field(default=300.0, gt=0, description="Longest such wait; it doubles each time")
+    disconnect_grace_seconds: Seconds = Field(
+        default=10.0, description="A connection lost for longer makes the stream DOWN and its claims STALE"
+    )
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
 
 
@@ -174,6 +180,12 @@ class ServerSettings(_Section):
     ready_timeout_seconds: Seconds = Field(
         default=30.0,
         description="Longest wait for the configured pods' first synchronisation before being ready",
+    )
+    ready_coverage: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the configured pods' streams that must be synchronised to be ready",
     )
 
 

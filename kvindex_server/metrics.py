@@ -82,8 +82,11 @@ STREAMS = (
     MetricName("kvindex_stream_dropped_total", "counter", (*_STREAM, "reason"), "Events dropped or left open"),
     MetricName("kvindex_stream_blocks", "gauge", (*_STREAM, "tier"), "Blocks held, by tier"),
     MetricName("kvindex_stream_trust", "gauge", (*_STREAM, "trust"), "1 for the current trust, 0 for others"),
+    MetricName("kvindex_stream_trust_cause", "gauge", (*_STREAM, "cause"), "1 for what the trust rests on"),
     MetricName("kvindex_stream_state", "gauge", (*_STREAM, "state"), "1 for the current state, 0 for others"),
     MetricName("kvindex_stream_last_sequence", "gauge", _STREAM, "Last applied sequence; absent before any"),
+    MetricName("kvindex_stream_age_seconds", "gauge", _STREAM, "Since the last applied message; absent before any"),
+    MetricName("kvindex_coverage_ratio", "gauge", ("model",), "Share of the streams that are synchronised"),
     MetricName("kvindex_index_blocks", "gauge", ("model",), "Distinct blocks known"),
     MetricName("kvindex_index_claims", "gauge", ("model",), "Claims kept"),
     MetricName("kvindex_index_bytes", "gauge", ("model",), "Memory of the index"),
@@ -113,6 +116,8 @@ class ModelStats(Protocol):
     def bytes(self) -> int: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def coverage(self) -> float: ...
 
 
 class Metrics:
@@ -231,6 +236,7 @@ class FleetCollector(Collector):
         for model in self._models():
             for what in ("blocks", "claims", "bytes", "block_size"):
                 _add(families, f"kvindex_index_{what}", (model.name,), getattr(model, what))
+            _add(families, "kvindex_coverage_ratio", (model.name,), model.coverage)
         yield from families.values()
 
 
@@ -266,10 +272,12 @@ def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:
         _add(families, "kvindex_stream_blocks", (*labels, tier), blocks)
     for trust in Trust:
         _add(families, "kvindex_stream_trust", (*labels, trust.name), trust is status.trust)
+    _add(families, "kvindex_stream_trust_cause", (*labels, status.trust_cause), 1)
     for state in StreamState:
         _add(families, "kvindex_stream_state", (*labels, state.name), state is status.state)
     if status.last_sequence is not None:
         _add(families, "kvindex_stream_last_sequence", labels, status.last_sequence)
+        _add(families, "kvindex_stream_age_seconds", labels, status.age_seconds)
 
 
 class MetricsServer:

@@ -38,6 +38,7 @@ class _ModelSize:
     claims: int
     bytes: int
     block_size: int
+    coverage: float
 
 
 class Server:
@@ -106,7 +107,8 @@ class Server:
 
     def _become_ready(self) -> None:
         ends = time.monotonic() + self._settings.server.ready_timeout_seconds
-        while not self.fleet.synced and time.monotonic() < ends:
+        wanted = self._settings.server.ready_coverage
+        while self.fleet.readiness < wanted and time.monotonic() < ends:
             if self._stopping.wait(0.02):
                 return
         if self._stopping.is_set():
@@ -114,7 +116,7 @@ class Server:
         self._ready.set()
         self._health.set_serving(True)
         self.metrics.ready(True)
-        _log.info("ready", extra={"fields": {"all_pods_synced": self.fleet.synced}})
+        _log.info("ready", extra={"fields": {"coverage": round(self.fleet.readiness, 3)}})
 
     def wait_ready(self, timeout: float) -> bool:
         """True when ready within `timeout` seconds."""
@@ -137,7 +139,14 @@ class Server:
 
     def _sizes(self) -> list[_ModelSize]:
         return [
-            _ModelSize(model.name, model.index.blocks, model.index.claims, model.index.bytes, model.index.block_size)
+            _ModelSize(
+                model.name,
+                model.index.blocks,
+                model.index.claims,
+                model.index.bytes,
+                model.index.block_size,
+                self.fleet.coverage(model.name),
+            )
             for model in self.models.all()
         ]
 
@@ -205,6 +214,9 @@ def _fleet(settings: Settings, models: Models) -> Fleet:
             bytes=stream.buffer_bytes,
             seconds=stream.buffer_seconds,
             replay_timeout=stream.replay_timeout_seconds,
+            disconnect_grace=stream.disconnect_grace_seconds,
+            rearm_seconds=stream.rearm_seconds,
+            rearm_max_seconds=stream.rearm_max_seconds,
             drop_on_gap=stream.on_gap == "drop",
         ),
         drain_messages=stream.drain_messages,

@@ -4,6 +4,9 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
+Message = tuple[int, bytes, int]
+"""A message to apply: sequence, payload, digest of the payload."""
+
 LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds, in seconds, of the ingestion-lag histogram; a last bucket is unbounded."""
 
@@ -32,6 +35,21 @@ class Trust(enum.IntEnum):
     STALE = 4
 
 
+class Cause(enum.StrEnum):
+    """Why a stream is trusted as it is, in one word; `trust_reason` says it in full."""
+
+    NOTHING_HEARD = "nothing_heard"
+    IN_SEQUENCE = "in_sequence"
+    CLEARED = "cleared"
+    JOINED_LATE = "joined_late"
+    NOT_TAKEN_IN = "not_taken_in"
+    CLAIMS_DROPPED = "claims_dropped"
+    RESTARTED = "restarted"
+    GAP = "gap"
+    UNREADABLE = "unreadable"
+    CONNECTION_LOST = "connection_lost"
+
+
 class Outcome(enum.Enum):
     """What a message's sequence number means after those applied before it."""
 
@@ -52,6 +70,7 @@ class StreamStatus:
     state: StreamState = StreamState.CONNECTING
     trust: Trust = Trust.COLD
     trust_reason: str = "nothing heard"
+    trust_cause: Cause = Cause.NOTHING_HEARD
     endpoint: str = ""
     replay_endpoint: str = ""
     last_sequence: int | None = None
@@ -98,6 +117,10 @@ class Sequence:
         place = sequence % REMEMBERED
         known = self._sequences[place] == sequence and self._digests[place] == digest
         return Outcome.DUPLICATE if known else Outcome.RESTART
+
+    def remembers(self, sequence: int) -> bool:
+        """True while the digest of this message is kept."""
+        return bool(self._digests) and self._sequences[sequence % REMEMBERED] == sequence
 
     def applied(self, sequence: int, digest: int) -> None:
         """The message has been applied; it is the last one now."""

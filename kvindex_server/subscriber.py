@@ -48,9 +48,9 @@ class Subscriber:
         return sum(rank.clear() for rank in self._ranks)
 
     @property
-    def tried(self) -> bool:
-        """The first synchronisation of every rank is over."""
-        return all(rank.ingest.tried for rank in self._ranks)
+    def synced(self) -> int:
+        """How many ranks are synchronised."""
+        return sum(rank.ingest.synced for rank in self._ranks)
 
     def statuses(self) -> list[StreamStatus]:
         """One per rank."""

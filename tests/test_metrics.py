@@ -35,6 +35,7 @@ class Stats:
     claims: int = 20
     bytes: int = 4096
     block_size: int = 16
+    coverage: float = 0.5
 
 
 def status() -> StreamStatus:
@@ -166,6 +167,9 @@ def test_streams_and_models() -> None:
     assert value(metrics, "kvindex_ingest_lag_seconds_bucket", **STREAM, le="+Inf") == 3
     for what, number in (("blocks", 10), ("claims", 20), ("bytes", 4096), ("block_size", 16)):
         assert value(metrics, f"kvindex_index_{what}", model="m") == number
+    assert value(metrics, "kvindex_coverage_ratio", model="m") == 0.5
+    assert value(metrics, "kvindex_stream_trust_cause", **STREAM, cause="nothing_heard") == 1
+    assert value(metrics, "kvindex_stream_age_seconds", **STREAM) == status().age_seconds
 
 
 def test_series_end_with_their_pod() -> None:

@@ -697,6 +697,7 @@ class RegisterPodRequest(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     BIND_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     model: _builtins.str
     endpoint: _builtins.str
@@ -712,6 +713,8 @@ class RegisterPodRequest(_message.Message):
     """0 means learn from the first event."""
     bind: _builtins.bool
     """The server binds endpoint and the engine dials in."""
+    incarnation: _builtins.str
+    """Names one life of the engine, such as a container id. Another one than before drops every claim of the pod."""
     def __init__(
         self,
         *,
@@ -724,10 +727,11 @@ class RegisterPodRequest(_message.Message):
         engine: _builtins.str = ...,
         block_size: _builtins.int = ...,
         bind: _builtins.bool = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "block_size", b"block_size", "endpoint", b"endpoint", "engine", b"engine", "model", b"model", "pod", b"pod", "ranks", b"ranks", "replay_endpoint", b"replay_endpoint", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "block_size", b"block_size", "endpoint", b"endpoint", "engine", b"engine", "incarnation", b"incarnation", "model", b"model", "pod", b"pod", "ranks", b"ranks", "replay_endpoint", b"replay_endpoint", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -864,6 +868,7 @@ class ModelStats(_message.Message):
     PODS_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     block_size: _builtins.int
     blocks: _builtins.int
@@ -872,6 +877,8 @@ class ModelStats(_message.Message):
     pods: _builtins.int
     streams: _builtins.int
     has_tokenizer: _builtins.bool
+    coverage: _builtins.float
+    """Share of the streams that are synchronised."""
     def __init__(
         self,
         *,
@@ -883,10 +890,11 @@ class ModelStats(_message.Message):
         pods: _builtins.int = ...,
         streams: _builtins.int = ...,
         has_tokenizer: _builtins.bool = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "bytes", b"bytes", "claims", b"claims", "has_tokenizer", b"has_tokenizer", "model", b"model", "pods", b"pods", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "bytes", b"bytes", "claims", b"claims", "coverage", b"coverage", "has_tokenizer", b"has_tokenizer", "model", b"model", "pods", b"pods", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
