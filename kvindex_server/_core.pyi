@@ -1,5 +1,6 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
+import enum
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -86,10 +87,53 @@ class Applied:
     @property
     def reasons(self) -> dict[str, int]: ...  # what was dropped or odd, by reason (names below)
 
+class Outcome(enum.Enum):
+    """What a message's sequence number means after those applied before it."""
+
+    FIRST = 0
+    NEXT = 1
+    DUPLICATE = 2
+    GAP = 3
+    RESTART = 4
+
+class Order:
+    """The order of one event stream: pure, without sockets or a clock. One thread at a time."""
+
+    REMEMBERED: int  # digests kept of the last applied messages
+    def __init__(self) -> None: ...
+    @property
+    def last(self) -> int | None: ...  # the last applied sequence
+    def judge(self, sequence: int, digest: int) -> Outcome: ...  # digest: a hash of the payload
+    def remembers(self, sequence: int) -> bool: ...  # the digest of this applied message is still kept
+    def applied(self, sequence: int, digest: int) -> None: ...
+    def restarted(self) -> None: ...  # forget the old life
+
+class ZeroMq:
+    """The libzmq that pyzmq has loaded; RuntimeError when it cannot be found."""
+
+    def __init__(self) -> None: ...
+
+class Drained:
+    """What one `Stream.drain` did."""
+
+    @property
+    def applied(self) -> Applied: ...
+    @property
+    def messages(self) -> int: ...  # applied by this call
+    @property
+    def first(self) -> int: ...  # sequence of the first of them
+    @property
+    def empty(self) -> bool: ...  # the socket had no more
+    @property
+    def odd(self) -> list[bytes]: ...  # frames of a message that was received but not applied; [] when there is none
+
 class Stream:
     """One (pod, rank). Calls to one stream come from one thread at a time; readers are free."""
 
     def apply(self, payloads: Sequence[bytes]) -> Applied: ...
+    def drain(self, zmq: ZeroMq, socket: int, order: Order, limit: int, max_payload: int) -> Drained:
+        """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one."""
+
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
     def close(self) -> int: ...  # the same, and the stream is gone from answers
     @property

@@ -45,8 +45,11 @@ class Applier:
 
     def apply(self, run: Sequence[Message]) -> tuple[list[str], list[str], bool]:
         """Take messages in; why claims may be wrong now, why some may be missing, and whether all were cleared."""
-        applied = self._stream.apply([payload for _, payload, _ in run])
-        reasons = self._count(applied, len(run))
+        return self.count(self._stream.apply([payload for _, payload, _ in run]), len(run))
+
+    def count(self, applied: Applied, messages: int) -> tuple[list[str], list[str], bool]:
+        """Count messages that were taken in; answers as `apply`."""
+        reasons = self._count(applied, messages)
         unsound = [each for each in _UNSOUND if each in reasons]
         return unsound, [each for each in _INCOMPLETE if each in reasons], bool(applied.clears)
 

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvindex_server._core import Stream, xxh3_64
+from kvindex_server._core import Drained, Order, Outcome, Stream, xxh3_64
 from kvindex_server.applier import Applier
 from kvindex_server.rearm import Aim, Rearm, Verdict
-from kvindex_server.stream import REMEMBERED, Cause, Message, Outcome, StreamState, StreamStatus, Trust
-from kvindex_server.stream import Sequence as Order
+from kvindex_server.stream import Cause, Message, StreamState, StreamStatus, Trust
 
 MAX_REPLAY_ASKS = 64
 """Asks of one repair; each must bring something new, so only a hostile engine gets there."""
@@ -54,7 +53,8 @@ class Ingest:
         self._bounds = bounds
         self._ask_replay = ask
         self._clock = clock
-        self._order = Order()
+        self.order = Order()
+        """Handed to the core, which moves it on with every message it applies from the socket itself."""
         self._lost_at: float | None = None
         self._tried = False
         # Why claims may be wrong, beside what is believed of them; and what could mend it.
@@ -100,7 +100,7 @@ class Ingest:
             if outcome is Outcome.NEXT:
                 run.append((sequence, payload, digest))
                 continue
-            if outcome is Outcome.GAP and sequence - (run[-1][0] if run else self._order.last or 0) > MAX_JUMP:
+            if outcome is Outcome.GAP and sequence - (run[-1][0] if run else self.order.last or 0) > MAX_JUMP:
                 self.bad_message("sequence_jump")
                 continue
             self._apply(run)
@@ -115,6 +115,17 @@ class Ingest:
             else:
                 self._begin(sequence, payload, digest)
         self._apply(run)
+
+    @property
+    def in_order(self) -> bool:
+        """True while the core may apply messages that are next in order itself; see `drained`."""
+        return not self._syncing and self.order.last is not None
+
+    def drained(self, drained: Drained) -> None:
+        """The core has applied published messages, all in order."""
+        if drained.messages:
+            effect = self._applier.count(drained.applied, drained.messages)
+            self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
 
     def replayed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
         """Replayed messages in order of arrival; `ended` when the end marker came behind them."""
@@ -164,7 +175,7 @@ class Ingest:
             return
         was_lost, self._lost_at = self._lost_at is not None, None
         self._unanswered = False
-        last = self._order.last
+        last = self.order.last
         if was_lost and last is not None:
             # Another engine may answer at the same address: compare what it says it sent.
             self._verify = last if self._verify is None else self._verify
@@ -186,7 +197,7 @@ class Ingest:
         now = self._clock()
         if self._syncing:
             if now >= self._deadline or now >= self._sync_ends:
-                progressed = self._order.last is not None and self._order.last != self._asked_last
+                progressed = self.order.last is not None and self.order.last != self._asked_last
                 if progressed and now < self._sync_ends:
                     self._replay_over(marker=False)
                 else:
@@ -214,7 +225,7 @@ class Ingest:
     def status(self) -> StreamStatus:
         """A copy, safe to read from any thread."""
         status = self._applier.status()
-        status.last_sequence = self._order.last
+        status.last_sequence = self.order.last
         doubt, lost_at = self._doubt or self._stranger, self._lost_at
         if doubt:
             status.trust, status.trust_reason = Trust.STALE, doubt
@@ -244,7 +255,7 @@ class Ingest:
             for other, _, other_digest in run:
                 if other == sequence:
                     return Outcome.DUPLICATE if other_digest == digest else Outcome.RESTART
-        return self._order.judge(sequence, digest)
+        return self.order.judge(sequence, digest)
 
     def _begin(self, sequence: int, payload: bytes, digest: int) -> None:
         """The first message of a life."""
@@ -270,7 +281,7 @@ class Ingest:
             self._sync(evident=True)
             self._keep(sequence, payload)
             return
-        self._jump(sequence, self._order.last or 0, "no replay endpoint")
+        self._jump(sequence, self.order.last or 0, "no replay endpoint")
         self._apply([(sequence, payload, digest)])
 
     def _jump(self, sequence: int, last: int, why: str) -> None:
@@ -279,7 +290,7 @@ class Ingest:
 
     def _restart(self, why: str, *, count: bool = True) -> None:
         self._applier.clear()
-        self._order.restarted()
+        self.order.restarted()
         self._asked_last = None
         self._unanswered = False
         self._verify = None
@@ -305,7 +316,7 @@ class Ingest:
         self._ask(evident=evident)
 
     def _ask(self, *, evident: bool = False) -> None:
-        last = self._order.last
+        last = self.order.last
         self._asks += 1
         self._asked_last = last if last is not None else -1
         self._hole = False
@@ -322,12 +333,12 @@ class Ingest:
 
     def _keep(self, sequence: int, payload: bytes) -> None:
         """A live message while a replay is under way."""
-        if sequence - (self._buffer[-1][0] if self._buffer else self._order.last or 0) > MAX_JUMP:
+        if sequence - (self._buffer[-1][0] if self._buffer else self.order.last or 0) > MAX_JUMP:
             self.bad_message("sequence_jump")
             return
         if self._buffer and sequence <= self._buffer[-1][0]:
             known = any(each == (sequence, payload) for each in self._buffer)
-            if known or self._order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
+            if known or self.order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
                 self._counters.duplicates += 1
                 return
             self._forget_buffer()
@@ -342,7 +353,7 @@ class Ingest:
             self._give_up("too many messages came during the replay")
 
     def _replay_over(self, *, marker: bool = True) -> None:
-        if marker and not self._heard and self._order.last is not None:
+        if marker and not self._heard and self.order.last is not None:
             # It was asked from the last applied message on, and a living engine keeps its newest ones.
             self._another_life("engine no longer has the last applied message")
             return
@@ -350,7 +361,7 @@ class Ingest:
         if self._verify is None and self._work_off():
             self._another_life("published message differs from the one replayed")
             return
-        last = -1 if self._order.last is None else self._order.last
+        last = -1 if self.order.last is None else self.order.last
         # What still waits lies behind a hole. A replay asked for before it was known may have ended before it.
         short = bool(self._buffer)
         # Engines before vLLM 0.33 can lose the end of a long replay and still send the marker.
@@ -367,7 +378,7 @@ class Ingest:
 
     def _give_up(self, why: str) -> None:
         self._unanswered = not self._heard
-        last = self._order.last
+        last = self.order.last
         if last is None and not self._buffer:
             self._believe(Trust.COLD, Cause.NOTHING_HEARD, why)
         elif last is not None and self._hole and not self._buffer:
@@ -396,7 +407,7 @@ class Ingest:
         held, self._buffer, self._buffered_bytes = self._buffer, [], 0
         run: list[Message] = []
         for number, (sequence, payload) in enumerate(held):
-            last = run[-1][0] if run else self._order.last
+            last = run[-1][0] if run else self.order.last
             digest = xxh3_64(payload)
             if last is not None and sequence <= last:
                 if self._foreign(sequence, digest, run):
@@ -420,8 +431,8 @@ class Ingest:
 
     def _foreign(self, sequence: int, digest: int, run: Sequence[Message]) -> bool:
         """A waiting message, not above the last applied one, is not the one applied under its number."""
-        last = self._order.last
-        if last is not None and sequence <= last - REMEMBERED:
+        last = self.order.last
+        if last is not None and sequence <= last - Order.REMEMBERED:
             return False  # too long ago to compare: a long replay brought it
         return self._judge(sequence, digest, run) is Outcome.RESTART
 
@@ -471,7 +482,7 @@ class Ingest:
     def _probed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
         assert self._rearm is not None
         rearm = self._rearm
-        verdict = rearm.judge(messages, self._order, ended=ended, heard=self._heard)
+        verdict = rearm.judge(messages, self.order, ended=ended, heard=self._heard)
         self._heard = self._heard or bool(messages)
         if verdict is None:
             self._deadline = self._clock() + self._bounds.replay_timeout
@@ -502,13 +513,16 @@ class Ingest:
     def _apply(self, run: Sequence[Message]) -> None:
         if not run:
             return
-        unsound, incomplete, cleared = self._applier.apply(run)
+        effect = self._applier.apply(run)
         for sequence, _, digest in run:
-            self._order.applied(sequence, digest)
+            self.order.applied(sequence, digest)
+        self._judge_effect(*effect, run[0][0], run[-1][0])
+
+    def _judge_effect(self, unsound: list[str], incomplete: list[str], cleared: bool, first: int, last: int) -> None:
         if cleared:
             self._believe(Trust.EXACT, Cause.CLEARED, "in sequence since all blocks were cleared")
         if unsound:
-            self._doubt_claims(f"could not be read: {', '.join(unsound)}", Aim.COMPARE, run[0][0], run[-1][0])
+            self._doubt_claims(f"could not be read: {', '.join(unsound)}", Aim.COMPARE, first, last)
         elif incomplete and self._counters.trust is Trust.EXACT:
             self._applier.believe(Trust.PARTIAL, Cause.NOT_TAKEN_IN, f"not taken in: {', '.join(incomplete)}")
 

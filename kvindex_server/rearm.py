@@ -1,11 +1,10 @@
 """What to ask an engine again when a stream could not be repaired at once, and what its answer means."""
 
 import enum
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvindex_server._core import xxh3_64
-from kvindex_server.stream import Outcome, Sequence
+from kvindex_server._core import Order, Outcome, xxh3_64
 
 
 class Aim(enum.Enum):
@@ -43,7 +42,7 @@ class Rearm:
         self.delay = min(self.delay * 2, longest)
         self.due = now + self.delay
 
-    def judge(self, messages: Seq[tuple[int, bytes]], order: Sequence, *, ended: bool, heard: bool) -> Verdict | None:
+    def judge(self, messages: Sequence[tuple[int, bytes]], order: Order, *, ended: bool, heard: bool) -> Verdict | None:
         """The meaning of replayed messages, `heard` when others came before them; None when more are needed."""
         for sequence, payload in messages:
             if self.aim is Aim.REBUILD:

@@ -5,9 +5,9 @@ import itertools
 import msgpack
 import pytest
 
-from kvindex_server._core import Index
+from kvindex_server._core import Index, Order, Outcome
 from kvindex_server.ingest import Bounds, Ingest
-from kvindex_server.stream import Outcome, Sequence, StreamState, StreamStatus, Trust
+from kvindex_server.stream import StreamState, StreamStatus, Trust
 
 _times = itertools.count(1000)
 
@@ -63,7 +63,7 @@ class Rig:
 
 def test_sequence_names_every_outcome() -> None:
     """First, next, duplicate, gap and restart are told apart by number and digest."""
-    order = Sequence()
+    order = Order()
     assert order.judge(5, 50) is Outcome.FIRST
     order.applied(5, 50)
     assert order.judge(6, 60) is Outcome.NEXT

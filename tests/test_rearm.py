@@ -6,7 +6,8 @@ import msgpack
 import pytest
 from test_ingest import Engine, Rig, removed, stored
 
-from kvindex_server.stream import REMEMBERED, Cause, StreamState, Trust
+from kvindex_server._core import Order
+from kvindex_server.stream import Cause, StreamState, Trust
 
 _times = itertools.count(9000)
 
@@ -167,12 +168,12 @@ def test_stranger_is_found_out_though_the_old_message_is_long_forgotten() -> Non
     rig.ingest.connection(False)
     rig.ingest.connection(True)
     wait(rig, 6)
-    rig.ingest.live([engine.publish(stored(3 + number)) for number in range(REMEMBERED + 5)])
+    rig.ingest.live([engine.publish(stored(3 + number)) for number in range(Order.REMEMBERED + 5)])
     wait(rig, 5)
     rig.ingest.replayed(engine.replay(1), ended=True)
     assert rig.index.claims == 0
     rig.ingest.replayed(engine.replay(0), ended=True)
-    assert rig.trust is Trust.EXACT and rig.index.claims == REMEMBERED + 7
+    assert rig.trust is Trust.EXACT and rig.index.claims == Order.REMEMBERED + 7
 
 
 def test_without_a_replay_endpoint_a_reconnect_stays_doubtful() -> None:

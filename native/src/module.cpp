@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "drain.hpp"
 #include "index.hpp"
+#include "order.hpp"
 #include "scan.hpp"
 #include "stream.hpp"
 #include "xxh3.hpp"
@@ -135,6 +137,38 @@ NB_MODULE(_core, m) {
         return reasons;
       });
 
+  nb::enum_<Outcome>(m, "Outcome")
+      .value("FIRST", Outcome::kFirst)
+      .value("NEXT", Outcome::kNext)
+      .value("DUPLICATE", Outcome::kDuplicate)
+      .value("GAP", Outcome::kGap)
+      .value("RESTART", Outcome::kRestart);
+
+  nb::class_<Order>(m, "Order")
+      .def(nb::init<>())
+      .def_ro_static("REMEMBERED", &Order::kRemembered)
+      .def_prop_ro("last",
+                   [](const Order& self) -> nb::object {
+                     return self.last() ? nb::object(nb::int_(*self.last())) : nb::none();
+                   })
+      .def("judge", &Order::judge, nb::arg("sequence"), nb::arg("digest"))
+      .def("remembers", &Order::remembers, nb::arg("sequence"))
+      .def("applied", &Order::applied, nb::arg("sequence"), nb::arg("digest"))
+      .def("restarted", &Order::restarted);
+
+  nb::class_<ZeroMq>(m, "ZeroMq").def(nb::init<>());
+
+  nb::class_<Drained>(m, "Drained")
+      .def_ro("applied", &Drained::applied)
+      .def_ro("messages", &Drained::messages)
+      .def_ro("first", &Drained::first)
+      .def_ro("empty", &Drained::empty)
+      .def_prop_ro("odd", [](const Drained& drained) {
+        nb::list frames;
+        for (const std::string& each : drained.odd) frames.append(nb::bytes(each.data(), each.size()));
+        return frames;
+      });
+
   nb::class_<BoundStream>(m, "Stream")
       .def(
           "apply",
@@ -149,6 +183,14 @@ NB_MODULE(_core, m) {
             return applied;
           },
           nb::arg("payloads"))
+      .def(
+          "drain",
+          [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit,
+             uint64_t max_payload) {
+            return drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload);
+          },
+          nb::arg("zmq"), nb::arg("socket"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"),
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
       .def(
