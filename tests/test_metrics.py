@@ -5,7 +5,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,17 @@ class Stats:
     claims: int = 20
     bytes: int = 4096
     block_size: int = 16
+    placements: dict[str, int] = field(
+        default_factory=lambda: {
+            "blocks": 1,
+            "recorded": 10,
+            "renewed": 2,
+            "confirmed": 3,
+            "expired": 4,
+            "fenced": 2,
+            "refused": 5,
+        }
+    )
 
 
 def status() -> StreamStatus:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_server import _core, admin, compat, health, reflection, service
 from kvindex_server._core import Index
-from kvindex_server.config import LimitSettings
+from kvindex_server.config import LimitSettings, PlacementSettings
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
@@ -112,7 +112,7 @@ class Served:
         self.lookup = Lookup(self.models, self.fleet, TIER_WEIGHTS, self.metrics, LIMITS.max_tokens)
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
-        service.register(self.server, self.lookup, self.guard, LIMITS)
+        service.register(self.server, self.lookup, self.guard, LIMITS, PlacementSettings())
         compat.register(self.server, self.lookup, self.guard, LIMITS)
         admin.register(self.server, self.admin_fleet, self.models, self.guard)
         self.health.register(self.server, self.guard)
