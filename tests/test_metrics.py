@@ -177,6 +177,11 @@ def test_streams_and_models() -> None:
     assert value(metrics, "kvindex_ingest_lag_seconds_bucket", **STREAM, le="+Inf") == 3
     for what, number in (("blocks", 10), ("claims", 20), ("bytes", 4096), ("block_size", 16)):
         assert value(metrics, f"kvindex_index_{what}", model="m") == number
+    assert value(metrics, "kvindex_placement_blocks", model="m") == 1
+    for what, number in (("recorded", 10), ("renewed", 2), ("confirmed", 3), ("expired", 4)):
+        assert value(metrics, f"kvindex_placement_{what}_total", model="m") == number
+    for reason, number in (("fenced", 2), ("refused", 5)):
+        assert value(metrics, "kvindex_placement_dropped_total", model="m", reason=reason) == number
 
 
 def test_series_end_with_their_pod() -> None:

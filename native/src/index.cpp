@@ -633,8 +633,10 @@ class Index::Walk {
     }
     uint32_t blocks = 0;
     double score = match.score;
-    for (size_t at = match.blocks; at < count; at += Placements::kSlice) {
-      const size_t size = std::min(Placements::kSlice, count - at);
+    // Most streams end at once, so the first questions are small ones.
+    size_t size = 1;
+    for (size_t at = match.blocks; at < count; at += size, size = std::min(Placements::kSlice, size * 4)) {
+      size = std::min(size, count - at);
       const uint64_t placed = index_.placements_.placed({stream.pod, number}, keys + at, size, now);
       for (size_t i = 0; i < size; ++i) {
         const bool is_placed = (placed >> i & 1) != 0;
