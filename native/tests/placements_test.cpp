@@ -178,6 +178,36 @@ void test_random_operations() {
   }
 }
 
+// A record and the event of the same blocks at once, in any order: none is left to expire beside the real claim.
+void test_a_record_races_with_its_event() {
+  auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
+  auto stream = index->add_stream("pod", 0);
+  const uint32_t lane = index->open_lane(0, 0, GroupKind::kFull, 0);
+  std::vector<uint64_t> keys(Placements::kSlice);
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = i * 0x9E3779B97F4A7C15ULL;
+  for (int round = 0; round < 300; ++round) {
+    std::atomic<int> ready{0};
+    const auto meet = [&] {
+      for (++ready; ready < 2;) std::this_thread::yield();
+    };
+    std::thread engine([&] {
+      meet();
+      for (const uint64_t key : keys)  // as Stream does
+        if (index->hold(key, lane, 0) && index->placements().any()) index->placements().confirm(kA0, key);
+    });
+    std::thread router([&] {
+      meet();
+      if (index->place("pod", 0, keys.data(), keys.size(), 1000 * kSecond).outcome != Placed::Outcome::kRecorded)
+        std::abort();
+    });
+    engine.join();
+    router.join();
+    CHECK(bits(index->placements(), kA0, keys) == 0);
+    for (const uint64_t key : keys) index->release(key, lane, 0);
+  }
+  CHECK(!index->placements().any() && adds_up(index->placements()));
+}
+
 // Recorders, confirmations, closings and readers at once: the numbers add up, and nothing is left on a reused stream.
 void test_concurrency() {
   auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
@@ -231,6 +261,7 @@ int main() {
   test_a_life_that_ended_takes_nothing();
   test_room_is_bounded();
   test_random_operations();
+  test_a_record_races_with_its_event();
   test_concurrency();
   std::printf("%d passed, 0 failed\n", checks);
 }
