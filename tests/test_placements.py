@@ -208,6 +208,7 @@ def test_room_is_bounded() -> None:
     assert index.place("p", 0, words([1, 2, 3]), 1000.0)[0] == "no_room"
     assert index.holders(words([1, 2, 3]), []) == [[], [], []]
     assert (index.placements["refused"], index.placements["blocks"]) == (3, 6)
+    assert index.place("p", 0, KEYS, 1000.0)[0] == "recorded"  # once more needs no more room
     index.advance_clock(1000.0)
     index.sweep_placements()
     assert index.place("p", 0, words([1, 2, 3]), 1000.0)[0] == "recorded"

@@ -20,8 +20,9 @@ uint64_t Placements::life(Place place) const {
 
 bool Placements::record(Place place, uint64_t life, const std::vector<uint64_t>& keys, uint64_t ttl, bool guessed) {
   if (keys.empty()) return true;
-  // Room for all of them is taken first; those that were there already give it back.
-  if (blocks_.fetch_add(keys.size(), std::memory_order_relaxed) + keys.size() > max_blocks_) {
+  // Room for all of them is taken first; those that are there already need none, and give it back.
+  const uint64_t needed = blocks_.fetch_add(keys.size(), std::memory_order_relaxed) + keys.size();
+  if (needed > max_blocks_ && needed - present(place, keys) > max_blocks_) {
     leave(keys.size());
     refused_.fetch_add(keys.size(), std::memory_order_relaxed);
     return false;
@@ -44,6 +45,18 @@ bool Placements::record(Place place, uint64_t life, const std::vector<uint64_t>&
     for (size_t i = at; i < end; ++i) add(table, keys[i], entry, from);
   }
   return true;
+}
+
+uint64_t Placements::present(Place place, const std::vector<uint64_t>& keys) const {
+  const Shard& home = shard(place);
+  uint64_t count = 0;
+  for (size_t at = 0; at < keys.size(); at += kBatch) {
+    std::lock_guard lock(home.mutex);
+    const auto table = home.tables.find(place);
+    if (table == home.tables.end()) break;
+    for (size_t i = at; i < std::min(keys.size(), at + kBatch); ++i) count += table->second.blocks.count(keys[i]);
+  }
+  return count;
 }
 
 void Placements::add(Table& table, uint64_t key, Entry entry, uint64_t now) {

@@ -88,6 +88,8 @@ class Placements {
 
   Shard& shard(Place place) { return shards_[place.pod % kShards]; }
   const Shard& shard(Place place) const { return shards_[place.pod % kShards]; }
+  // How many of the keys are in the table, expired ones too.
+  uint64_t present(Place place, const std::vector<uint64_t>& keys) const;
   void add(Table& table, uint64_t key, Entry entry, uint64_t now);
   // Sweeps so many buckets from `hand` on; true when it has come to the end of the table.
   bool sweep_some(Blocks& blocks, size_t& hand, uint64_t now, size_t buckets);

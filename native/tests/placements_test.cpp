@@ -103,6 +103,8 @@ void test_room_is_bounded() {
   CHECK(!placements.record(kB0, 0, {1, 2}, kSecond, false));
   CHECK(placements.counts().refused == 2 && placements.counts().blocks == 3);
   CHECK(placements.record(kB0, 0, {1}, kSecond, false));
+  CHECK(placements.record(kA0, 0, {1, 2, 3}, kSecond, false));  // renewed: nothing new
+  CHECK(placements.counts().renewed == 3 && placements.counts().blocks == 4);
   placements.advance(kSecond);
   placements.sweep(placements.now());
   CHECK(placements.record(kB0, 0, {1, 2, 3, 4}, kSecond, false) && adds_up(placements));
@@ -178,6 +180,16 @@ void test_random_operations() {
   }
 }
 
+// A placement that comes between a stream's drop and its end does not wait for the next stream of that number.
+void test_the_end_of_a_stream_takes_the_last_placement() {
+  auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
+  auto stream = index->add_stream("pod", 0);
+  const uint64_t key = 1;
+  CHECK(index->place("pod", 0, &key, 1, 1000 * kSecond).outcome == Placed::Outcome::kRecorded);
+  index->close_stream(0);  // what is left of Stream::close after its drop
+  CHECK(!index->placements().any() && index->placements().counts().fenced == 1);
+}
+
 // A record and the event of the same blocks at once, in any order: none is left to expire beside the real claim.
 void test_a_record_races_with_its_event() {
   auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
@@ -237,7 +249,7 @@ void test_concurrency() {
   for (int recorder = 0; recorder < 2; ++recorder)
     threads.emplace_back([&] {
       for (int turn = 0; turn < 400; ++turn) {
-        const auto done = index->place("pod", -1, keys.data(), keys.size(), kSecond / 1000);
+        const auto done = index->place("pod", -1, keys.data(), keys.size(), 1000 * kSecond);
         if (done.outcome == Placed::Outcome::kNoRoom) std::abort();
         const auto matches = index->score(keys.data(), keys.size(), {"calm", "other"}, {1.0});
         if (matches.size() != 1 || matches[0].speculative != keys.size()) std::abort();  // never on another's pod
@@ -261,6 +273,7 @@ int main() {
   test_a_life_that_ended_takes_nothing();
   test_room_is_bounded();
   test_random_operations();
+  test_the_end_of_a_stream_takes_the_last_placement();
   test_a_record_races_with_its_event();
   test_concurrency();
   std::printf("%d passed, 0 failed\n", checks);
