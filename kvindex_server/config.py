@@ -172,6 +172,24 @@ class StreamSettings(_Section):
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
 
 
+class PlacementSettings(_Section):
+    """How long and how many of a router's own decisions are believed."""
+
+    default_ttl_seconds: Seconds = Field(
+        default=2.0, gt=0, description="How long a placement holds when the router does not say"
+    )
+    max_ttl_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time a router may ask for")
+    max_blocks: Integer = Field(
+        default=1_048_576, ge=1, description="Blocks placed at once per model; more are refused"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlacementSettings":
+        if self.default_ttl_seconds > self.max_ttl_seconds:
+            raise _WrongField("default_ttl_seconds", f"is above max_ttl_seconds, {self.max_ttl_seconds:g}")
+        return self
+
+
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
@@ -219,6 +237,7 @@ class Settings(_Section):
     hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys")
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
+    placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 

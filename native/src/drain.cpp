@@ -82,9 +82,7 @@ class Frames {
   }
 
  private:
-  std::string text(ZeroMq::Message& frame) {
-    return {static_cast<const char*>(zmq_.data(&frame)), zmq_.size(&frame)};
-  }
+  std::string text(ZeroMq::Message& frame) { return {static_cast<const char*>(zmq_.data(&frame)), zmq_.size(&frame)}; }
 
   const ZeroMq& zmq_;
   ZeroMq::Message frames_[kFrames + 1] = {};

@@ -90,8 +90,12 @@ constexpr uint32_t inline_member(uint64_t ref) { return static_cast<uint32_t>(re
 
 }  // namespace
 
-Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims)
-    : block_size_(block_size), seed_(seed), max_claims_(max_claims), shards_(new Shard[kShards]) {
+Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements)
+    : block_size_(block_size),
+      seed_(seed),
+      max_claims_(max_claims),
+      placements_(max_placements),
+      shards_(new Shard[kShards]) {
   auto first = std::make_shared<Topology>();
   first->lanes.emplace_back();
   topology_ = std::move(first);
@@ -106,7 +110,7 @@ Index::~Index() {
 Index::Shard& Index::shard(uint64_t key) const { return shards_[key >> 56]; }
 
 uint64_t Index::bytes() const {
-  return sizeof(Index) + kShards * sizeof(Shard) +
+  return sizeof(Index) + kShards * sizeof(Shard) + placements_.bytes() +
          static_cast<uint64_t>(std::max<int64_t>(0, bytes_.load(std::memory_order_relaxed)));
 }
 
@@ -156,6 +160,7 @@ void Index::change_topology(Change change) {
 std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank) {
   std::lock_guard lock(topology_mutex_);
   uint32_t number = 0;
+  uint32_t pod_number = 0;
   change_topology([&](Topology& next) {
     auto [found, is_new] = next.pod_of_name.try_emplace(pod, static_cast<uint32_t>(next.pods.size()));
     if (is_new) next.pods.push_back({pod, {}});
@@ -169,20 +174,25 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
     }
     next.streams[number] = {found->second, rank, true, {}};
     next.pods[found->second].streams.push_back(number);
+    pod_number = found->second;
   });
-  auto made = std::make_shared<Stream>(shared_from_this(), number);
+  auto made = std::make_shared<Stream>(shared_from_this(), pod_number, number);
   stream_objects_[number] = made;
   return made;
 }
 
 void Index::close_stream(uint32_t stream) {
   std::lock_guard lock(topology_mutex_);
+  Placements::Place gone{};
   change_topology([&](Topology& next) {
     StreamPlace& place = next.streams[stream];
     auto& of_pod = next.pods[place.pod].streams;
     of_pod.erase(std::remove(of_pod.begin(), of_pod.end(), stream), of_pod.end());
+    gone = {place.pod, stream};
     place = {};
   });
+  // Before the number is given to another stream: a placement may have come since the stream's own drop.
+  placements_.drop(gone);
   stream_objects_[stream].reset();
   free_streams_.push_back(stream);
 }
@@ -348,7 +358,89 @@ bool Index::visit(uint64_t key, Visit visit) const {
   return true;
 }
 
+uint8_t Index::held_by(const Topology& topology, uint32_t stream, uint64_t key) const {
+  const auto& lanes = topology.streams[stream].lanes;
+  const auto is_full = [&](uint32_t lane) { return topology.lanes[lane].kind == GroupKind::kFull; };
+  const auto groups = std::count_if(lanes.begin(), lanes.end(), is_full);
+  std::ptrdiff_t holding = 0;
+  uint8_t held = 0;
+  visit(key, [&](uint32_t lane, uint8_t tiers) {
+    if (std::find(lanes.begin(), lanes.end(), lane) == lanes.end() || !is_full(lane)) return;
+    ++holding;
+    held |= tiers;
+  });
+  return holding == groups ? held : 0;
+}
+
+// --- placements ---
+
+namespace {
+
+// The streams of a pod; empty when it is not there.
+const std::vector<uint32_t>& streams_of(const Topology& topology, const std::string& pod) {
+  static const std::vector<uint32_t> none;
+  const auto found = topology.pod_of_name.find(pod);
+  return found == topology.pod_of_name.end() ? none : topology.pods[found->second].streams;
+}
+
+bool find_rank(const Topology& topology, const std::string& pod, int64_t rank, Placements::Place& place) {
+  for (const uint32_t stream : streams_of(topology, pod)) {
+    const StreamPlace& each = topology.streams[stream];
+    if (each.rank == rank) return place = {each.pod, stream}, true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int64_t Index::likely_rank(const Topology& topology, const std::string& pod, const uint64_t* keys, size_t count) const {
+  const auto matches = score(keys, count, {pod}, {1.0});
+  if (!matches.empty()) return matches[0].rank;
+  int64_t lowest = INT64_MAX;
+  for (const uint32_t stream : streams_of(topology, pod))
+    lowest = std::min<int64_t>(lowest, topology.streams[stream].rank);
+  return lowest;
+}
+
+Placed Index::place(const std::string& pod, int64_t rank, const uint64_t* keys, size_t count, uint64_t ttl) {
+  auto topology = this->topology();
+  const size_t ranks = streams_of(*topology, pod).size();
+  if (ranks == 0) return {Placed::Outcome::kNoPod, 0, 0};
+  const bool guessed = rank < 0 && ranks > 1;
+  if (rank < 0) rank = likely_rank(*topology, pod, keys, count);
+  Placements::Place place{};
+  if (!find_rank(*topology, pod, rank, place)) return {Placed::Outcome::kNoRank, 0, 0};
+  const uint64_t life = placements_.life(place);
+  // The stream may have been closed, and its number given away, before its life was asked.
+  topology = this->topology();
+  Placements::Place still{};
+  if (!find_rank(*topology, pod, rank, still) || still != place) return {Placed::Outcome::kNoPod, 0, 0};
+
+  std::vector<uint64_t> missing;
+  for (size_t i = 0; i < count; ++i)
+    if (held_by(*topology, place.stream, keys[i]) == 0) missing.push_back(keys[i]);
+  const Placed placed{Placed::Outcome::kRecorded, static_cast<uint32_t>(rank), count - missing.size()};
+  if (!placements_.record(place, life, missing, ttl, guessed)) return {Placed::Outcome::kNoRoom, placed.rank, 0};
+  // An event that came between the question and the record had nothing to confirm.
+  topology = this->topology();
+  for (const uint64_t key : missing)
+    if (held_by(*topology, place.stream, key) != 0) placements_.confirm(place, key);
+  return placed;
+}
+
 // --- matching ---
+
+namespace {
+
+// Which streams have placements.
+std::vector<bool> placed_streams(const Placements& placements, const Topology& topology) {
+  std::vector<bool> of_stream(topology.streams.size());
+  for (const auto& place : placements.places())
+    if (place.stream < of_stream.size()) of_stream[place.stream] = true;
+  return of_stream;
+}
+
+}  // namespace
 
 // One prompt walked block by block for all candidates at once. A stream whose only group is a full-attention one
 // is followed by counters; any other stream keeps the tiers of every block per group and is judged at the end.
@@ -356,6 +448,7 @@ class Index::Walk {
  public:
   Walk(const Index& index, const Pods& pods, const std::vector<double>& weights)
       : index_(index), topology_(index.topology()), runner_of_lane_(topology_->lanes.size(), kNone) {
+    if (index.placements_.any()) is_placed_ = placed_streams(index.placements_, *topology_);
     if (pods.empty()) {
       for (const PodPlace& pod : topology_->pods) add(pod);
     } else {
@@ -401,18 +494,22 @@ class Index::Walk {
     }
   }
 
-  std::vector<Match> finish() {
+  std::vector<Match> finish(const uint64_t* keys, size_t count) {
     for (const Hybrid& hybrid : hybrids_) judge(hybrid);
+    const uint64_t now = is_placed_.empty() ? 0 : index_.placements_.now();
     std::unordered_map<uint32_t, size_t> of_pod;
     std::vector<Match> matches;
     for (const Runner& runner : runners_) {
-      if (runner.blocks == 0) continue;
+      const bool is_placed = !is_placed_.empty() && is_placed_[runner.stream];
+      if (runner.blocks == 0 && !is_placed) continue;
       const StreamPlace& stream = topology_->streams[runner.stream];
       Match match;
       match.rank = stream.rank;
       match.blocks = runner.blocks;
       match.tier_blocks = runner.tier_blocks;
       for (uint32_t t = 0; t < kMaxTiers; ++t) match.score += weights_[t] * runner.tier_blocks[t];
+      if (is_placed) lengthen(match, runner.stream, keys, count, now);
+      if (match.blocks + match.speculative == 0) continue;
       const auto [found, is_new] = of_pod.try_emplace(stream.pod, matches.size());
       if (is_new) {
         match.pod = topology_->pods[stream.pod].name;
@@ -450,7 +547,11 @@ class Index::Walk {
   void add(const PodPlace& pod) {
     for (const uint32_t number : pod.streams) {
       const StreamPlace& stream = topology_->streams[number];
-      if (!stream.alive || stream.lanes.empty()) continue;
+      if (!stream.alive) continue;
+      if (stream.lanes.empty()) {  // nothing heard yet: only a placement can make a match
+        if (!is_placed_.empty() && is_placed_[number]) runners_.push_back({number, 0, {}});
+        continue;
+      }
       const auto kind = [&](uint32_t lane) { return topology_->lanes[lane].kind; };
       if (std::any_of(stream.lanes.begin(), stream.lanes.end(),
                       [&](uint32_t lane) { return kind(lane) == GroupKind::kUnknown; }))
@@ -520,6 +621,37 @@ class Index::Walk {
     runners_.push_back(runner);
   }
 
+  // From the end of the match on, placed blocks count as held, by every full-attention group and every window: the
+  // engine is about to compute them. Which states a mamba group will keep nobody can tell, so there nothing counts.
+  void lengthen(Match& match, uint32_t number, const uint64_t* keys, size_t count, uint64_t now) const {
+    const StreamPlace& stream = topology_->streams[number];
+    bool windows = false;
+    for (const uint32_t lane : stream.lanes) {
+      const GroupKind kind = topology_->lanes[lane].kind;
+      if (kind == GroupKind::kMamba) return;
+      windows = windows || kind != GroupKind::kFull;
+    }
+    uint32_t blocks = 0;
+    double score = match.score;
+    // Most streams end at once, so the first questions are small ones.
+    size_t size = 1;
+    for (size_t at = match.blocks; at < count; at += size, size = std::min(Placements::kSlice, size * 4)) {
+      size = std::min(size, count - at);
+      const uint64_t placed = index_.placements_.placed({stream.pod, number}, keys + at, size, now);
+      for (size_t i = 0; i < size; ++i) {
+        const bool is_placed = (placed >> i & 1) != 0;
+        const uint8_t held = is_placed ? uint8_t{1} : index_.held_by(*topology_, number, keys[at + i]);
+        if (held == 0) return;
+        ++blocks;
+        score += weights_[best_tier(held)];
+        // A match may not end where a window's blocks may be gone already.
+        if (windows && !is_placed) continue;
+        match.speculative = blocks;
+        match.score = score;
+      }
+    }
+  }
+
   // The longest prefix of at most `limit` blocks that this group alone could reuse.
   static size_t longest(const HybridLane& lane, size_t limit, uint32_t block_size) {
     switch (lane.info.kind) {
@@ -551,6 +683,7 @@ class Index::Walk {
   std::vector<uint32_t> runner_of_lane_;
   std::vector<Runner> runners_;
   std::vector<Hybrid> hybrids_;
+  std::vector<bool> is_placed_;  // by stream; empty when there are no placements
   std::array<double, kMaxTiers> weights_{};
   uint32_t simple_alive_ = 0;
   uint32_t hybrids_alive_ = 0;
@@ -561,23 +694,27 @@ std::vector<Match> Index::score(const uint64_t* keys, size_t count, const Pods& 
                                 const std::vector<double>& weights) const {
   Walk walk(*this, pods, weights);
   for (size_t i = 0; i < count && walk.alive(); ++i) walk.step(keys[i]);
-  return walk.finish();
+  return walk.finish(keys, count);
 }
 
 std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, const Pods& pods,
                                        const std::vector<double>& weights, const QueryExtras& extras) const {
   constexpr size_t kChunk = 64;  // blocks hashed ahead of the walk
-  Walk walk(*this, pods, weights);
   const uint32_t size = block_size();
   const size_t blocks = size == 0 ? 0 : count / size;
   std::vector<uint64_t> keys;
+  if (placements_.any()) {  // a placement may lengthen a match beyond where the walk would end
+    if (blocks != 0) block_keys(tokens, 0, blocks, size, 0, seed_, extras, keys);
+    return score(keys.data(), keys.size(), pods, weights);
+  }
+  Walk walk(*this, pods, weights);
   for (size_t begin = 0; begin < blocks && walk.alive(); begin += kChunk) {
     const uint64_t parent = keys.empty() ? 0 : keys.back();
     keys.clear();
     block_keys(tokens, begin, std::min(blocks, begin + kChunk), size, parent, seed_, extras, keys);
     for (size_t i = 0; i < keys.size() && walk.alive(); ++i) walk.step(keys[i]);
   }
-  return walk.finish();
+  return walk.finish(nullptr, 0);
 }
 
 // --- holders ---
@@ -604,7 +741,8 @@ void append_holders(const Topology& topology, uint32_t lane, uint8_t tiers, cons
 
 void order(std::vector<Holder>& holders) {
   std::sort(holders.begin(), holders.end(), [](const Holder& a, const Holder& b) {
-    return std::tie(a.pod, a.rank, a.group, a.tier) < std::tie(b.pod, b.rank, b.group, b.tier);
+    return std::tie(a.pod, a.rank, a.group, a.tier, a.speculative) <
+           std::tie(b.pod, b.rank, b.group, b.tier, b.speculative);
   });
 }
 
@@ -620,9 +758,26 @@ std::vector<std::vector<Holder>> Index::holders(const uint64_t* keys, size_t cou
     found.clear();
     visit(keys[i], [&](uint32_t lane, uint8_t tiers) { found.push_back({lane, tiers}); });
     for (const Holding& each : found) append_holders(*topology, each.lane, each.tiers, of_pod, result[i]);
-    order(result[i]);
   }
+  append_placed(*topology, keys, count, of_pod, result);
+  for (auto& each : result) order(each);
   return result;
+}
+
+void Index::append_placed(const Topology& topology, const uint64_t* keys, size_t count, const std::vector<bool>& of_pod,
+                          std::vector<std::vector<Holder>>& holders) const {
+  const uint64_t now = placements_.any() ? placements_.now() : 0;
+  for (const auto& place : placements_.places()) {
+    if (place.stream >= topology.streams.size()) continue;
+    const StreamPlace& stream = topology.streams[place.stream];
+    if (!stream.alive || stream.pod != place.pod || !of_pod[stream.pod]) continue;
+    for (size_t at = 0; at < count; at += Placements::kSlice) {
+      uint64_t placed = placements_.placed(place, keys + at, std::min(Placements::kSlice, count - at), now);
+      for (; placed != 0; placed &= placed - 1)
+        holders[at + static_cast<size_t>(std::countr_zero(placed))].push_back(
+            {topology.pods[stream.pod].name, stream.rank, 0, 0, true});
+    }
+  }
 }
 
 std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(const std::vector<uint64_t>& hashes,

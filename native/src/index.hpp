@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "keys.hpp"
+#include "placements.hpp"
 
 namespace kvindex {
 
@@ -59,6 +60,7 @@ struct Match {
   uint32_t blocks = 0;
   double score = 0;
   std::array<uint32_t, kMaxTiers> tier_blocks{};
+  uint32_t speculative = 0;  // blocks by which placements lengthen the match; in `score`, not in the others
 };
 
 struct Holding {
@@ -71,7 +73,16 @@ struct Holder {
   uint32_t rank;
   uint32_t tier;
   uint32_t group;
+  bool speculative = false;
   auto operator<=>(const Holder&) const = default;
+};
+
+// What became of a placement.
+struct Placed {
+  enum class Outcome : uint8_t { kRecorded, kNoPod, kNoRank, kNoRoom };
+  Outcome outcome = Outcome::kRecorded;
+  uint32_t rank = 0;  // the rank it was recorded at
+  size_t held = 0;    // blocks that need none: the rank holds them
 };
 
 using Pods = std::vector<std::string>;
@@ -80,7 +91,7 @@ class Stream;
 
 class Index : public std::enable_shared_from_this<Index> {
  public:
-  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims);
+  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
@@ -94,7 +105,13 @@ class Index : public std::enable_shared_from_this<Index> {
 
   std::shared_ptr<Stream> add_stream(const std::string& pod, uint32_t rank);
 
-  // Pods with a match > 0, best rank of each; `pods` empty = all. `weights` by tier bit.
+  // A router has sent a prompt to this pod: its blocks count as held for `ttl` nanoseconds, or until the engine's
+  // events say so. `rank` < 0: the router does not know it; the rank that matches best is guessed.
+  Placed place(const std::string& pod, int64_t rank, const uint64_t* keys, size_t count, uint64_t ttl);
+  Placements& placements() { return placements_; }
+  const Placements& placements() const { return placements_; }
+
+  // Pods with a match > 0 or placed blocks, best rank of each; `pods` empty = all. `weights` by tier bit.
   std::vector<Match> score(const uint64_t* keys, size_t count, const Pods& pods,
                            const std::vector<double>& weights) const;
   // The same from tokens; hashing stops where the last match ends.
@@ -141,13 +158,20 @@ class Index : public std::enable_shared_from_this<Index> {
   void change_topology(Change change);
   template <typename Visit>
   bool visit(uint64_t key, Visit visit) const;
+  // The tiers on which every full-attention group of the stream holds the key; 0 when one does not, or has none.
+  uint8_t held_by(const Topology& topology, uint32_t stream, uint64_t key) const;
   std::vector<std::shared_ptr<Stream>> live_streams() const;
+  // The rank of a pod that matches best; without any match its lowest.
+  int64_t likely_rank(const Topology& topology, const std::string& pod, const uint64_t* keys, size_t count) const;
+  void append_placed(const Topology& topology, const uint64_t* keys, size_t count, const std::vector<bool>& of_pod,
+                     std::vector<std::vector<Holder>>& holders) const;
 
   std::atomic<uint32_t> block_size_;
   const uint64_t seed_;
   const uint64_t max_claims_;
   std::atomic<uint64_t> blocks_{0}, claims_{0};
   std::atomic<int64_t> bytes_{0};
+  Placements placements_;
   std::unique_ptr<Shard[]> shards_;
 
   mutable std::mutex topology_mutex_;

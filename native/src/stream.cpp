@@ -19,7 +19,8 @@ bool kind_of(std::string_view name, bool has_window, GroupKind& kind) {
 
 }  // namespace
 
-Stream::Stream(std::shared_ptr<Index> index, uint32_t number) : index_(std::move(index)), number_(number) {}
+Stream::Stream(std::shared_ptr<Index> index, uint32_t pod, uint32_t number)
+    : index_(std::move(index)), pod_(pod), number_(number) {}
 
 Stream::~Stream() { close(); }
 
@@ -257,7 +258,10 @@ void Stream::resize(size_t size) {
 
 // The index is told once per (key, group, tier), however many hashes stand for it.
 void Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier) {
-  if (index_->hold(key, groups_[group].lane, tier)) return;
+  if (index_->hold(key, groups_[group].lane, tier)) {
+    if (index_->placements().any()) index_->placements().confirm({pod_, number_}, key);
+    return;
+  }
   uint32_t& holders = shared_[key][static_cast<uint16_t>(group << 8 | tier)];
   holders = std::max(holders, 1U) + 1;
 }
@@ -581,6 +585,7 @@ uint64_t Stream::drop_all() {
   lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
+  index_->placements().drop({pod_, number_});
   const uint64_t dropped = used_;
   for (const Claim& claim : table_) {
     if (claim.count == 0 || !claim.resolved || claim.part) continue;
