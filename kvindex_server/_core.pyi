@@ -1,5 +1,6 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
+import enum
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -24,7 +25,9 @@ def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) 
 class Index:
     """The blocks of one model. `block_size` 0 means learn it from the first event."""
 
-    def __init__(self, block_size: int = 0, seed: int = 1337, max_claims: int = 0) -> None: ...
+    def __init__(
+        self, block_size: int = 0, seed: int = 1337, max_claims: int = 0, max_placements: int = 1048576
+    ) -> None: ...
     @property
     def block_size(self) -> int: ...
     @property
@@ -39,13 +42,29 @@ class Index:
     def tiers(self) -> list[str]: ...  # by bit: gpu, cpu, disk, then as engines named them
     def learn_block_size(self, size: int) -> int: ...  # the size in force: `size` only if none was known
     def add_stream(self, pod: str, rank: int) -> Stream: ...
+    def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:
+        """A router has sent these keys (u64 LE) to this pod; they count as held for at most `seconds`.
+
+        rank -1: not known, the one that matches best is guessed. Returns (outcome, rank, blocks it holds already);
+        the outcome is "recorded", or "no_pod", "no_rank", "no_room" when nothing was.
+        """
+
+    def sweep_placements(self) -> None: ...  # gives back the memory of expired ones; answers leave them out anyway
+    @property
+    def placements(self) -> dict[str, int]:
+        """In blocks: recorded = confirmed + expired + fenced + blocks; renewed and refused ones are beside that."""
+
+    def advance_clock(self, seconds: float) -> None: ...  # of placements, for tests
     def score(
         self,
         keys: _Bytes,  # u64 LE
         pods: Sequence[str],  # candidates; empty = every pod of the index
         weights: Sequence[float],  # by tier bit, as `tiers`; missing ones weigh as the lowest given
-    ) -> list[tuple[str, int, int, float, list[int]]]:
-        """(pod, rank, matched blocks, score, blocks per tier bit) of each pod with a match > 0, unordered."""
+    ) -> list[tuple[str, int, int, float, list[int], int]]:
+        """(pod, rank, matched blocks, score, blocks per tier bit, speculative blocks) of each pod with any, unordered.
+
+        The match is what engines have announced; the score is that of both kinds of blocks together.
+        """
 
     def score_tokens(
         self,
@@ -55,18 +74,20 @@ class Index:
         lora_name: str = "",
         cache_salt: str = "",
         mm_features: Sequence[tuple[str, int, int]] = (),
-    ) -> list[tuple[str, int, int, float, list[int]]]:
+    ) -> list[tuple[str, int, int, float, list[int], int]]:
         """The same from token ids: hashing stops where the last match ends."""
 
-    def holders(self, keys: _Bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int]]]:
-        """Per key: (pod, rank, tier bit, group), ordered by (pod, rank, group, tier)."""
+    def holders(self, keys: _Bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int, bool]]]:
+        """Per key: (pod, rank, tier bit, group, speculative), ordered by (pod, rank, group, tier, speculative)."""
 
-    def holders_of_ints(self, hashes: _Bytes, pods: Sequence[str]) -> list[tuple[int, list[tuple[str, int, int, int]]]]:
+    def holders_of_ints(
+        self, hashes: _Bytes, pods: Sequence[str]
+    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
         """Per engine hash (u64 LE): (key or 0, holders)."""
 
     def holders_of_bytes(
         self, hashes: Sequence[_Bytes], pods: Sequence[str]
-    ) -> list[tuple[int, list[tuple[str, int, int, int]]]]: ...
+    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]: ...
 
 class Applied:
     """What one `Stream.apply` did; counters of this call only."""
@@ -86,12 +107,55 @@ class Applied:
     @property
     def reasons(self) -> dict[str, int]: ...  # what was dropped or odd, by reason (names below)
 
+class Outcome(enum.Enum):
+    """What a message's sequence number means after those applied before it."""
+
+    FIRST = 0
+    NEXT = 1
+    DUPLICATE = 2
+    GAP = 3
+    RESTART = 4
+
+class Order:
+    """The order of one event stream: pure, without sockets or a clock. One thread at a time."""
+
+    REMEMBERED: int  # digests kept of the last applied messages
+    def __init__(self) -> None: ...
+    @property
+    def last(self) -> int | None: ...  # the last applied sequence
+    def judge(self, sequence: int, digest: int) -> Outcome: ...  # digest: a hash of the payload
+    def remembers(self, sequence: int) -> bool: ...  # the digest of this applied message is still kept
+    def applied(self, sequence: int, digest: int) -> None: ...
+    def restarted(self) -> None: ...  # forget the old life
+
+class ZeroMq:
+    """The libzmq that pyzmq has loaded; RuntimeError when it cannot be found."""
+
+    def __init__(self) -> None: ...
+
+class Drained:
+    """What one `Stream.drain` did."""
+
+    @property
+    def applied(self) -> Applied: ...
+    @property
+    def messages(self) -> int: ...  # applied by this call
+    @property
+    def first(self) -> int: ...  # sequence of the first of them
+    @property
+    def empty(self) -> bool: ...  # the socket had no more
+    @property
+    def odd(self) -> list[bytes]: ...  # frames of a message that was received but not applied; [] when there is none
+
 class Stream:
     """One (pod, rank). Calls to one stream come from one thread at a time; readers are free."""
 
     def apply(self, payloads: Sequence[bytes]) -> Applied: ...
     def snapshot(self) -> bytes: ...  # the whole state
     def restore(self, snapshot: bytes) -> bool: ...  # into an unused stream; False when it does not fit
+    def drain(self, zmq: ZeroMq, socket: int, order: Order, limit: int, max_payload: int) -> Drained:
+        """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one."""
+
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
     def close(self) -> int: ...  # the same, and the stream is gone from answers
     @property

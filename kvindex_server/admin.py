@@ -45,6 +45,7 @@ class Admin:
             engine=request.engine,
             block_size=request.block_size,
             bind=request.bind,
+            incarnation=request.incarnation,
         )
         changed = self._fleet.register(spec.validate())
         return pb.RegisterPodResponse(changed=changed).SerializeToString()
@@ -76,6 +77,7 @@ class Admin:
                 pods=len(self._fleet.pods(model.name)),
                 streams=sum(each.model == model.name for each in statuses),
                 has_tokenizer=model.tokenizer is not None,
+                coverage=self._fleet.coverage(model.name),
             )
         return response.SerializeToString()
 

@@ -7,12 +7,20 @@ from google.protobuf.message import DecodeError, Message
 
 from kvindex_server import _core
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.lookup import BlocksAnswer, BlocksQuery, Kind, ScoreAnswer, ScoreQuery
+from kvindex_server.lookup import (
+    BlocksAnswer,
+    BlocksQuery,
+    Kind,
+    PlacementAnswer,
+    PlacementQuery,
+    ScoreAnswer,
+    ScoreQuery,
+)
 from kvindex_server.pb.indexer.v1 import indexer_pb2
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2
 
 M = TypeVar("M", bound=Message)
-_Request = kvindex_pb2.ScoreRequest | kvindex_pb2.GetPodsForBlocksRequest
+_Request = kvindex_pb2.ScoreRequest | kvindex_pb2.GetPodsForBlocksRequest | kvindex_pb2.RecordPlacementRequest
 
 MAX_MM_FEATURES = 1024
 """Each block asks every feature whether it touches it."""
@@ -20,7 +28,7 @@ MAX_NAME = 1024
 """Characters of a model, pod or LoRA name, a salt or a hash; they are copied into keys and messages."""
 
 _U32 = 0xFFFFFFFF
-_SCORE_INPUTS: dict[int, Kind] = {2: "prompt", 3: "chat", 4: "tokens", 5: "keys"}
+_SCORE_INPUTS: dict[int, Kind] = {2: "prompt", 3: "chat", 4: "tokens", 5: "keys"}  # and of a placement
 _BLOCKS_INPUTS: dict[int, Kind] = {2: "keys", 3: "engine_hashes", 4: "tokens", 5: "prompt", 6: "chat"}
 
 
@@ -37,6 +45,15 @@ class Limits(Protocol):
     def max_prompt_bytes(self) -> int: ...
 
 
+class PlacementLimits(Protocol):
+    """How long a placement holds, in seconds."""
+
+    @property
+    def default_ttl_seconds(self) -> float: ...
+    @property
+    def max_ttl_seconds(self) -> float: ...
+
+
 def decode(of: type[M], data: bytes) -> M:
     """The message, or InvalidArgument when these bytes are none."""
     try:
@@ -48,7 +65,8 @@ def decode(of: type[M], data: bytes) -> M:
 def decode_score(data: bytes, limits: Limits) -> ScoreQuery:
     """A checked ScoreRequest."""
     message = decode(kvindex_pb2.ScoreRequest, data)
-    _check_common(message, limits)
+    _check_common(message)
+    _check_pods("pods", message.pods, limits)
     kind = _only_input(data, message, _SCORE_INPUTS)
     return ScoreQuery(
         message.model,
@@ -67,7 +85,8 @@ def decode_score(data: bytes, limits: Limits) -> ScoreQuery:
 def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
     """A checked GetPodsForBlocksRequest."""
     message = decode(kvindex_pb2.GetPodsForBlocksRequest, data)
-    _check_common(message, limits)
+    _check_common(message)
+    _check_pods("pods", message.pods, limits)
     kind = _only_input(data, message, _BLOCKS_INPUTS)
     ints = b""
     strings: tuple[bytes, ...] = ()
@@ -96,6 +115,30 @@ def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
     )
 
 
+def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) -> PlacementQuery:
+    """A checked RecordPlacementRequest."""
+    message = decode(kvindex_pb2.RecordPlacementRequest, data)
+    _check_common(message)
+    _check_name("pod", message.pod)
+    kind = _only_input(data, message, _SCORE_INPUTS)
+    ttl = message.ttl_seconds if message.HasField("ttl_seconds") else placement.default_ttl_seconds
+    if not 0 < ttl <= placement.max_ttl_seconds:  # a NaN is not, either
+        raise InvalidArgument("ttl_seconds", f"must be above 0 and at most {placement.max_ttl_seconds:g}")
+    return PlacementQuery(
+        message.model,
+        kind,
+        text=_text(message, kind, limits),
+        tokens=_tokens(data, kind, limits),
+        keys=_keys(data, kind, 5, limits),
+        lora_name=message.lora_name,
+        cache_salt=message.cache_salt,
+        mm_features=_mm_features(message),
+        pod=message.pod,
+        rank=message.rank if message.HasField("rank") else None,
+        ttl=ttl,
+    )
+
+
 def decode_pod_scores(data: bytes, limits: Limits) -> ScoreQuery:
     """A checked indexer.v1 GetPodScoresRequest."""
     message = decode(indexer_pb2.GetPodScoresRequest, data)
@@ -120,12 +163,13 @@ def encode_score(answer: ScoreAnswer) -> bytes:
             trust_reason=each.trust_reason,
             age_seconds=each.age_seconds,
         )
-        if each.matched_blocks:  # of many candidates most have no match, and a zero needs no setting
+        if each.hit:  # of many candidates most have none, and a zero needs no setting
             score.score = each.score
             score.matched_blocks = each.matched_blocks
             score.matched_tokens = min(each.matched_blocks * answer.block_size, _U32)
             score.rank = each.rank
             score.tier_blocks.update(each.tier_blocks)
+            score.speculative_blocks = each.speculative_blocks
     return response.SerializeToString()
 
 
@@ -140,16 +184,26 @@ def encode_blocks(answer: BlocksAnswer) -> bytes:
     response = kvindex_pb2.GetPodsForBlocksResponse(block_size=answer.block_size)
     for key, holders in answer.blocks:
         block = response.blocks.add(key=key)
-        for pod, rank, tier, group in holders:
-            block.holders.add(pod=pod, rank=rank, tier=answer.tiers[tier], group=group)
+        for pod, rank, tier, group, speculative in holders:
+            block.holders.add(pod=pod, rank=rank, tier=answer.tiers[tier], group=group, speculative=speculative)
     return response.SerializeToString()
+
+
+def encode_placement(answer: PlacementAnswer) -> bytes:
+    """A RecordPlacementResponse."""
+    return kvindex_pb2.RecordPlacementResponse(
+        total_blocks=answer.total_blocks,
+        held_blocks=answer.held_blocks,
+        rank=answer.rank,
+        ttl_seconds=answer.ttl,
+    ).SerializeToString()
 
 
 def encode_pod_scores(answer: ScoreAnswer) -> bytes:
     """An indexer.v1 GetPodScoresResponse: pods with no hit are absent."""
     response = indexer_pb2.GetPodScoresResponse()
     for each in answer.scores:
-        if each.matched_blocks:
+        if each.hit:
             response.scores.add(pod=each.pod, score=each.score)
     return response.SerializeToString()
 
@@ -158,9 +212,8 @@ def _malformed(of: type[Message]) -> NoReturn:
     raise InvalidArgument("request", f"not a valid {of.DESCRIPTOR.name}")
 
 
-def _check_common(message: _Request, limits: Limits) -> None:
+def _check_common(message: _Request) -> None:
     _check_name("model", message.model)
-    _check_pods("pods", message.pods, limits)
     for field, value in (("lora_name", message.lora_name), ("cache_salt", message.cache_salt)):
         if len(value) > MAX_NAME:
             raise InvalidArgument(field, f"is longer than {MAX_NAME} characters")
@@ -249,7 +302,7 @@ def _text(message: _Request, kind: Kind, limits: Limits) -> str:
 
 
 def _tokens(data: bytes, kind: Kind, limits: Limits) -> bytes:
-    # tokens is field 4 of both requests.
+    # tokens is field 4 of every request.
     return _packed(data, 4, 4, "tokens.ids", limits.max_tokens, "tokens") if kind == "tokens" else b""
 
 

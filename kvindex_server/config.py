@@ -123,6 +123,7 @@ class PodSettings(_Section):
     replay_endpoint: str = Field(default="", description="Where rank 0's events can be asked for again; likewise")
     ranks: Integer = Field(default=1, ge=1, le=MAX_RANKS, description="Data-parallel ranks of the pod")
     topic: str = Field(default="", description="Subscription prefix; empty = everything")
+    incarnation: str = Field(default="", description="Names one life of the engine, such as a container id; any text")
     engine: str = Field(default="", description="`vllm`, `sglang` or `trtllm`; empty = detect")
     block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     bind: bool = Field(default=False, description="Bind `endpoint`; the engine dials in")
@@ -163,7 +164,30 @@ class StreamSettings(_Section):
     buffer_bytes: Integer = Field(default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay")
     buffer_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to buffer during a replay")
     replay_timeout_seconds: Seconds = Field(default=5.0, gt=0, description="Wait for a replay's next message")
+    rearm_seconds: Seconds = Field(default=5.0, gt=0, description="First wait before a failed repair is tried again")
+    rearm_max_seconds: Seconds = Field(default=300.0, gt=0, description="Longest such wait; it doubles each time")
+    disconnect_grace_seconds: Seconds = Field(
+        default=10.0, description="A connection lost for longer makes the stream DOWN and its claims STALE"
+    )
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
+
+
+class PlacementSettings(_Section):
+    """How long and how many of a router's own decisions are believed."""
+
+    default_ttl_seconds: Seconds = Field(
+        default=2.0, gt=0, description="How long a placement holds when the router does not say"
+    )
+    max_ttl_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time a router may ask for")
+    max_blocks: Integer = Field(
+        default=1_048_576, ge=1, description="Blocks placed at once per model; more are refused"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlacementSettings":
+        if self.default_ttl_seconds > self.max_ttl_seconds:
+            raise _WrongField("default_ttl_seconds", f"is above max_ttl_seconds, {self.max_ttl_seconds:g}")
+        return self
 
 
 class ServerSettings(_Section):
@@ -174,6 +198,12 @@ class ServerSettings(_Section):
     ready_timeout_seconds: Seconds = Field(
         default=30.0,
         description="Longest wait for the configured pods' first synchronisation before being ready",
+    )
+    ready_coverage: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the configured pods' streams that must be synchronised to be ready",
     )
 
 
@@ -207,6 +237,7 @@ class Settings(_Section):
     hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys")
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
+    placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 

@@ -49,13 +49,14 @@ class Fleet:
             subscriber.stop()
 
     @property
-    def synced(self) -> bool:
-        """The first synchronisation of every configured pod is over."""
-        subscribers = self._subscribers
-        return all(
-            (found := subscribers.get((self._models.get(spec.model).name, spec.pod))) is None or found.tried
-            for spec in self._configured
-        )
+    def readiness(self) -> float:
+        """Share of the configured pods' streams, as far as they are still followed, that are synchronised."""
+        names = {(self._models.get(spec.model).name, spec.pod) for spec in self._configured}
+        return _share([each for key, each in self._subscribers.items() if key in names])
+
+    def coverage(self, model: str) -> float:
+        """Share of a model's streams (its real name) that are synchronised; 1 when there is none."""
+        return _share([each for (of_model, _), each in self._subscribers.items() if of_model == model])
 
     def register(self, spec: PodSpec) -> bool:
         """Subscribe to a pod. False when the same registration stood already; another one is replaced."""
@@ -130,6 +131,11 @@ class Fleet:
 
     def _replace_without(self, key: tuple[str, str]) -> None:
         self._subscribers = {each: value for each, value in self._subscribers.items() if each != key}
+
+
+def _share(subscribers: Sequence[Subscriber]) -> float:
+    streams = sum(each.spec.ranks for each in subscribers)
+    return sum(each.synced for each in subscribers) / streams if streams else 1.0
 
 
 _DOUBT = (Trust.STALE, Trust.COLD, Trust.PARTIAL, Trust.EXACT)

@@ -1,31 +1,13 @@
-"""The write path of one stream on one screen: order, repair by replay, apply, and what it says of trust."""
+"""The write path of one stream on one screen: order, repair by replay, and what it says of trust."""
 
-import threading
 import time
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvindex_server._core import Applied, Stream, xxh3_64
-from kvindex_server.stream import LAG_BOUNDS, REMEMBERED, Outcome, StreamState, StreamStatus, Trust
-from kvindex_server.stream import Sequence as Order
-
-# A batch or event nobody could read may have been a removal: a claim may be wrong from then on.
-_UNSOUND = ("bad_batch", "truncated", "bad_event", "bad_field")
-# A store that was not taken in: the pod holds more than is known.
-_INCOMPLETE = (
-    "token_range",
-    "token_ids",
-    "tier_limit",
-    "group_limit",
-    "claim_limit",
-    "unresolved_limit",
-    "orphan_limit",
-    "block_size_mismatch",
-    "unknown_group_kind",
-)
-_UNREADABLE = (*_UNSOUND, "unknown_event", "token_range", "token_ids")
+from kvindex_server._core import Drained, Order, Outcome, Stream, xxh3_64
+from kvindex_server.applier import Applier
+from kvindex_server.rearm import Aim, Rearm, Verdict
+from kvindex_server.stream import Cause, Message, StreamState, StreamStatus, Trust
 
 MAX_REPLAY_ASKS = 64
 """Asks of one repair; each must bring something new, so only a hostile engine gets there."""
@@ -39,13 +21,15 @@ MAX_JUMP = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits of what is kept while a replay is under way."""
+    """Limits of what is kept while a replay is under way, and of how long is waited."""
 
     messages: int = 100_000
     bytes: int = 256 * 1024 * 1024
     seconds: float = 30.0
     replay_timeout: float = 5.0
     disconnect_grace: float = 10.0
+    rearm_seconds: float = 5.0
+    rearm_max_seconds: float = 300.0
     drop_on_gap: bool = False
 
 
@@ -64,32 +48,36 @@ class Ingest:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._stream = stream
+        self._applier = Applier(stream, status, clock, wall)
+        self._counters = status
         self._bounds = bounds
         self._ask_replay = ask
         self._clock = clock
-        self._wall = wall
-        self._lock = threading.Lock()
-        self._status = status
-        self._errors: Counter[str] = Counter()
-        self._dropped: Counter[str] = Counter()
-        self._order = Order()
+        self.order = Order()
+        """Handed to the core, which moves it on with every message it applies from the socket itself."""
+        self._lost_at: float | None = None
+        self._tried = False
+        # Why claims may be wrong, beside what is believed of them; and what could mend it.
+        self._doubt = ""
+        self._doubt_cause = Cause.GAP
+        self._rearm: Rearm | None = None
+        self._probing = False
+        self._unfillable: int | None = None
+        # Why the engine may be another one, and the message by which it shows to be the same.
+        self._stranger = ""
+        self._verify: int | None = None
+        # A replay under way.
+        self._syncing = False
         self._buffer: list[tuple[int, bytes]] = []
         self._buffered_bytes = 0
-        self._syncing = False
         self._asks = 0
         self._asked_last: int | None = None
         self._hole = False
         self._heard = False
         self._evident = False
-        self._unverified = False
+        self._unanswered = False
         self._deadline = 0.0
         self._sync_ends = 0.0
-        self._applied_at: float | None = None
-        self._lost_at: float | None = None
-        self._tried = False
-        self._unanswered = False
-        self._gap_open = False
 
     # --- what the subscriber tells ---
 
@@ -102,7 +90,7 @@ class Ingest:
 
     def live(self, messages: Sequence[tuple[int, bytes]]) -> None:
         """Published messages (sequence, payload), in order of arrival."""
-        run: list[tuple[int, bytes, int]] = []
+        run: list[Message] = []
         for sequence, payload in messages:
             if self._syncing:
                 self._keep(sequence, payload)
@@ -112,13 +100,13 @@ class Ingest:
             if outcome is Outcome.NEXT:
                 run.append((sequence, payload, digest))
                 continue
-            if outcome is Outcome.GAP and sequence - (run[-1][0] if run else self._order.last or 0) > MAX_JUMP:
-                self._errors["sequence_jump"] += 1
+            if outcome is Outcome.GAP and sequence - (run[-1][0] if run else self.order.last or 0) > MAX_JUMP:
+                self.bad_message("sequence_jump")
                 continue
             self._apply(run)
             run = []
             if outcome is Outcome.DUPLICATE:
-                self._status.duplicates += 1
+                self._counters.duplicates += 1
             elif outcome is Outcome.RESTART:
                 self._restart("sequence fell back")
                 self._begin(sequence, payload, digest)
@@ -128,35 +116,45 @@ class Ingest:
                 self._begin(sequence, payload, digest)
         self._apply(run)
 
+    @property
+    def in_order(self) -> bool:
+        """True while the core may apply messages that are next in order itself; see `drained`."""
+        return not self._syncing and self.order.last is not None
+
+    def drained(self, drained: Drained) -> None:
+        """The core has applied published messages, all in order."""
+        if drained.messages:
+            effect = self._applier.count(drained.applied, drained.messages)
+            self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
+
     def replayed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
         """Replayed messages in order of arrival; `ended` when the end marker came behind them."""
+        if self._lost_at is not None:
+            return  # it may be another engine's answer; when the connection is back, it is asked again
+        if self._probing:
+            self._probed(messages, ended=ended)
+            return
         if not self._syncing:
             return
         self._heard = self._heard or bool(messages)
-        run: list[tuple[int, bytes, int]] = []
+        run: list[Message] = []
         for sequence, payload in messages:
             digest = xxh3_64(payload)
             outcome = self._judge(sequence, digest, run)
-            if outcome is Outcome.FIRST:
-                self._trust(
-                    *(
-                        (Trust.EXACT, "in sequence from the first event")
-                        if sequence == 0
-                        else (Trust.PARTIAL, f"replay begins at sequence {sequence}")
-                    )
-                )
-                run.append((sequence, payload, digest))
-            elif outcome is Outcome.DUPLICATE:
-                self._unverified = False
-            elif outcome is Outcome.NEXT and self._unverified:
-                self._another_life("engine no longer has the last applied message")
-                return
-            elif outcome is Outcome.NEXT and not self._hole:
-                run.append((sequence, payload, digest))
-            elif outcome is Outcome.RESTART:
+            if outcome is Outcome.RESTART:
                 self._apply(run)
                 self._another_life("replayed message differs from the one applied")
                 return
+            if self._verify is not None and sequence >= self._verify:
+                if sequence > self._verify:
+                    self._another_life("engine no longer has the last applied message")
+                    return
+                self._verified()
+            if outcome is Outcome.FIRST:
+                self._first(sequence, f"replay begins at sequence {sequence}")
+                run.append((sequence, payload, digest))
+            elif outcome is Outcome.NEXT and not self._hole:
+                run.append((sequence, payload, digest))
             elif outcome is Outcome.GAP:
                 self._hole = True  # engines before vLLM 0.33 lose replayed messages; ask again from here
         self._apply(run)
@@ -166,7 +164,7 @@ class Ingest:
 
     def bad_message(self, reason: str) -> None:
         """A message whose frames could not be read."""
-        self._errors[reason] += 1
+        self._applier.bad_message(reason)
 
     def connection(self, up: bool) -> None:
         """The connection to the engine came up or was lost."""
@@ -177,16 +175,16 @@ class Ingest:
             return
         was_lost, self._lost_at = self._lost_at is not None, None
         self._unanswered = False
-        blind = self._order.last is None
-        if self._ask_replay is None:
-            return
-        if was_lost:
-            # Another engine may answer at the same address: compare what it says it sent. A question under way
-            # may have died with the old one.
-            self._unverified = not blind
-            self._sync()
-        elif blind and not self._syncing:
-            self._sync()
+        last = self.order.last
+        if was_lost and last is not None:
+            # Another engine may answer at the same address: compare what it says it sent.
+            self._verify = last if self._verify is None else self._verify
+            if self._ask_replay is None:
+                self._doubt_identity("connection was lost, and no replay endpoint tells who came back")
+            else:
+                self._stranger = "connection was lost, and the engine is being asked whether it is the same"
+        if self._ask_replay is not None and (was_lost or (last is None and not self._syncing)):
+            self._sync()  # a question under way may have died with the old engine
 
     def resync(self) -> None:
         """Drop every claim and begin again, as after an operator's ClearPod."""
@@ -197,55 +195,57 @@ class Ingest:
     def tick(self) -> None:
         """Time has passed: deadlines."""
         now = self._clock()
-        if self._syncing and (now >= self._deadline or now >= self._sync_ends):
-            progressed = self._order.last is not None and self._order.last != self._asked_last
-            if progressed and now < self._sync_ends:
-                self._replay_over(marker=False)
-            else:
-                self._give_up("replay was not answered" if not progressed else "replay took too long")
+        if self._syncing:
+            if now >= self._deadline or now >= self._sync_ends:
+                progressed = self.order.last is not None and self.order.last != self._asked_last
+                if progressed and now < self._sync_ends:
+                    self._replay_over(marker=False)
+                else:
+                    self._give_up("replay was not answered" if not progressed else "replay took too long")
+        elif self._rearm is not None and self._probing and now >= self._deadline:
+            self._probing = False
+            self._rearm.failed(now, self._bounds.rearm_max_seconds)
+        elif self._rearm is not None and not self._probing and now >= self._rearm.due:
+            self._probing = True
+            self._heard = False
+            self._send(self._rearm.start)
 
     @property
     def waiting_for_replay(self) -> bool:
         """True while `tick` must be called soon."""
-        return self._syncing
+        return self._syncing or self._probing
 
     @property
-    def tried(self) -> bool:
-        """The first synchronisation is over, whatever came of it."""
-        return self._tried
+    def synced(self) -> bool:
+        """The engine has told what it could of the past; without a replay endpoint there is nothing to wait for."""
+        return self._tried and not self._unanswered and not self._doubt and not self._stranger
 
     # --- what others read ---
 
     def status(self) -> StreamStatus:
         """A copy, safe to read from any thread."""
-        with self._lock:
-            status = replace(
-                self._status,
-                decode_errors=dict(self._errors),
-                dropped=dict(self._dropped),
-                lag_buckets=list(self._status.lag_buckets),
-            )
-            applied_at, lost_at, syncing = self._applied_at, self._lost_at, self._syncing
-        status.last_sequence = self._order.last
-        now = self._clock()
-        if applied_at is not None:
-            status.age_seconds = max(0.0, now - applied_at)
-        if syncing:
+        status = self._applier.status()
+        status.last_sequence = self.order.last
+        doubt, lost_at = self._doubt or self._stranger, self._lost_at
+        if doubt:
+            status.trust, status.trust_reason = Trust.STALE, doubt
+            status.trust_cause = self._doubt_cause if self._doubt else Cause.CONNECTION_LOST
+        if self._syncing:
             status.state = StreamState.SYNCING
-        elif status.trust is Trust.STALE and self._gap_open:
+        elif self._doubt and self._doubt_cause is Cause.GAP:
             status.state = StreamState.GAP
         elif status.last_sequence is not None:
             status.state = StreamState.LIVE
-        if lost_at is not None and now - lost_at > self._bounds.disconnect_grace:
+        if lost_at is not None and self._clock() - lost_at > self._bounds.disconnect_grace:
             status.state = StreamState.DOWN
             if status.trust in (Trust.EXACT, Trust.PARTIAL):
-                status.trust = Trust.STALE
+                status.trust, status.trust_cause = Trust.STALE, Cause.CONNECTION_LOST
                 status.trust_reason = f"connection lost for over {self._bounds.disconnect_grace:g} s"
         return status
 
     # --- order ---
 
-    def _judge(self, sequence: int, digest: int, run: Sequence[tuple[int, bytes, int]]) -> Outcome:
+    def _judge(self, sequence: int, digest: int, run: Sequence[Message]) -> Outcome:
         if run:  # judged, but not applied yet
             last = run[-1][0]
             if sequence == last + 1:
@@ -255,110 +255,113 @@ class Ingest:
             for other, _, other_digest in run:
                 if other == sequence:
                     return Outcome.DUPLICATE if other_digest == digest else Outcome.RESTART
-        return self._order.judge(sequence, digest)
+        return self.order.judge(sequence, digest)
 
     def _begin(self, sequence: int, payload: bytes, digest: int) -> None:
         """The first message of a life."""
-        if sequence == 0:
-            self._trust(Trust.EXACT, "in sequence from the first event")
-        elif self._ask_replay is not None and not self._unanswered:
+        if sequence and self._ask_replay is not None and not self._unanswered:
             self._sync(evident=True)
             self._keep(sequence, payload)
             return
-        else:
-            self._trust(Trust.PARTIAL, f"joined at sequence {sequence}, no replay of what came before")
+        self._first(sequence, f"joined at sequence {sequence}, no replay of what came before")
         self._apply([(sequence, payload, digest)])
 
+    def _first(self, sequence: int, late: str) -> None:
+        """What the first applied message says of the past; `late` when it has one."""
+        if sequence == 0:
+            self._believe(Trust.EXACT, Cause.IN_SEQUENCE, "in sequence from the first event")
+            return
+        self._believe(Trust.PARTIAL, Cause.JOINED_LATE, late)
+        if self._unanswered:
+            self._rearm = self._new_rearm(Aim.REBUILD, sequence - 1, sequence - 1, start=0)
+
     def _gap(self, sequence: int, payload: bytes, digest: int) -> None:
-        self._status.gaps += 1
+        self._counters.gaps += 1
         if self._ask_replay is not None:
             self._sync(evident=True)
             self._keep(sequence, payload)
             return
-        self._jump(sequence, "no replay endpoint")
+        self._jump(sequence, self.order.last or 0, "no replay endpoint")
         self._apply([(sequence, payload, digest)])
 
-    def _jump(self, sequence: int, why: str) -> None:
-        missing = f"{sequence - (self._order.last or 0) - 1} messages missing before sequence {sequence}"
-        if self._bounds.drop_on_gap:
-            self._stream.clear()
-            self._trust(Trust.PARTIAL, f"claims dropped: {missing}, {why}")
-        else:
-            self._trust(Trust.STALE, f"{missing}, {why}")
-            self._gap_open = True
+    def _jump(self, sequence: int, last: int, why: str) -> None:
+        missing = sequence - last - 1
+        self._doubt_claims(f"{missing} messages missing before sequence {sequence}, {why}", Aim.REBUILD, last + 1)
 
     def _restart(self, why: str, *, count: bool = True) -> None:
-        self._stream.clear()
-        self._order.restarted()
+        self._applier.clear()
+        self.order.restarted()
         self._asked_last = None
         self._unanswered = False
-        self._unverified = False
-        with self._lock:
-            if count:
-                self._status.restarts += 1
-            self._status.epoch += 1
-        self._trust(Trust.COLD, why)
+        self._verify = None
+        if count:
+            self._counters.restarts += 1
+        self._counters.epoch += 1
+        self._believe(Trust.COLD, Cause.RESTARTED, why)
 
-    def _another_life(self, why: str) -> None:
+    def _another_life(self, why: str, *, count: bool = True) -> None:
         # What waits may be the dead engine's; the living one's comes with the replay.
         self._forget_buffer()
-        self._restart(why)
+        self._restart(why, count=count)
         self._sync()
 
     # --- repair ---
 
     def _sync(self, *, evident: bool = False) -> None:
         """Ask; `evident` when a message that came already is what the replay has to reach."""
-        now = self._clock()
         self._syncing = True
+        self._probing = False
         self._asks = 0
-        self._sync_ends = now + self._bounds.seconds
+        self._sync_ends = self._clock() + self._bounds.seconds
         self._ask(evident=evident)
 
     def _ask(self, *, evident: bool = False) -> None:
-        assert self._ask_replay is not None
-        # From the last applied one, not the next: a restarted engine has another message under its number.
-        start = self._order.last or 0
+        last = self.order.last
         self._asks += 1
-        self._asked_last = self._order.last if self._order.last is not None else -1
+        self._asked_last = last if last is not None else -1
         self._hole = False
         self._heard = False
         self._evident = evident or bool(self._buffer)
+        # From the last applied one, not the next: a restarted engine has another message under its number.
+        self._send(self._verify if self._verify is not None else last or 0)
+
+    def _send(self, start: int) -> None:
+        assert self._ask_replay is not None
         self._deadline = self._clock() + self._bounds.replay_timeout
-        self._status.replays += 1
+        self._counters.replays += 1
         self._ask_replay(start)
 
     def _keep(self, sequence: int, payload: bytes) -> None:
         """A live message while a replay is under way."""
-        if sequence - (self._buffer[-1][0] if self._buffer else self._order.last or 0) > MAX_JUMP:
-            self._errors["sequence_jump"] += 1
+        if sequence - (self._buffer[-1][0] if self._buffer else self.order.last or 0) > MAX_JUMP:
+            self.bad_message("sequence_jump")
             return
         if self._buffer and sequence <= self._buffer[-1][0]:
             known = any(each == (sequence, payload) for each in self._buffer)
-            if known or self._order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
-                self._status.duplicates += 1
+            if known or self.order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
+                self._counters.duplicates += 1
                 return
             self._forget_buffer()
             self._restart("sequence fell back during a replay")
             self._sync(evident=True)
         if self._buffer and sequence > self._buffer[-1][0] + 1:
-            self._status.gaps += 1
+            self._counters.gaps += 1
         self._buffer.append((sequence, payload))
         self._buffered_bytes += len(payload)
         if len(self._buffer) > self._bounds.messages or self._buffered_bytes > self._bounds.bytes:
-            self._dropped["sync_buffer_full"] += 1
+            self._applier.drop("sync_buffer_full")
             self._give_up("too many messages came during the replay")
 
     def _replay_over(self, *, marker: bool = True) -> None:
-        if marker and not self._heard and self._order.last is not None:
+        if marker and not self._heard and self.order.last is not None:
             # It was asked from the last applied message on, and a living engine keeps its newest ones.
             self._another_life("engine no longer has the last applied message")
             return
         before = self._asked_last
-        if not self._unverified and not self._drain():
+        if self._verify is None and self._work_off():
             self._another_life("published message differs from the one replayed")
             return
-        last = -1 if self._order.last is None else self._order.last
+        last = -1 if self.order.last is None else self.order.last
         # What still waits lies behind a hole. A replay asked for before it was known may have ended before it.
         short = bool(self._buffer)
         # Engines before vLLM 0.33 can lose the end of a long replay and still send the marker.
@@ -373,126 +376,159 @@ class Ingest:
             return
         self._end_sync()
 
-    def _drain(self) -> bool:
-        """Apply the waiting messages that follow in sequence; False when one is another engine's."""
-        run: list[tuple[int, bytes, int]] = []
-        done = 0
-        for sequence, payload in self._buffer:
-            last = run[-1][0] if run else self._order.last
-            if last is None and sequence > 0:
-                break
-            digest = xxh3_64(payload)
-            if last is None:
-                self._trust(Trust.EXACT, "in sequence from the first event")
-            elif sequence > last + 1:
-                break
-            elif sequence <= last:
-                if self._foreign(sequence, digest, run):
-                    return False
-                done += 1
-                continue
-            run.append((sequence, payload, digest))
-            done += 1
-        self._buffered_bytes -= sum(len(payload) for _, payload in self._buffer[:done])
-        self._buffer = self._buffer[done:]
-        self._apply(run)
-        return True
-
-    def _foreign(self, sequence: int, digest: int, run: Sequence[tuple[int, bytes, int]]) -> bool:
-        """A waiting message, not above the last applied one, is not the one applied under its number."""
-        last = self._order.last
-        if last is not None and sequence <= last - REMEMBERED:
-            return False  # too long ago to compare: a long replay brought it
-        return self._judge(sequence, digest, run) is Outcome.RESTART
-
     def _give_up(self, why: str) -> None:
         self._unanswered = not self._heard
-        if self._order.last is None and not self._buffer:
-            self._trust(Trust.COLD, why)
-        elif self._order.last is not None and self._hole and not self._buffer:
-            self._trust(Trust.STALE, why)
-        elif self._unverified:
-            self._trust(Trust.STALE, f"connection was lost, and {why}")
-        self._unverified = False
+        last = self.order.last
+        if last is None and not self._buffer:
+            self._believe(Trust.COLD, Cause.NOTHING_HEARD, why)
+        elif last is not None and self._hole and not self._buffer:
+            self._doubt_claims(why, Aim.REBUILD, last + 1)
+        if self._verify is not None:
+            self._doubt_identity(f"connection was lost, and {why}")
         self._end_sync(why)
 
     def _end_sync(self, why: str = "replay does not cover them") -> None:
+        """Live again; messages that wait are applied over holes, for the reason given."""
         self._syncing = False
         self._tried = True
-        held = self._buffer
-        self._forget_buffer()
-        run: list[tuple[int, bytes, int]] = []
+        foreign = self._work_off(why)
+        if foreign:
+            self._forget_buffer()
+            self._restart("sequence fell back during a replay")
+            self._sync(evident=True)
+            for each in foreign:
+                self._keep(*each)
+
+    def _work_off(self, over_holes: str = "") -> list[tuple[int, bytes]]:
+        """Apply the waiting messages that follow in sequence, all of them when there is a reason for holes.
+
+        Returns nothing, or those from the first one on that another engine published.
+        """
+        held, self._buffer, self._buffered_bytes = self._buffer, [], 0
+        run: list[Message] = []
         for number, (sequence, payload) in enumerate(held):
+            last = run[-1][0] if run else self.order.last
             digest = xxh3_64(payload)
-            last = run[-1][0] if run else self._order.last
             if last is not None and sequence <= last:
                 if self._foreign(sequence, digest, run):
-                    self._restart("sequence fell back during a replay")
-                    self._sync(evident=True)
-                    for each in held[number:]:
-                        self._keep(*each)
-                    return
+                    self._apply(run)
+                    return held[number:]
                 continue  # the replay brought it already
+            if sequence > (-1 if last is None else last) + 1:
+                if not over_holes:
+                    self._buffer = held[number:]
+                    self._buffered_bytes = sum(len(each) for _, each in self._buffer)
+                    break
+                if last is not None:
+                    self._apply(run)
+                    run = []
+                    self._jump(sequence, last, over_holes)
             if last is None:
-                if sequence == 0:
-                    self._trust(Trust.EXACT, "in sequence from the first event")
-                else:
-                    self._trust(Trust.PARTIAL, f"joined at sequence {sequence}: {why}")
-            elif sequence > last + 1:
-                self._apply(run)
-                run = []
-                self._jump(sequence, why)
+                self._first(sequence, f"joined at sequence {sequence}: {over_holes}")
             run.append((sequence, payload, digest))
         self._apply(run)
+        return []
+
+    def _foreign(self, sequence: int, digest: int, run: Sequence[Message]) -> bool:
+        """A waiting message, not above the last applied one, is not the one applied under its number."""
+        last = self.order.last
+        if last is not None and sequence <= last - Order.REMEMBERED:
+            return False  # too long ago to compare: a long replay brought it
+        return self._judge(sequence, digest, run) is Outcome.RESTART
 
     def _forget_buffer(self) -> None:
         self._buffer = []
         self._buffered_bytes = 0
 
+    # --- doubt, and trying again ---
+
+    def _doubt_claims(self, reason: str, aim: Aim, first: int, last: int | None = None) -> None:
+        """Claims may be wrong from now on; a later answer about these messages could mend it."""
+        last = first if last is None else last
+        hopeless = bool(self._doubt) and self._rearm is None
+        self._doubt = reason
+        self._doubt_cause = Cause.UNREADABLE if aim is Aim.COMPARE else Cause.GAP
+        if hopeless or first == self._unfillable:
+            self._rearm = None
+        elif self._rearm is None or self._rearm.aim is Aim.VERIFY:
+            self._rearm = self._new_rearm(aim, first, last)
+        elif self._rearm.aim is not aim or aim is Aim.REBUILD:
+            # Built anew from a replay that covers the last of them, it does not matter what was wrong before.
+            first = max(last, self._rearm.last)
+            self._rearm.aim, self._rearm.first, self._rearm.last, self._rearm.start = Aim.REBUILD, first, first, first
+        self._drop_doubtful(reason)
+
+    def _doubt_identity(self, reason: str) -> None:
+        """The claims may be those of an engine that is gone."""
+        self._stranger = reason
+        if self._rearm is None and self._verify is not None:
+            self._rearm = self._new_rearm(Aim.VERIFY, self._verify, self._verify)
+        self._drop_doubtful(reason)
+
+    def _drop_doubtful(self, reason: str) -> None:
+        if self._bounds.drop_on_gap:
+            self._applier.clear()
+            self._doubt = self._stranger = ""
+            self._applier.believe(Trust.PARTIAL, Cause.CLAIMS_DROPPED, f"claims dropped: {reason}")
+
+    def _new_rearm(self, aim: Aim, first: int, last: int, *, start: int | None = None) -> Rearm | None:
+        if self._ask_replay is None:
+            return None
+        delay = self._bounds.rearm_seconds
+        # What could not be read is asked for while it can still be compared.
+        due = self._clock() + (0.0 if aim is Aim.COMPARE else delay)
+        return Rearm(aim, first, last, first if start is None else start, due, delay)
+
+    def _probed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
+        assert self._rearm is not None
+        rearm = self._rearm
+        verdict = rearm.judge(messages, self.order, ended=ended, heard=self._heard)
+        self._heard = self._heard or bool(messages)
+        if verdict is None:
+            self._deadline = self._clock() + self._bounds.replay_timeout
+            return
+        self._probing = False
+        if verdict is Verdict.INCOMPLETE:
+            rearm.failed(self._clock(), self._bounds.rearm_max_seconds)
+            return
+        self._rearm = None
+        if verdict is Verdict.SAME:
+            self._verified()
+        elif verdict is Verdict.COVERED:
+            self._another_life("built anew from the engine's replay", count=False)
+            self._unfillable = rearm.first
+        elif verdict is Verdict.OTHER:
+            unread = rearm.aim is Aim.COMPARE and self._heard
+            self._another_life("what was applied is not what the engine published", count=not unread)
+
+    def _verified(self) -> None:
+        """The engine is the one that was followed before the connection was lost."""
+        self._verify = None
+        self._stranger = ""
+        if self._rearm is not None and self._rearm.aim is Aim.VERIFY:
+            self._rearm = None
+
     # --- effect ---
 
-    def _apply(self, run: Sequence[tuple[int, bytes, int]]) -> None:
+    def _apply(self, run: Sequence[Message]) -> None:
         if not run:
             return
-        applied = self._stream.apply([payload for _, payload, _ in run])
+        effect = self._applier.apply(run)
         for sequence, _, digest in run:
-            self._order.applied(sequence, digest)
-        self._count(applied, len(run))
+            self.order.applied(sequence, digest)
+        self._judge_effect(*effect, run[0][0], run[-1][0])
 
-    def _count(self, applied: Applied, messages: int) -> None:
-        reasons = applied.reasons
-        lag = max(0.0, self._wall() - applied.timestamp) if applied.timestamp > 0 else None
-        with self._lock:
-            status = self._status
-            status.messages += messages
-            status.events += applied.events
-            status.blocks_stored += applied.blocks_stored
-            status.blocks_removed += applied.blocks_removed
-            self._applied_at = self._clock()
-            if lag is not None:
-                status.lag_seconds = lag
-                status.lag_sum += lag
-                for bucket in range(bisect_left(LAG_BOUNDS, lag), len(status.lag_buckets)):
-                    status.lag_buckets[bucket] += 1
-            for reason, times in reasons.items():
-                (self._errors if reason in _UNREADABLE else self._dropped)[reason] += times
-        if applied.clears:
-            self._trust(Trust.EXACT, "in sequence since all blocks were cleared")
-        self._judge_reasons(reasons)
-
-    def _judge_reasons(self, reasons: dict[str, int]) -> None:
-        if not reasons:
-            return
-        unsound = [reason for reason in _UNSOUND if reason in reasons]
-        incomplete = [reason for reason in _INCOMPLETE if reason in reasons]
+    def _judge_effect(self, unsound: list[str], incomplete: list[str], cleared: bool, first: int, last: int) -> None:
+        if cleared:
+            self._believe(Trust.EXACT, Cause.CLEARED, "in sequence since all blocks were cleared")
         if unsound:
-            self._trust(Trust.STALE, f"could not be read: {', '.join(unsound)}")
-        elif incomplete and self._status.trust is Trust.EXACT:
-            self._trust(Trust.PARTIAL, f"not taken in: {', '.join(incomplete)}")
+            self._doubt_claims(f"could not be read: {', '.join(unsound)}", Aim.COMPARE, first, last)
+        elif incomplete and self._counters.trust is Trust.EXACT:
+            self._applier.believe(Trust.PARTIAL, Cause.NOT_TAKEN_IN, f"not taken in: {', '.join(incomplete)}")
 
-    def _trust(self, trust: Trust, reason: str) -> None:
-        if trust is not Trust.STALE:
-            self._gap_open = False
-        with self._lock:
-            self._status.trust = trust
-            self._status.trust_reason = reason
+    def _believe(self, trust: Trust, cause: Cause, reason: str) -> None:
+        """All that is held is known to be so much to be trusted; whatever was in doubt is gone."""
+        self._doubt = self._stranger = ""
+        self._rearm = None
+        self._probing = False
+        self._applier.believe(trust, cause, reason)

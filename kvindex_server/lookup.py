@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvindex_server import _core
-from kvindex_server.errors import FailedPrecondition, InvalidArgument
+from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.models import Model, Models
 from kvindex_server.score import PodScore, Weights, ranked
 from kvindex_server.stream import Trust
@@ -15,8 +15,8 @@ Check = Callable[[], None]
 """Called between stages; raises when the caller's deadline has passed or the caller is gone."""
 
 Kind = Literal["prompt", "chat", "tokens", "keys", "engine_hashes"]
-Located = tuple[str, int, int, int]
-"""A holder as the index says it: (pod, rank, tier bit, group)."""
+Located = tuple[str, int, int, int, bool]
+"""A holder as the index says it: (pod, rank, tier bit, group, speculative)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,15 @@ class BlocksQuery(Query):
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementQuery(Query):
+    """This prompt has been sent to this pod. `ttl` is in seconds; without a rank the index guesses."""
+
+    pod: str = ""
+    rank: int | None = None
+    ttl: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreAnswer:
     """What is answered to a ScoreQuery."""
 
@@ -66,6 +75,16 @@ class BlocksAnswer:
     blocks: list[tuple[int, list[Located]]]
     tiers: Sequence[str]
     block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementAnswer:
+    """What is answered to a PlacementQuery: where it counts, for how many seconds, and the blocks that need none."""
+
+    total_blocks: int
+    held_blocks: int
+    rank: int
+    ttl: float
 
 
 class Fleet(Protocol):
@@ -113,7 +132,7 @@ class Lookup:
         self._metrics.observe_stage("match", time.perf_counter() - matching)
         check()
         for each in scores:
-            rank = each.rank if each.matched_blocks else None
+            rank = each.rank if each.hit else None
             each.trust, each.trust_reason, each.age_seconds = self._fleet.trust(model.name, each.pod, rank)
         for tier in self._weights.unknown({tier for each in scores for tier in each.tier_blocks}):
             self._metrics.unknown_tier(model.name, tier)
@@ -138,6 +157,20 @@ class Lookup:
             found = index.holders_of_ints(query.engine_ints, query.pods)
         check()
         return BlocksAnswer(found, index.tiers, index.block_size)
+
+    def place(self, query: PlacementQuery, check: Check) -> PlacementAnswer:
+        """Record the router's decision. NotFound when the pod is not registered for the model."""
+        model, lora = self._models.resolve(query.model)
+        keys, _, _ = self._keys(model, lora, query, check)
+        rank = -1 if query.rank is None else query.rank
+        outcome, rank, held = model.index.place(query.pod, rank, keys, query.ttl)
+        if outcome == "no_pod":
+            raise NotFound(f"pod: {query.pod!r} is not registered for model {query.model!r}")
+        if outcome == "no_rank":
+            raise InvalidArgument("rank", f"the pod has no rank {query.rank}")
+        if outcome == "no_room":
+            raise ResourceExhausted("as many blocks are placed as the model may have: see placement.max_blocks")
+        return PlacementAnswer(len(keys) // 8, held, rank, query.ttl)
 
     def _keys(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
         """(keys, block size, total tokens) of the prompt; no keys while the block size is not known."""

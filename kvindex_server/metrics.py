@@ -4,7 +4,7 @@ import logging
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, Protocol, cast
@@ -82,12 +82,26 @@ STREAMS = (
     MetricName("kvindex_stream_dropped_total", "counter", (*_STREAM, "reason"), "Events dropped or left open"),
     MetricName("kvindex_stream_blocks", "gauge", (*_STREAM, "tier"), "Blocks held, by tier"),
     MetricName("kvindex_stream_trust", "gauge", (*_STREAM, "trust"), "1 for the current trust, 0 for others"),
+    MetricName("kvindex_stream_trust_cause", "gauge", (*_STREAM, "cause"), "1 for what the trust rests on"),
     MetricName("kvindex_stream_state", "gauge", (*_STREAM, "state"), "1 for the current state, 0 for others"),
     MetricName("kvindex_stream_last_sequence", "gauge", _STREAM, "Last applied sequence; absent before any"),
+    MetricName("kvindex_stream_age_seconds", "gauge", _STREAM, "Since the last applied message; absent before any"),
+    MetricName("kvindex_coverage_ratio", "gauge", ("model",), "Share of the streams that are synchronised"),
     MetricName("kvindex_index_blocks", "gauge", ("model",), "Distinct blocks known"),
     MetricName("kvindex_index_claims", "gauge", ("model",), "Claims kept"),
     MetricName("kvindex_index_bytes", "gauge", ("model",), "Memory of the index"),
     MetricName("kvindex_index_block_size", "gauge", ("model",), "Tokens per block; 0 while not known"),
+    MetricName("kvindex_placement_blocks", "gauge", ("model",), "Blocks placed by routers and not yet confirmed"),
+    MetricName("kvindex_placement_recorded_total", "counter", ("model",), "Blocks placed"),
+    MetricName("kvindex_placement_renewed_total", "counter", ("model",), "Blocks placed again while still placed"),
+    MetricName("kvindex_placement_confirmed_total", "counter", ("model",), "Placed blocks that the engine then stored"),
+    MetricName("kvindex_placement_expired_total", "counter", ("model",), "Placed blocks whose time was over first"),
+    MetricName(
+        "kvindex_placement_dropped_total",
+        "counter",
+        ("model", "reason"),
+        "Placed blocks lost to a cleared or closed stream (`fenced`), or never taken for want of room (`refused`)",
+    ),
 )
 
 
@@ -113,6 +127,10 @@ class ModelStats(Protocol):
     def bytes(self) -> int: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def coverage(self) -> float: ...
+    @property
+    def placements(self) -> Mapping[str, int]: ...
 
 
 class Metrics:
@@ -231,6 +249,8 @@ class FleetCollector(Collector):
         for model in self._models():
             for what in ("blocks", "claims", "bytes", "block_size"):
                 _add(families, f"kvindex_index_{what}", (model.name,), getattr(model, what))
+            _add(families, "kvindex_coverage_ratio", (model.name,), model.coverage)
+            _add_placements(families, model.name, model.placements)
         yield from families.values()
 
 
@@ -241,6 +261,14 @@ def _families() -> dict[str, Metric]:
 
 def _add(families: dict[str, Metric], name: str, labels: Sequence[str], value: float) -> None:
     cast(GaugeMetricFamily | CounterMetricFamily, families[name]).add_metric(labels, value)
+
+
+def _add_placements(families: dict[str, Metric], model: str, placements: Mapping[str, int]) -> None:
+    _add(families, "kvindex_placement_blocks", (model,), placements["blocks"])
+    for what in ("recorded", "renewed", "confirmed", "expired"):
+        _add(families, f"kvindex_placement_{what}_total", (model,), placements[what])
+    for reason in ("fenced", "refused"):
+        _add(families, "kvindex_placement_dropped_total", (model, reason), placements[reason])
 
 
 def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:
@@ -266,10 +294,12 @@ def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:
         _add(families, "kvindex_stream_blocks", (*labels, tier), blocks)
     for trust in Trust:
         _add(families, "kvindex_stream_trust", (*labels, trust.name), trust is status.trust)
+    _add(families, "kvindex_stream_trust_cause", (*labels, status.trust_cause), 1)
     for state in StreamState:
         _add(families, "kvindex_stream_state", (*labels, state.name), state is status.state)
     if status.last_sequence is not None:
         _add(families, "kvindex_stream_last_sequence", labels, status.last_sequence)
+        _add(families, "kvindex_stream_age_seconds", labels, status.age_seconds)
 
 
 class MetricsServer:

@@ -26,10 +26,18 @@ class Model:
 class Models:
     """Models by name, alias and LoRA name. Reads take no lock: the table is replaced whole."""
 
-    def __init__(self, models: Sequence[Model], *, hash_seed: int = 1337, max_claims: int = 0) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        *,
+        hash_seed: int = 1337,
+        max_claims: int = 0,
+        max_placements: int = 1_048_576,
+    ) -> None:
         self._lock = threading.Lock()
         self._hash_seed = hash_seed
         self._max_claims = max_claims
+        self._max_placements = max_placements
         self._models: Mapping[str, Model] = {model.name: model for model in models}
         self._names: Mapping[str, tuple[Model, str]] = _names(models)
 
@@ -50,7 +58,7 @@ class Models:
             known = self._names.get(name)
             if known is not None:
                 return known[0]
-            model = Model(name, Index(block_size, self._hash_seed, self._max_claims))
+            model = Model(name, Index(block_size, self._hash_seed, self._max_claims, self._max_placements))
             models = [*self._models.values(), model]
             self._models = {each.name: each for each in models}
             self._names = _names(models)

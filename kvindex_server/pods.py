@@ -40,17 +40,21 @@ class PodSpec:
     engine: str = ""
     block_size: int = 0
     bind: bool = False
+    incarnation: str = ""
+    """One life of the engine, as whoever registers it knows it: another one drops every claim of the one before."""
 
     def validate(self) -> "PodSpec":
         """Itself, or InvalidArgument naming the first wrong field."""
         for field in ("pod", "model", "endpoint"):
             if not getattr(self, field):
                 raise InvalidArgument(field, "must not be empty")
-        for field in ("pod", "model", "topic"):
+        for field in ("pod", "model", "topic", "incarnation"):
             if not getattr(self, field).isprintable():
                 raise InvalidArgument(field, "has control characters")
         if len(self.topic) > 1024:
             raise InvalidArgument("topic", "is longer than 1024 characters")
+        if len(self.incarnation) > 512:
+            raise InvalidArgument("incarnation", "is longer than 512 characters")
         if len(self.pod) > 256:
             raise InvalidArgument("pod", "is longer than 256 characters")
         if len(self.model) > 512:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from kvindex_server.stream import Trust
 
-Match = tuple[str, int, int, float, list[int]]
-"""The index's answer for one pod: (pod, rank, matched blocks, score, blocks per tier bit)."""
+Match = tuple[str, int, int, float, list[int], int]
+"""The index's answer for one pod: (pod, rank, matched blocks, score, blocks per tier bit, speculative blocks)."""
 
 
 @dataclass(slots=True)
@@ -18,9 +18,15 @@ class PodScore:
     matched_blocks: int = 0
     rank: int = 0
     tier_blocks: Mapping[str, int] = field(default_factory=dict)
+    speculative_blocks: int = 0
     trust: Trust = Trust.COLD
     trust_reason: str = ""
     age_seconds: float = -1.0
+
+    @property
+    def hit(self) -> bool:
+        """Whether there is any block to speak of: held, or only placed."""
+        return bool(self.matched_blocks or self.speculative_blocks)
 
 
 class Weights:
@@ -51,11 +57,12 @@ def ranked(candidates: Sequence[str], matches: Iterable[Match], tiers: Sequence[
 def _pod_score(pod: str, match: Match | None, tiers: Sequence[str]) -> PodScore:
     if match is None:
         return PodScore(pod)
-    _, rank, blocks, score, per_tier = match
+    _, rank, blocks, score, per_tier, speculative = match
     return PodScore(
         pod,
         score,
         blocks,
         rank,
         {tier: count for tier, count in zip(tiers, per_tier, strict=False) if count},
+        speculative,
     )

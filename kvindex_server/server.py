@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 READ_SERVICES = ("kvindex.v1.KVIndex", "indexer.v1.IndexerService")
 ADMIN_SERVICE = "kvindex.v1.KVIndexAdmin"
+SWEEP_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class _ModelSize:
     claims: int
     bytes: int
     block_size: int
+    coverage: float
+    placements: Mapping[str, int]
 
 
 class Server:
@@ -55,7 +59,7 @@ class Server:
         guard = self._guard(settings)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
-        service.register(self._public, lookup, guard, settings.limits)
+        service.register(self._public, lookup, guard, settings.limits, settings.placement)
         compat.register(self._public, lookup, guard, settings.limits)
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
@@ -103,10 +107,12 @@ class Server:
         if self._admin is not None:
             self._admin.start()
         threading.Thread(target=self._become_ready, name="ready", daemon=True).start()
+        threading.Thread(target=self._sweep_placements, name="sweep", daemon=True).start()
 
     def _become_ready(self) -> None:
         ends = time.monotonic() + self._settings.server.ready_timeout_seconds
-        while not self.fleet.synced and time.monotonic() < ends:
+        wanted = self._settings.server.ready_coverage
+        while self.fleet.readiness < wanted and time.monotonic() < ends:
             if self._stopping.wait(0.02):
                 return
         if self._stopping.is_set():
@@ -114,7 +120,13 @@ class Server:
         self._ready.set()
         self._health.set_serving(True)
         self.metrics.ready(True)
-        _log.info("ready", extra={"fields": {"all_pods_synced": self.fleet.synced}})
+        _log.info("ready", extra={"fields": {"coverage": round(self.fleet.readiness, 3)}})
+
+    def _sweep_placements(self) -> None:
+        """Gives the memory of expired placements back; no answer depends on it."""
+        while not self._stopping.wait(SWEEP_SECONDS):
+            for model in self.models.all():
+                model.index.sweep_placements()
 
     def wait_ready(self, timeout: float) -> bool:
         """True when ready within `timeout` seconds."""
@@ -137,7 +149,15 @@ class Server:
 
     def _sizes(self) -> list[_ModelSize]:
         return [
-            _ModelSize(model.name, model.index.blocks, model.index.claims, model.index.bytes, model.index.block_size)
+            _ModelSize(
+                model.name,
+                model.index.blocks,
+                model.index.claims,
+                model.index.bytes,
+                model.index.block_size,
+                self.fleet.coverage(model.name),
+                model.index.placements,
+            )
             for model in self.models.all()
         ]
 
@@ -181,7 +201,12 @@ def run(settings: Settings) -> int:
 def _models(settings: Settings) -> Models:
     models = []
     for each in settings.models:
-        index = Index(each.block_size, settings.hash_seed, settings.limits.max_claims_per_model)
+        index = Index(
+            each.block_size,
+            settings.hash_seed,
+            settings.limits.max_claims_per_model,
+            settings.placement.max_blocks,
+        )
         tokenizer = None
         if each.tokenizer:
             try:
@@ -189,7 +214,12 @@ def _models(settings: Settings) -> Models:
             except InvalidArgument as error:
                 raise ConfigError(f"models: {each.name}: tokenizer", error.reason) from error
         models.append(Model(each.name, index, tokenizer, each.aliases, each.loras))
-    return Models(models, hash_seed=settings.hash_seed, max_claims=settings.limits.max_claims_per_model)
+    return Models(
+        models,
+        hash_seed=settings.hash_seed,
+        max_claims=settings.limits.max_claims_per_model,
+        max_placements=settings.placement.max_blocks,
+    )
 
 
 def _fleet(settings: Settings, models: Models) -> Fleet:
@@ -205,6 +235,9 @@ def _fleet(settings: Settings, models: Models) -> Fleet:
             bytes=stream.buffer_bytes,
             seconds=stream.buffer_seconds,
             replay_timeout=stream.replay_timeout_seconds,
+            disconnect_grace=stream.disconnect_grace_seconds,
+            rearm_seconds=stream.rearm_seconds,
+            rearm_max_seconds=stream.rearm_max_seconds,
             drop_on_gap=stream.on_gap == "drop",
         ),
         drain_messages=stream.drain_messages,

@@ -9,8 +9,10 @@ from kvindex_server.lookup import Check, Lookup
 SERVICE = "kvindex.v1.KVIndex"
 
 
-def register(server: grpc.Server, lookup: Lookup, guard: Guard, limits: codec.Limits) -> None:
-    """Serve Score, ScoreStream and GetPodsForBlocks."""
+def register(
+    server: grpc.Server, lookup: Lookup, guard: Guard, limits: codec.Limits, placement: codec.PlacementLimits
+) -> None:
+    """Serve Score, ScoreStream, GetPodsForBlocks and RecordPlacement."""
 
     def score(data: bytes, check: Check) -> bytes:
         return codec.encode_score(lookup.score(codec.decode_score(data, limits), check))
@@ -18,9 +20,13 @@ def register(server: grpc.Server, lookup: Lookup, guard: Guard, limits: codec.Li
     def blocks(data: bytes, check: Check) -> bytes:
         return codec.encode_blocks(lookup.blocks(codec.decode_blocks(data, limits), check))
 
+    def place(data: bytes, check: Check) -> bytes:
+        return codec.encode_placement(lookup.place(codec.decode_placement(data, limits, placement), check))
+
     handlers = {
         "Score": guard.read(f"/{SERVICE}/Score", score),
         "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", score, codec.encode_score_status),
         "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", blocks),
+        "RecordPlacement": guard.read(f"/{SERVICE}/RecordPlacement", place),
     }
     server.add_generic_rpc_handlers(service(SERVICE, handlers))

@@ -1,16 +1,13 @@
-"""The order of one event stream: a pure sequence state machine, without sockets or a clock of its own."""
+"""What is known of one event stream: its state, how far it is trusted and why, its counters."""
 
 import enum
-from array import array
 from dataclasses import dataclass, field
+
+Message = tuple[int, bytes, int]
+"""A message to apply: sequence, payload, digest of the payload."""
 
 LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds, in seconds, of the ingestion-lag histogram; a last bucket is unbounded."""
-
-_NEVER = 2**64 - 1
-
-REMEMBERED = 8192
-"""Digests kept of the last applied messages, to tell a duplicate from a restarted engine."""
 
 
 class StreamState(enum.IntEnum):
@@ -32,14 +29,19 @@ class Trust(enum.IntEnum):
     STALE = 4
 
 
-class Outcome(enum.Enum):
-    """What a message's sequence number means after those applied before it."""
+class Cause(enum.StrEnum):
+    """Why a stream is trusted as it is, in one word; `trust_reason` says it in full."""
 
-    FIRST = "first"
-    NEXT = "next"
-    DUPLICATE = "duplicate"
+    NOTHING_HEARD = "nothing_heard"
+    IN_SEQUENCE = "in_sequence"
+    CLEARED = "cleared"
+    JOINED_LATE = "joined_late"
+    NOT_TAKEN_IN = "not_taken_in"
+    CLAIMS_DROPPED = "claims_dropped"
+    RESTARTED = "restarted"
     GAP = "gap"
-    RESTART = "restart"
+    UNREADABLE = "unreadable"
+    CONNECTION_LOST = "connection_lost"
 
 
 @dataclass
@@ -52,6 +54,7 @@ class StreamStatus:
     state: StreamState = StreamState.CONNECTING
     trust: Trust = Trust.COLD
     trust_reason: str = "nothing heard"
+    trust_cause: Cause = Cause.NOTHING_HEARD
     endpoint: str = ""
     replay_endpoint: str = ""
     last_sequence: int | None = None
@@ -74,41 +77,3 @@ class StreamStatus:
     epoch: int = 0
     lag_buckets: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
     lag_sum: float = 0.0
-
-
-class Sequence:
-    """Judges sequence numbers. The caller applies what it is told to and reports it with `applied`."""
-
-    def __init__(self) -> None:
-        self.last: int | None = None
-        self._sequences = array("Q")
-        self._digests = array("Q")
-
-    def judge(self, sequence: int, digest: int) -> Outcome:
-        """The meaning of a message; `digest` is a hash of its payload (which carries the engine's time)."""
-        if self.last is None:
-            return Outcome.FIRST
-        if sequence == self.last + 1:
-            return Outcome.NEXT
-        if sequence > self.last:
-            return Outcome.GAP
-        # An engine counts from 0 again when it restarts, and says nothing else about it. A number already
-        # passed is a duplicate only if it is the very message seen under it; when that is not remembered
-        # any more, a restart is assumed: dropping true claims costs a replay, keeping dead ones is wrong.
-        place = sequence % REMEMBERED
-        known = self._sequences[place] == sequence and self._digests[place] == digest
-        return Outcome.DUPLICATE if known else Outcome.RESTART
-
-    def applied(self, sequence: int, digest: int) -> None:
-        """The message has been applied; it is the last one now."""
-        if not self._digests:
-            self._sequences = array("Q", [_NEVER]) * REMEMBERED
-            self._digests = array("Q", [0]) * REMEMBERED
-        self.last = sequence
-        self._sequences[sequence % REMEMBERED] = sequence
-        self._digests[sequence % REMEMBERED] = digest
-
-    def restarted(self) -> None:
-        """Forget the old life."""
-        self.last = None
-        self._sequences, self._digests = array("Q"), array("Q")

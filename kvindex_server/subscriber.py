@@ -3,6 +3,7 @@
 import itertools
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
@@ -48,9 +49,9 @@ class Subscriber:
         return sum(rank.clear() for rank in self._ranks)
 
     @property
-    def tried(self) -> bool:
-        """The first synchronisation of every rank is over."""
-        return all(rank.ingest.tried for rank in self._ranks)
+    def synced(self) -> int:
+        """How many ranks are synchronised."""
+        return sum(rank.ingest.synced for rank in self._ranks)
 
     def statuses(self) -> list[StreamStatus]:
         """One per rank."""
@@ -125,36 +126,53 @@ class _Rank(threading.Thread):
     def run(self) -> None:
         self.ingest.start()
         while not self._halt.is_set():
-            self._waiter.wait(SYNC_WAIT_MS if self.ingest.waiting_for_replay else IDLE_WAIT_MS)
+            ready = self._waiter.wait(SYNC_WAIT_MS if self.ingest.waiting_for_replay else IDLE_WAIT_MS)
             try:
-                self._turn()
+                self._turn(ready)
             except Exception:  # noqa: BLE001 - one bad turn must not end the stream; it is logged and counted
                 self.ingest.bad_message("internal")
                 _log.exception("stream turn failed", extra={"fields": {"stream": self.name}})
         self._close_sockets()
 
-    def _turn(self) -> None:
-        while self._woken.receive() is not None:
-            pass
+    def _turn(self, ready: Sequence[wire.Socket]) -> None:
+        if self._woken in ready:
+            while self._woken.receive() is not None:
+                pass
         if self._resync.is_set():
             self._resync.clear()
             self.ingest.resync()
-        for up in self._monitor.changes():
-            self.ingest.connection(up)
+        if self._monitor.socket in ready:
+            for up in self._monitor.changes():
+                self.ingest.connection(up)
         # A replay is worked off before live messages, which wait in the buffer for its end.
-        if self._replay is not None:
+        if self._replay is not None and self._replay in ready:
             self._read_replay(self._replay)
-        self._read_events()
+        if self._events in ready:
+            self._read_events()
         self.ingest.tick()
         if self._replay is not None and not self.ingest.waiting_for_replay:
             self._close_replay()
 
     def _read_events(self) -> None:
-        messages: list[tuple[int, bytes]] = []
-        for _ in range(self._drain_messages):
-            frames = self._events.receive()
-            if frames is None:
+        left = self._drain_messages
+        while left > 0 and self.ingest.in_order:
+            drained = self._events.drain(self.stream, self.ingest.order, left)
+            if drained is None:
                 break
+            self.ingest.drained(drained)
+            if drained.empty:
+                return
+            if odd := drained.odd:
+                self._take([odd])
+            left -= drained.messages + 1
+        received: list[list[bytes]] = []
+        while len(received) < left and (frames := self._events.receive()) is not None:
+            received.append(frames)
+        self._take(received)
+
+    def _take(self, received: Sequence[list[bytes]]) -> None:
+        messages: list[tuple[int, bytes]] = []
+        for frames in received:
             try:
                 messages.append(wire.read_event(frames))
             except wire.BadFrames as bad:

@@ -1,11 +1,16 @@
 """ZeroMQ sockets and frames of KV-event streams, both ends; the only module that imports zmq."""
 
 import functools
+import logging
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 
 import zmq
+
+from kvindex_server._core import Drained, Order, Stream, ZeroMq
+
+_log = logging.getLogger(__name__)
 
 END_SEQUENCE = 0xFFFF_FFFF_FFFF_FFFF
 """Sequence of the marker that ends a replay."""
@@ -61,6 +66,12 @@ class Socket:
         except zmq.Again:
             return None
 
+    def drain(self, stream: Stream, order: Order, limit: int) -> Drained | None:
+        """Apply published messages that are next in order, without Python; None when that is not possible here."""
+        if (zmq_api := _api()) is None:
+            return None
+        return stream.drain(zmq_api, self._socket.underlying, order, limit, MAX_FRAME_BYTES)
+
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""
         try:
@@ -89,6 +100,15 @@ class Socket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@functools.cache
+def _api() -> ZeroMq | None:
+    try:
+        return ZeroMq()
+    except RuntimeError as error:  # a pyzmq that was built otherwise: every message goes through Python
+        _log.warning("messages are read one by one", extra={"fields": {"reason": str(error)}})
+        return None
 
 
 class BindError(Exception):
@@ -171,18 +191,21 @@ class Waiter:
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
+        self._sockets: dict[object, Socket] = {}
 
     def add(self, socket: Socket) -> None:
         """Wait for this one too."""
         self._poller.register(socket._socket, zmq.POLLIN)
+        self._sockets[socket._socket] = socket
 
     def remove(self, socket: Socket) -> None:
         """No longer wait for this one."""
         self._poller.unregister(socket._socket)
+        del self._sockets[socket._socket]
 
-    def wait(self, timeout_ms: int) -> bool:
-        """True when one of them has a message within the time."""
-        return bool(self._poller.poll(timeout_ms))
+    def wait(self, timeout_ms: int) -> list[Socket]:
+        """Those that have a message, as soon as one has; none when the time has passed."""
+        return [self._sockets[each] for each, _ in self._poller.poll(timeout_ms)]
 
 
 class Monitor:

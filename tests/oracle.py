@@ -10,7 +10,7 @@ from event_encoding import Cleared, Event, Hash, Removed, Stored
 
 MmFeature = tuple[str, int, int]
 Item = tuple[int, bytes]
-Holder = tuple[str, int, str, int]  # pod, rank, tier, group
+Holder = tuple[str, int, str, int, bool]  # pod, rank, tier, group, speculative
 
 LORA, MM, SALT, EMBEDS, LORA_ID = 1, 2, 3, 4, 5
 FIXED_TIERS = ("gpu", "cpu", "disk")
@@ -134,6 +134,7 @@ class Match:
     blocks: int
     score: float
     tiers: dict[str, int]
+    speculative: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,16 +173,25 @@ class StreamOracle:
     groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)  # the group's own block size, by its full blocks
     unknown_removals: int = 0
+    placed: dict[int, tuple[float, bool]] = field(default_factory=dict)  # key -> (end, the rank is a guess)
 
     def apply(self, events: Iterable[Event]) -> None:
         """Everything an engine announces, in order."""
         for event in events:
             if isinstance(event, Stored):
+                before = self._holdings()
                 self._store(event)
+                for key, _, _ in self._holdings() - before:
+                    self.model.confirm(self, key)
             elif isinstance(event, Removed):
                 self._remove(event)
             else:
                 self._drop()
+
+    def _holdings(self) -> set[tuple[int, int, str]]:
+        return {
+            (key, group, tier) for key, of in self.tiers_of().items() for group, tiers in of.items() for tier in tiers
+        }
 
     def _store(self, event: Stored) -> None:
         group, tier = event.group or 0, (event.medium or "gpu").lower()
@@ -292,6 +302,7 @@ class StreamOracle:
         self.waiting.clear()
         self.groups.clear()
         self.sizes.clear()
+        self.drop_placed()
 
     def clear(self) -> int:
         """A fence: the engine behind the stream is another one now."""
@@ -346,12 +357,50 @@ class StreamOracle:
         best = []
         for groups in held[:length]:
             available = {tier for names in groups.values() for tier in names} or {"gpu"}
-            best.append(max(sorted(available, key=self.model.tiers.index), key=lambda t: weight(weights, t)))
+            best.append(self._best(available, weights))
+        beyond = self._speculative(keys[length:], held[length:], weights)
         return Match(
             length,
-            sum(weight(weights, tier) for tier in best),
+            sum(weight(weights, tier) for tier in [*best, *beyond]),
             {tier: best.count(tier) for tier in set(best)},
+            len(beyond),
         )
+
+    def _best(self, tiers: Iterable[str], weights: dict[str, float]) -> str:
+        return max(sorted(tiers, key=self.model.tiers.index), key=lambda tier: weight(weights, tier))
+
+    def _speculative(
+        self, keys: Sequence[int], held: list[dict[int, set[str]]], weights: dict[str, float]
+    ) -> list[str]:
+        """The tiers of the blocks by which placements lengthen a match."""
+        kinds = [kind for kind, window in self.groups.values() if window or kind not in SLIDING_KINDS]
+        if len(kinds) < len(self.groups) or not set(kinds) <= {*FULL_KINDS, *SLIDING_KINDS}:
+            return []
+        full = [group for group, (kind, _) in self.groups.items() if kind in FULL_KINDS]
+        tiers: list[str] = []
+        end = 0
+        for key, groups in zip(keys, held, strict=True):
+            is_placed = self.is_placed(key)
+            if is_placed:
+                tiers.append("gpu")
+            elif full and all(group in groups for group in full):
+                tiers.append(self._best({tier for group in full for tier in groups[group]}, weights))
+            else:
+                break
+            # A window's blocks may be gone already behind the last one that will be computed anew.
+            if is_placed or len(full) == len(self.groups):
+                end = len(tiers)
+        return tiers[:end]
+
+    def is_placed(self, key: int) -> bool:
+        """Whether there is a placement whose time is not over."""
+        return key in self.placed and self.placed[key][0] > self.model.now
+
+    def drop_placed(self) -> None:
+        """The engine they were meant for is gone."""
+        for key in self.placed:
+            self.model.counts["fenced" if self.is_placed(key) else "expired"] += 1
+        self.placed.clear()
 
 
 def weight(weights: dict[str, float], tier: str) -> float:
@@ -367,6 +416,8 @@ class ModelOracle:
         self.seed = seed
         self.tiers = list(FIXED_TIERS)
         self.streams: list[StreamOracle] = []
+        self.now = 0.0
+        self.counts = dict.fromkeys(("recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
 
     def has_tier(self, tier: str) -> bool:
         """Whether the tier has a place, giving it one if there is room."""
@@ -383,7 +434,41 @@ class ModelOracle:
     def close(self, stream: StreamOracle) -> int:
         """The stream is gone from answers."""
         self.streams.remove(stream)
+        stream.drop_placed()
         return len(stream.counts)
+
+    def place(self, pod: str, rank: int | None, keys: Sequence[int], ttl: float) -> tuple[int, int]:
+        """A router's decision; the rank it counts at, and the blocks held there already."""
+        streams = [stream for stream in self.streams if stream.pod == pod]
+        guessed = rank is None and len(streams) > 1
+        if rank is None:
+            found = [(-stream.match(keys, {"gpu": 1.0}).score, stream.rank) for stream in streams]
+            rank = min(found)[1]
+        (stream,) = (stream for stream in streams if stream.rank == rank)
+        full = [group for group, (kind, _) in stream.groups.items() if kind in FULL_KINDS]
+        tiers = stream.tiers_of()
+        missing = [key for key in keys if not full or not all(group in tiers.get(key, {}) for group in full)]
+        for key in missing:
+            self.counts["renewed" if stream.is_placed(key) else "recorded"] += 1
+            self.counts["expired"] += key in stream.placed and not stream.is_placed(key)
+            end, guess = stream.placed[key] if stream.is_placed(key) else (0.0, True)
+            stream.placed[key] = (max(end, self.now + ttl), guess and guessed)
+        return rank, len(keys) - len(missing)
+
+    def confirm(self, stream: StreamOracle, key: int) -> None:
+        """The engine has stored a block."""
+        for each in self.streams:
+            if each.pod == stream.pod and key in each.placed and (each is stream or each.placed[key][1]):
+                self.counts["confirmed" if each.is_placed(key) else "expired"] += 1
+                del each.placed[key]
+
+    def sweep(self) -> None:
+        """Forget what has expired."""
+        for stream in self.streams:
+            over = [key for key in stream.placed if not stream.is_placed(key)]
+            self.counts["expired"] += len(over)
+            for key in over:
+                del stream.placed[key]
 
     def holders(self, pods: Sequence[str] = ()) -> dict[int, set[Holder]]:
         """Who holds each key that anyone holds."""
@@ -394,13 +479,15 @@ class ModelOracle:
             for key, groups in stream.tiers_of().items():
                 for group, tiers in groups.items():
                     for tier in tiers:
-                        out.setdefault(key, set()).add((stream.pod, stream.rank, tier, group))
+                        out.setdefault(key, set()).add((stream.pod, stream.rank, tier, group, False))
+            for key in filter(stream.is_placed, stream.placed):
+                out.setdefault(key, set()).add((stream.pod, stream.rank, "gpu", 0, True))
         return out
 
     def holders_of_hash(self, value: Hash) -> set[Holder]:
         """Who holds a block by its engine's name."""
         return {
-            (stream.pod, stream.rank, tier, group)
+            (stream.pod, stream.rank, tier, group, False)
             for stream in self.streams
             for group, tier, other in stream.counts
             if other == normal(value)
@@ -415,7 +502,7 @@ class ModelOracle:
             if pods and stream.pod not in pods:
                 continue
             found = stream.match(keys, weights)
-            if found.blocks:
+            if found.blocks or found.speculative:
                 out.setdefault(stream.pod, {})[stream.rank] = found
         return out
 

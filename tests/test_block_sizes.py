@@ -96,7 +96,7 @@ def actual(index: Index, model: Model) -> dict[int, set[str]]:
     found = index.holders(b"".join(key.to_bytes(8, "little") for key in keys), [])
     tiers = index.tiers
     held = zip(keys, found, strict=True)
-    return {key: {tiers[tier] for _, _, tier, _ in holders} for key, holders in held if holders}
+    return {key: {tiers[tier] for _, _, tier, *_ in holders} for key, holders in held if holders}
 
 
 SIZES = [(1, 16), (4, 16), (8, 16), (16, 16), (32, 16), (64, 16), (2, 2)]

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvindex_server.codec import MAX_MM_FEATURES, MAX_NAME, decode_blocks, decode_pod_scores, decode_score
+from kvindex_server.codec import (
+    MAX_MM_FEATURES,
+    MAX_NAME,
+    decode_blocks,
+    decode_placement,
+    decode_pod_scores,
+    decode_score,
+)
+from kvindex_server.config import PlacementSettings
 from kvindex_server.errors import InvalidArgument
+from kvindex_server.lookup import PlacementQuery
 from kvindex_server.pb.indexer.v1 import indexer_pb2
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
@@ -136,7 +145,7 @@ def test_malformed_bytes(data: bytes) -> None:
 @given(st.binary(max_size=64))
 @settings(max_examples=500, deadline=None)
 def test_random_bytes_are_answered_or_refused(data: bytes) -> None:
-    for decoder in (decode_score, decode_blocks, decode_pod_scores):
+    for decoder in (decode_score, decode_blocks, decode_pod_scores, placement):
         try:
             decoder(data, LIMITS)
         except InvalidArgument:
@@ -159,6 +168,22 @@ def test_damaged_requests_are_answered_or_refused(data: st.DataObject) -> None:
         decode_score(bytes(whole[: data.draw(st.integers(0, len(whole)))]), LIMITS)
     except InvalidArgument:
         pass
+
+
+def placement(data: bytes, limits: Limits) -> PlacementQuery:
+    return decode_placement(data, limits, PlacementSettings(default_ttl_seconds=1.5, max_ttl_seconds=3))
+
+
+def test_placements() -> None:
+    message = pb.RecordPlacementRequest(model="m", pod="p", tokens=pb.Tokens(ids=[1, 2]), lora_name="l", cache_salt="s")
+    query = placement(message.SerializeToString(), LIMITS)
+    assert (query.kind, query.tokens, query.pod, query.rank) == ("tokens", struct.pack("<2I", 1, 2), "p", None)
+    assert (query.lora_name, query.cache_salt, query.ttl) == ("l", "s", 1.5)
+    message.keys.values.extend([7])  # takes the place of the tokens
+    message.rank, message.ttl_seconds = 0, 3.0
+    message.mm_features.add(hash="h", offset=1, length=2)
+    query = placement(message.SerializeToString(), LIMITS)
+    assert (query.keys, query.rank, query.ttl, query.mm_features) == (struct.pack("<Q", 7), 0, 3.0, (("h", 1, 2),))
 
 
 def blocks(**fields: object) -> bytes:

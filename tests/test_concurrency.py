@@ -84,15 +84,15 @@ def test_a_stable_pod_is_never_lost_from_sight() -> None:
         def job() -> None:
             while not done.is_set() or not asked[number]:
                 for answer in (index.score(KEYS, [], [1.0, 0.5]), index.score_tokens(ASK, [], [1.0, 0.5])):
-                    found = {pod: (blocks, score, sum(bits)) for pod, _, blocks, score, bits in answer}
+                    found = {pod: (blocks, score, sum(bits)) for pod, _, blocks, score, bits, _ in answer}
                     assert found.pop("stable") == (BLOCKS, float(BLOCKS), BLOCKS)
                     for blocks, score, counted in found.values():
                         assert 0 < blocks == counted <= BLOCKS
                         assert blocks / 2 <= score <= blocks
                 for holders in index.holders(KEYS, []):
-                    assert ("stable", 0, 0, 0) in holders
+                    assert ("stable", 0, 0, 0, False) in holders
                 hashes = struct.pack("<2Q", 1, BLOCKS)
-                assert all(("stable", 0, 0, 0) in holders for _, holders in index.holders_of_ints(hashes, []))
+                assert all(("stable", 0, 0, 0, False) in holders for _, holders in index.holders_of_ints(hashes, []))
                 asked[number] += 1
 
         return job
@@ -126,12 +126,12 @@ def test_a_stable_pod_is_never_lost_from_sight() -> None:
     assert index.blocks == len(holders)
     keys = query_keys(TOKENS, BLOCK)
     for key, found in zip(keys, index.holders(KEYS, []), strict=True):
-        assert {(pod, rank, tiers[bit], group) for pod, rank, bit, group in found} == holders[key]
+        assert {(pod, rank, tiers[bit], *rest) for pod, rank, bit, *rest in found} == holders[key]
     weights = {"gpu": 1.0, "cpu": 0.5, "disk": 0.5}
     expected = model.matches(keys, weights)
     answer = index.score(KEYS, [], [1.0, 0.5])
     assert {pod for pod, *_ in answer} == set(expected)
-    for pod, rank, blocks, score, _ in answer:
+    for pod, rank, blocks, score, *_ in answer:
         assert (blocks, score) == (expected[pod][rank].blocks, expected[pod][rank].score)
 
 

@@ -124,7 +124,7 @@ class Faults:
     @property
     def repairable(self) -> bool:
         """Whatever is lost can be fetched again: the stream must end exact."""
-        return self.replay and self.buffer_steps == 10_000 and not self.corrupt and not self.deaf
+        return self.replay and self.buffer_steps == 10_000
 
 
 class Network:
@@ -172,7 +172,7 @@ class Network:
             for _ in range(40):
                 self._network_turn()
                 if not self.flight and not self.late and not self.ingest.waiting_for_replay:
-                    self.now += 6.0
+                    self.now += 301.0  # longer than any back-off
                     break
             self.ingest.tick()
         for _ in range(100):
@@ -205,19 +205,15 @@ class Network:
     def _restart(self) -> None:
         self.late = []
         # A replay mixed from two lives cannot be told; on one address the lost connection tells.
-        witnessed = self.rng.random() < 0.6 or self.ingest.waiting_for_replay
+        witnessed = not self.connected or self.rng.random() < 0.6 or self.ingest.waiting_for_replay
         if witnessed and self.connected:
             self._down()
         self.engine = self._new_life()
         self.log.append(f"life {self.engine.life} witnessed={witnessed}")
         if self.request is not None and self.rng.random() < 0.5 and not self.faults.repairable:
             self.request = None  # it had reached the dead one
-        if not witnessed and not self.connected:
-            self._up()
-        if not witnessed or not self.faults.replay:
+        if not witnessed:
             # Nothing but its numbers can tell this life from the old one: they must be seen to fall back.
-            if not self.connected:
-                self._up()
             self.flight.append(("live", *self.engine.step(own=True)))
 
     def _publish(self) -> None:
@@ -371,6 +367,9 @@ def judge(seed: int) -> Trust:
         assert not dead, network.story(f"dead blocks {sorted(dead)}")
     if network.faults.repairable:
         assert trust is Trust.EXACT, network.story("all could be repaired")
+    if trust is Trust.STALE and network.faults.replay:
+        forgotten = max(life.sequence for life in network.lives) > network.faults.buffer_steps
+        assert forgotten, network.story("stale, though the engine had forgotten nothing")
     return trust
 
 

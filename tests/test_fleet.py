@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -179,6 +180,26 @@ def test_other_values_replace_a_registration(fleet: Fleet) -> None:
     assert fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{first}"))
     assert fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{second}"))
     assert [status.endpoint for status in fleet.statuses()] == [f"tcp://127.0.0.1:{second}"]
+
+
+def test_another_incarnation_drops_the_claims_of_the_one_before(fleet: Fleet) -> None:
+    """A restart that whoever registers knows of is a fence, though the engine's numbers go on."""
+    port = free_ports(1)
+    spec = PodSpec("pod", "m", f"tcp://127.0.0.1:{port}", incarnation="container-1")
+    with wire.publisher(f"tcp://127.0.0.1:{port}") as publisher:
+        fleet.register(spec)
+        settle(fleet, publisher, payload(1))
+        eventually(lambda: fleet.statuses()[0].blocks == 1)
+        assert not fleet.register(spec)
+        assert fleet.register(replace(spec, incarnation="container-2"))
+        assert fleet.statuses()[0].blocks == 0
+
+        def followed() -> bool:
+            send(publisher, 1, payload(2))
+            return fleet.statuses()[0].blocks == 1
+
+        eventually(followed)
+        assert fleet.statuses()[0].trust is Trust.PARTIAL
 
 
 def test_registration_errors_name_the_field(fleet: Fleet) -> None:

@@ -286,11 +286,11 @@ class Fleet:
             assert engine.native.unresolved == engine.oracle.unresolved
         assert index.claims == sum(len(engine.oracle.counts) for engine in self.engines)
         holders = oracle.holders()
-        assert index.blocks == len(holders)
+        assert index.blocks == sum(any(not speculative for *_, speculative in found) for found in holders.values())
         keys = sorted(holders)
         got = index.holders(words(keys), [])
         for key, found in zip(keys, got, strict=True):
-            named = [(pod, rank, tiers[bit], group) for pod, rank, bit, group in found]
+            named = [(pod, rank, tiers[bit], group, speculative) for pod, rank, bit, group, speculative in found]
             assert len(named) == len(set(named))
             assert set(named) == holders[key], key
             assert found == sorted(found, key=lambda holder: (holder[0], holder[1], holder[3], holder[2]))
@@ -322,9 +322,9 @@ class Fleet:
         expected = self.oracle.matches(keys, WEIGHTS, pods)
         assert {pod for pod, *_ in answer} == set(expected)
         assert len(answer) == len(expected)
-        for pod, rank, blocks, score, bits in answer:
+        for pod, rank, blocks, score, bits, speculative in answer:
             best = expected[pod][rank]
-            assert (blocks, score) == (best.blocks, best.score)
+            assert (blocks, score, speculative) == (best.blocks, best.score, best.speculative)
             assert score == max(match.score for match in expected[pod].values())
             assert {tiers[bit]: count for bit, count in enumerate(bits) if count} == best.tiers
 

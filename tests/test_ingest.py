@@ -5,9 +5,9 @@ import itertools
 import msgpack
 import pytest
 
-from kvindex_server._core import Index
+from kvindex_server._core import Index, Order, Outcome
 from kvindex_server.ingest import Bounds, Ingest
-from kvindex_server.stream import Outcome, Sequence, StreamState, StreamStatus, Trust
+from kvindex_server.stream import StreamState, StreamStatus, Trust
 
 _times = itertools.count(1000)
 
@@ -63,7 +63,7 @@ class Rig:
 
 def test_sequence_names_every_outcome() -> None:
     """First, next, duplicate, gap and restart are told apart by number and digest."""
-    order = Sequence()
+    order = Order()
     assert order.judge(5, 50) is Outcome.FIRST
     order.applied(5, 50)
     assert order.judge(6, 60) is Outcome.NEXT
@@ -112,7 +112,7 @@ def test_first_contact_replays_from_zero() -> None:
     rig.ingest.replayed(engine.replay(0), ended=True)
     rig.ingest.live([engine.publish(removed(1))])
     assert rig.trust is Trust.EXACT and rig.holds(2, 3, 4, 5, 6)
-    assert rig.ingest.tried
+    assert rig.ingest.synced
 
 
 def test_first_contact_with_forgotten_past_is_partial() -> None:
@@ -158,7 +158,7 @@ def test_replay_not_answered_ends_at_its_deadline() -> None:
     rig.ingest.live([(4, stored(1)), (5, stored(2))])
     rig.now += 6
     rig.ingest.tick()
-    assert rig.trust is Trust.PARTIAL and rig.holds(1, 2) and rig.ingest.tried
+    assert rig.trust is Trust.PARTIAL and rig.holds(1, 2) and not rig.ingest.synced
 
 
 def test_uncovered_hole_is_stale() -> None:

@@ -5,7 +5,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,18 @@ class Stats:
     claims: int = 20
     bytes: int = 4096
     block_size: int = 16
+    coverage: float = 0.5
+    placements: dict[str, int] = field(
+        default_factory=lambda: {
+            "blocks": 1,
+            "recorded": 10,
+            "renewed": 2,
+            "confirmed": 3,
+            "expired": 4,
+            "fenced": 2,
+            "refused": 5,
+        }
+    )
 
 
 def status() -> StreamStatus:
@@ -166,6 +178,14 @@ def test_streams_and_models() -> None:
     assert value(metrics, "kvindex_ingest_lag_seconds_bucket", **STREAM, le="+Inf") == 3
     for what, number in (("blocks", 10), ("claims", 20), ("bytes", 4096), ("block_size", 16)):
         assert value(metrics, f"kvindex_index_{what}", model="m") == number
+    assert value(metrics, "kvindex_coverage_ratio", model="m") == 0.5
+    assert value(metrics, "kvindex_stream_trust_cause", **STREAM, cause="nothing_heard") == 1
+    assert value(metrics, "kvindex_stream_age_seconds", **STREAM) == status().age_seconds
+    assert value(metrics, "kvindex_placement_blocks", model="m") == 1
+    for what, number in (("recorded", 10), ("renewed", 2), ("confirmed", 3), ("expired", 4)):
+        assert value(metrics, f"kvindex_placement_{what}_total", model="m") == number
+    for reason, number in (("fenced", 2), ("refused", 5)):
+        assert value(metrics, "kvindex_placement_dropped_total", model="m", reason=reason) == number
 
 
 def test_series_end_with_their_pod() -> None:

@@ -8,7 +8,7 @@ TIERS = ["gpu", "cpu", "disk", "lmcache"]
 
 
 def test_best_first_ties_in_the_candidates_order_zeros_included() -> None:
-    matches = [("c", 0, 2, 2.0, [2, 0]), ("a", 1, 1, 1.0, [1]), ("d", 0, 2, 2.0, [2])]
+    matches = [("c", 0, 2, 2.0, [2, 0], 0), ("a", 1, 1, 1.0, [1], 0), ("d", 0, 2, 2.0, [2], 0)]
     scores = ranked(["z", "a", "d", "c", "y"], matches, TIERS)
     assert [each.pod for each in scores] == ["d", "c", "a", "z", "y"]
     assert [each.score for each in scores] == [2.0, 2.0, 1.0, 0.0, 0.0]
@@ -16,7 +16,7 @@ def test_best_first_ties_in_the_candidates_order_zeros_included() -> None:
 
 
 def test_top_k() -> None:
-    matches = [("b", 0, 1, 1.0, [1])]
+    matches = [("b", 0, 1, 1.0, [1], 0)]
     assert [each.pod for each in ranked(["a", "b", "c"], matches, TIERS, 2)] == ["b", "a"]
     assert len(ranked(["a", "b", "c"], matches, TIERS, 9)) == 3
     assert len(ranked(["a", "b", "c"], matches, TIERS, 0)) == 3
@@ -31,7 +31,7 @@ def test_no_candidates() -> None:
 
 
 def test_tier_blocks_are_named_and_zeros_left_out() -> None:
-    (score,) = ranked(["a"], [("a", 0, 5, 4.0, [3, 0, 0, 2])], TIERS)
+    (score,) = ranked(["a"], [("a", 0, 5, 4.0, [3, 0, 0, 2], 0)], TIERS)
     assert score.tier_blocks == {"gpu": 3, "lmcache": 2}
 
 

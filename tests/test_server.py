@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from publisher import Publisher
 
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
@@ -118,14 +119,18 @@ def test_admin_service_on_its_own_port() -> None:
 
 
 def test_a_dead_configured_pod_delays_readiness_but_does_not_block_it() -> None:
-    """Reads are UNAVAILABLE until the first sync attempt of every configured pod is over."""
+    """Reads are UNAVAILABLE until the configured pods are synchronised or the time for it is over."""
     pod = {
         "pod": "dead:1",
         "model": "m",
         "endpoint": "tcp://127.0.0.1:9",
         "replay_endpoint": "tcp://127.0.0.1:11",
     }
-    env = {"KVINDEX_PODS": json.dumps([pod]), "KVINDEX_STREAM__REPLAY_TIMEOUT_SECONDS": "1.5"}
+    env = {
+        "KVINDEX_PODS": json.dumps([pod]),
+        "KVINDEX_STREAM__REPLAY_TIMEOUT_SECONDS": "0.5",
+        "KVINDEX_SERVER__READY_TIMEOUT_SECONDS": "2",
+    }
     process = Process(env=env)
     try:
         request = pb.ScoreRequest(model="m", keys=pb.Keys(values=[1]))
@@ -140,6 +145,20 @@ def test_a_dead_configured_pod_delays_readiness_but_does_not_block_it() -> None:
         assert score.trust_reason == "replay was not answered"
     finally:
         assert process.end()[0] == 0
+
+
+def test_readiness_can_do_without_some_pods() -> None:
+    """With half of the streams asked for, one living pod of two is enough, long before the time is over."""
+    with Publisher() as engine:
+        living = {"pod": "a", "model": "m", "endpoint": engine.endpoint, "replay_endpoint": engine.replay_endpoint}
+        dead = {**living, "pod": "b", "endpoint": "tcp://127.0.0.1:9", "replay_endpoint": "tcp://127.0.0.1:11"}
+        env = {"KVINDEX_PODS": json.dumps([living, dead]), "KVINDEX_SERVER__READY_COVERAGE": "0.5"}
+        process = Process(env=env)
+        try:
+            wait_serving(process.grpc)
+            assert 'kvindex_coverage_ratio{model="m"} 0.5' in process.scrape("/metrics")[1]
+        finally:
+            assert process.end()[0] == 0
 
 
 def test_a_pods_series_disappear_with_it(process: Process) -> None:

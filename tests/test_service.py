@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_server import _core, admin, compat, health, reflection, service
 from kvindex_server._core import Index
-from kvindex_server.config import LimitSettings
+from kvindex_server.config import LimitSettings, PlacementSettings
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
@@ -112,7 +112,7 @@ class Served:
         self.lookup = Lookup(self.models, self.fleet, TIER_WEIGHTS, self.metrics, LIMITS.max_tokens)
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
-        service.register(self.server, self.lookup, self.guard, LIMITS)
+        service.register(self.server, self.lookup, self.guard, LIMITS, PlacementSettings())
         compat.register(self.server, self.lookup, self.guard, LIMITS)
         admin.register(self.server, self.admin_fleet, self.models, self.guard)
         self.health.register(self.server, self.guard)
@@ -329,6 +329,7 @@ def test_not_ready(served: Served) -> None:
     assert refused(lambda: served.score(tokens=tokens(1)))[0] is code
     assert refused(lambda: served.kv.GetPodsForBlocks(pb.GetPodsForBlocksRequest(), timeout=5))[0] is code
     assert refused(lambda: list(served.kv.ScoreStream(iter(()), timeout=5)))[0] is code
+    assert refused(lambda: served.kv.RecordPlacement(pb.RecordPlacementRequest(), timeout=5))[0] is code
     old = IndexerServiceStub(served.channel)
     assert refused(lambda: old.GetPodScores(indexer_pb2.GetPodScoresRequest(), timeout=5))[0] is code
     served.admin.GetStats(pb.GetStatsRequest(), timeout=5)
@@ -349,7 +350,10 @@ def test_too_many_in_flight_are_refused_and_operators_are_not() -> None:
     try:
         calls = [served.kv.Score.future(request, timeout=10)]
         assert entered.wait(5)
-        calls += [served.kv.Score.future(request, timeout=10) for _ in range(5)]
+        calls += [served.kv.Score.future(request, timeout=10) for _ in range(2)]
+        eventually(lambda: served.guard.pool.in_flight == 3)
+        placement = pb.RecordPlacementRequest(model="m", pod="a", tokens=tokens(*range(16)))
+        calls += [served.kv.RecordPlacement.future(placement, timeout=10) for _ in range(3)]
         eventually(lambda: served.guard.pool.in_flight == 6)
         served.admin.GetStats(pb.GetStatsRequest(), timeout=5)
         health_pb2_grpc.HealthStub(served.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
@@ -403,6 +407,14 @@ def test_a_deadline_is_honoured_between_stages(served: Served) -> None:
     eventually(lambda: bool(served.metrics.rpcs))
     assert served.metrics.rpcs == [("/kvindex.v1.KVIndex/Score", "DEADLINE_EXCEEDED")]
     assert served.metrics.stages == ["tokenize"]
+    stream = model.index.add_stream("a", 0)
+    placement = pb.RecordPlacementRequest(model="slow", pod="a", prompt="abcdefgh")
+    assert refused(lambda: served.kv.RecordPlacement(placement, timeout=0.05))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: len(served.metrics.rpcs) == 2)
+    assert served.metrics.rpcs[1] == ("/kvindex.v1.KVIndex/RecordPlacement", "DEADLINE_EXCEEDED")
+    assert model.index.placements["recorded"] == 0
+    assert served.kv.RecordPlacement(placement, timeout=5).total_blocks == 2
+    stream.close()
 
 
 def test_nothing_internal_leaks(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -450,6 +462,9 @@ def test_indexer_v1_leaves_out_pods_without_a_hit(served: Served) -> None:
     old = IndexerServiceStub(served.channel)
     request = indexer_pb2.GetPodScoresRequest(prompt="abcdefgh", model_name="m", pod_identifiers=["a", "c"])
     assert [(each.pod, each.score) for each in old.GetPodScores(request, timeout=5).scores] == [("c", 1.0)]
+    placement = pb.RecordPlacementRequest(model="m", pod="a", prompt="abcdefgh")
+    served.kv.RecordPlacement(placement, timeout=5)
+    assert [(each.pod, each.score) for each in old.GetPodScores(request, timeout=5).scores] == [("a", 2.0), ("c", 1.0)]
     unknown = indexer_pb2.GetPodScoresRequest(prompt="x", model_name="who")
     assert refused(lambda: old.GetPodScores(unknown, timeout=5))[0] is grpc.StatusCode.NOT_FOUND
 

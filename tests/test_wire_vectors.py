@@ -40,12 +40,12 @@ def agree(index: Index, stream: Stream, oracle: StreamOracle) -> None:
         else:
             ((key, found),) = index.holders_of_ints(words(value), [])
         assert key == oracle.key_of(value)
-        named = {(pod, rank, tiers[bit], group) for pod, rank, bit, group in found}
+        named = {(pod, rank, tiers[bit], *rest) for pod, rank, bit, *rest in found}
         assert named == oracle.model.holders_of_hash(value)
     holders = oracle.model.holders()
     for key, named in holders.items():
         (found,) = index.holders(words(key), [])
-        assert {(pod, rank, tiers[bit], group) for pod, rank, bit, group in found} == named
+        assert {(pod, rank, tiers[bit], *rest) for pod, rank, bit, *rest in found} == named
 
 
 def fresh(block_size: int = 0, rank: int = 0) -> tuple[Index, Stream, StreamOracle]:
@@ -227,7 +227,7 @@ def test_one_bad_event_spoils_only_itself(bad: Any, position: int) -> None:
     found = index.holders_of_ints(words(1, 2, 3), [])
     keys = chain_keys([TOKENS[:4], TOKENS[4:], TOKENS[:4]], [b""] * 3, 1337)
     assert [key for key, _ in found] == keys
-    assert all(("pod", 0, 0, 0) in holders for _, holders in found)
+    assert all(("pod", 0, 0, 0, False) in holders for _, holders in found)
     stream.apply([maps(Removed([1, 2, 3]))])
 
 
@@ -238,7 +238,7 @@ def _works_after(index: Index, stream: Stream) -> None:
     applied = stream.apply([maps(GOOD)])
     assert applied.reasons == {}
     if index.block_size == 4:
-        assert index.holders(words(*GOOD_KEYS), []) == [[("pod", 0, 0, 0)]] * 2
+        assert index.holders(words(*GOOD_KEYS), []) == [[("pod", 0, 0, 0, False)]] * 2
         assert index.score(words(*GOOD_KEYS), [], [1.0])[0][:4] == ("pod", 0, 2, 2.0)
 
 

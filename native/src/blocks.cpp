@@ -172,4 +172,19 @@ void Blocks::forget(Chunk& chunk, Node node, uint64_t key) {
   pool_.slots_freed(node / kSlots, chunk);
 }
 
+void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out) {
+  for (;;) {
+    out.clear();
+    const Node node = blocks.find(key);
+    if (node == 0) return;
+    const Chunk& chunk = *blocks.chunk_of(node);
+    const uint32_t version = chunk.version.load(std::memory_order_acquire);
+    if (!chunk.has(node % kSlots, key)) continue;
+    chunk.each_holder([&](HolderId holder, uint64_t mask) {
+      if (mask >> node % kSlots & 1) out.push_back({lane_of(holder), static_cast<uint8_t>(1U << tier_of(holder))});
+    });
+    if (chunk.version.load(std::memory_order_acquire) == version) return;
+  }
+}
+
 }  // namespace kvindex

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "chunk_pool.hpp"
 #include "epoch.hpp"
@@ -71,5 +72,13 @@ class Blocks {
   ChunkPool pool_;
   KeyTable table_;
 };
+
+struct Holding {
+  uint32_t lane;
+  uint8_t tiers;  // bit per tier
+};
+
+// Who holds a key, as it was at one moment; needs a pin.
+void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out);
 
 }  // namespace kvindex

@@ -1,14 +1,20 @@
 #include "index.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <tuple>
 
+#include "lengthening.hpp"
 #include "stream.hpp"
 
 namespace kvindex {
 
-Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_bytes)
-    : block_size_(block_size), seed_(seed), max_claims_(max_claims), max_bytes_(max_bytes) {
+Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes)
+    : block_size_(block_size),
+      seed_(seed),
+      max_claims_(max_claims),
+      max_bytes_(max_bytes),
+      placements_(max_placements) {
   auto* first = new Topology;
   first->lanes.emplace_back();
   topology_ = first;
@@ -16,7 +22,9 @@ Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t m
 
 Index::~Index() { delete topology_.load(); }
 
-uint64_t Index::bytes() const { return sizeof(Index) + static_cast<uint64_t>(std::max<int64_t>(0, blocks_.bytes())); }
+uint64_t Index::bytes() const {
+  return sizeof(Index) + placements_.bytes() + static_cast<uint64_t>(std::max<int64_t>(0, blocks_.bytes()));
+}
 
 std::vector<std::string> Index::tiers() const {
   std::lock_guard lock(tiers_mutex_);
@@ -65,7 +73,7 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
   std::shared_ptr<Stream> made;
   {
     std::lock_guard lock(topology_mutex_);
-    uint32_t number = 0;
+    uint32_t number = 0, pod_number = 0;
     change_topology([&](Topology& next) {
       auto found = next.pod_of_name.find(pod);
       if (found == next.pod_of_name.end()) {
@@ -83,8 +91,9 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
       }
       next.streams[number] = {found->second, rank, true, {}, {}};
       next.pods[found->second].streams.push_back(number);
+      pod_number = found->second;
     });
-    made = std::make_shared<Stream>(shared_from_this(), number);
+    made = std::make_shared<Stream>(shared_from_this(), pod_number, number);
     stream_objects_[number] = made;
   }
   blocks_.epoch().collect();
@@ -94,12 +103,16 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
 void Index::close_stream(uint32_t stream) {
   {
     std::lock_guard lock(topology_mutex_);
+    Placements::Place gone{};
     change_topology([&](Topology& next) {
       StreamPlace& place = next.streams[stream];
       auto& of_pod = next.pods[place.pod].streams;
       of_pod.erase(std::remove(of_pod.begin(), of_pod.end(), stream), of_pod.end());
+      gone = {place.pod, stream};
       place = {};
     });
+    // Before the number is given to another stream: a placement may have come since the stream's own drop.
+    placements_.drop(gone);
     stream_objects_[stream].reset();
     free_streams_.push_back(stream);
   }
@@ -171,30 +184,38 @@ std::vector<std::shared_ptr<Stream>> Index::live_streams() const {
 
 std::vector<Match> Index::score(const uint64_t* keys, size_t count, const Pods& pods,
                                 const std::vector<double>& weights) const {
+  PromptKeys known(keys, count);
+  return match(known, count, pods, weights);
+}
+
+// Hashing runs ahead of the walk by `ahead` blocks at first.
+std::vector<Match> Index::match(PromptKeys& keys, size_t ahead, const Pods& pods,
+                                const std::vector<double>& weights) const {
+  constexpr size_t kMost = 256;
   const auto pin = blocks_.epoch().pin();
-  Walk walk(blocks_, *topology_.load(), pods, weights);
-  walk.advance(keys, count);
-  return walk.finish(block_size());
+  const Topology& topology = *topology_.load();
+  Walk walk(blocks_, topology, pods, weights);
+  for (size_t at = 0; at < keys.count() && walk.alive();) {
+    const size_t end = std::min(keys.count(), at + ahead);
+    walk.advance(keys.upto(end) + at, end - at);
+    at = end;
+    ahead = std::min(ahead * 2, kMost);
+  }
+  if (!placements_.any()) return walk.finish(block_size(), nullptr);
+  const Lengthening lengthening(placements_, blocks_, topology, keys);
+  return walk.finish(block_size(), &lengthening);
 }
 
 std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, const Pods& pods,
                                        const std::vector<double>& weights, const QueryExtras& extras) const {
-  constexpr size_t kFirst = 4, kMost = 256;  // blocks hashed ahead of the walk: few at first, for those who miss early
-  const auto pin = blocks_.epoch().pin();
-  Walk walk(blocks_, *topology_.load(), pods, weights);
+  constexpr size_t kFirst = 4;  // few, for those who miss early
+  thread_local std::vector<uint64_t> room;
   const uint32_t size = block_size();
-  const size_t blocks = size == 0 ? 0 : count / size;
-  uint64_t keys[kMost];
-  uint64_t parent = 0;
-  size_t ahead = kFirst;
-  for (size_t begin = 0; begin < blocks && walk.alive(); begin += ahead) {
-    if (begin > 0) ahead = std::min(ahead * 2, kMost);
-    const size_t end = std::min(blocks, begin + ahead);
-    block_keys(tokens, begin, end, size, parent, seed_, extras, keys);
-    parent = keys[end - begin - 1];
-    walk.advance(keys, end - begin);
-  }
-  return walk.finish(size);
+  PromptKeys keys(tokens, size == 0 ? 0 : count / size, size, seed_, extras, room);
+  auto matches = match(keys, kFirst, pods, weights);
+  constexpr size_t kKeep = 1U << 16;
+  if (room.capacity() > kKeep) std::vector<uint64_t>().swap(room);  // one very large prompt does not keep its memory
+  return matches;
 }
 
 namespace {
@@ -219,24 +240,9 @@ void append_holders(const Topology& topology, uint32_t lane, uint8_t tiers, cons
 
 void order(std::vector<Holder>& holders) {
   std::sort(holders.begin(), holders.end(), [](const Holder& a, const Holder& b) {
-    return std::tie(a.pod, a.rank, a.group, a.tier) < std::tie(b.pod, b.rank, b.group, b.tier);
+    return std::tie(a.pod, a.rank, a.group, a.tier, a.speculative) <
+           std::tie(b.pod, b.rank, b.group, b.tier, b.speculative);
   });
-}
-
-// What a key's holders are at one moment.
-void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out) {
-  for (;;) {
-    out.clear();
-    const Node node = blocks.find(key);
-    if (node == 0) return;
-    const Chunk& chunk = *blocks.chunk_of(node);
-    const uint32_t version = chunk.version.load(std::memory_order_acquire);
-    if (!chunk.has(node % kSlots, key)) continue;
-    chunk.each_holder([&](HolderId holder, uint64_t mask) {
-      if (mask >> node % kSlots & 1) out.push_back({lane_of(holder), static_cast<uint8_t>(1U << tier_of(holder))});
-    });
-    if (chunk.version.load(std::memory_order_acquire) == version) return;
-  }
 }
 
 }  // namespace
@@ -251,9 +257,93 @@ std::vector<std::vector<Holder>> Index::holders(const uint64_t* keys, size_t cou
   for (size_t i = 0; i < count; ++i) {
     holdings_of(blocks_, keys[i], found);
     for (const Holding& each : found) append_holders(topology, each.lane, each.tiers, of_pod, result[i]);
-    order(result[i]);
   }
+  if (placements_.any()) append_placed(topology, keys, count, of_pod, result);
+  for (auto& each : result) order(each);
   return result;
+}
+
+void Index::append_placed(const Topology& topology, const uint64_t* keys, size_t count, const std::vector<bool>& of_pod,
+                          std::vector<std::vector<Holder>>& holders) const {
+  const uint64_t now = placements_.now();
+  for (const auto& place : placements_.places()) {
+    if (place.stream >= topology.streams.size()) continue;
+    const StreamPlace& stream = topology.streams[place.stream];
+    if (!stream.alive || stream.pod != place.pod || !of_pod[stream.pod]) continue;
+    for (size_t at = 0; at < count; at += Placements::kSlice) {
+      uint64_t placed = placements_.placed(place, keys + at, std::min(Placements::kSlice, count - at), now);
+      for (; placed != 0; placed &= placed - 1)
+        holders[at + static_cast<size_t>(std::countr_zero(placed))].push_back(
+            {topology.pods[stream.pod].name, stream.rank, 0, 0, true});
+    }
+  }
+}
+
+// --- placements ---
+
+namespace {
+
+struct Rank {
+  Placements::Place place;
+  uint32_t rank;
+};
+
+// The streams of a pod; none when it is not there.
+std::vector<Rank> ranks_of(const Topology& topology, const std::string& pod) {
+  std::vector<Rank> ranks;
+  const auto found = topology.pod_of_name.find(pod);
+  if (found == topology.pod_of_name.end()) return ranks;
+  for (const uint32_t stream : topology.pods[found->second].streams)
+    ranks.push_back({{found->second, stream}, topology.streams[stream].rank});
+  return ranks;
+}
+
+const Rank* find_rank(const std::vector<Rank>& ranks, int64_t rank) {
+  for (const Rank& each : ranks)
+    if (each.rank == rank) return &each;
+  return nullptr;
+}
+
+}  // namespace
+
+Placed Index::place(const std::string& pod, int64_t rank, const uint64_t* keys, size_t count, uint64_t ttl) {
+  const auto ranks = [&] {
+    const auto pin = blocks_.epoch().pin();
+    return ranks_of(*topology_.load(), pod);
+  };
+  const auto is_held = [&](uint32_t stream, uint64_t key) {
+    const auto pin = blocks_.epoch().pin();
+    const Topology& topology = *topology_.load();
+    return stream < topology.streams.size() && held_by(blocks_, topology, stream, key) != 0;
+  };
+  const std::vector<Rank> before = ranks();
+  if (before.empty()) return {Placed::Outcome::kNoPod, 0, 0};
+  const bool guessed = rank < 0 && before.size() > 1;
+  if (rank < 0) {
+    // The one that matches best; without any match the lowest.
+    const auto matches = score(keys, count, {pod}, {1.0});
+    const auto lowest =
+        std::min_element(before.begin(), before.end(), [](const Rank& a, const Rank& b) { return a.rank < b.rank; });
+    rank = matches.empty() ? lowest->rank : matches[0].rank;
+  }
+  const Rank* found = find_rank(before, rank);
+  if (found == nullptr) return {Placed::Outcome::kNoRank, 0, 0};
+  const Placements::Place place = found->place;
+  const uint64_t life = placements_.life(place);
+  // The stream may have been closed, and its number given away, before its life was asked.
+  const std::vector<Rank> after = ranks();
+  const Rank* still = find_rank(after, rank);
+  if (still == nullptr || still->place != place) return {Placed::Outcome::kNoPod, 0, 0};
+
+  std::vector<uint64_t> missing;
+  for (size_t i = 0; i < count; ++i)
+    if (!is_held(place.stream, keys[i])) missing.push_back(keys[i]);
+  const Placed placed{Placed::Outcome::kRecorded, static_cast<uint32_t>(rank), count - missing.size()};
+  if (!placements_.record(place, life, missing, ttl, guessed)) return {Placed::Outcome::kNoRoom, placed.rank, 0};
+  // An event that came between the question and the record had nothing to confirm.
+  for (const uint64_t key : missing)
+    if (is_held(place.stream, key)) placements_.confirm(place, key);
+  return placed;
 }
 
 std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(const std::vector<uint64_t>& hashes,

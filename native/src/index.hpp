@@ -12,30 +12,36 @@
 
 #include "blocks.hpp"
 #include "keys.hpp"
+#include "placements.hpp"
 #include "topology.hpp"
 #include "walk.hpp"
 
 namespace kvindex {
-
-struct Holding {
-  uint32_t lane;
-  uint8_t tiers;  // bit per tier
-};
 
 struct Holder {
   std::string_view pod;  // lives as long as the index
   uint32_t rank;
   uint32_t tier;
   uint32_t group;
+  bool speculative = false;
   auto operator<=>(const Holder&) const = default;
 };
 
+// What became of a placement.
+struct Placed {
+  enum class Outcome : uint8_t { kRecorded, kNoPod, kNoRank, kNoRoom };
+  Outcome outcome = Outcome::kRecorded;
+  uint32_t rank = 0;  // the rank it was recorded at
+  size_t held = 0;    // blocks that need none: the rank holds them
+};
+
+class PromptKeys;
 class Stream;
 
 class Index : public std::enable_shared_from_this<Index> {
  public:
   // Limits of 0 mean none.
-  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_bytes = 0);
+  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes = 0);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
@@ -49,7 +55,13 @@ class Index : public std::enable_shared_from_this<Index> {
 
   std::shared_ptr<Stream> add_stream(const std::string& pod, uint32_t rank);
 
-  // Pods with a match > 0, best rank of each; `pods` empty = all. `weights` by tier bit.
+  // A router has sent a prompt to this pod: its blocks count as held for `ttl` nanoseconds, or until the engine's
+  // events say so. `rank` < 0: the router does not know it; the rank that matches best is guessed.
+  Placed place(const std::string& pod, int64_t rank, const uint64_t* keys, size_t count, uint64_t ttl);
+  Placements& placements() { return placements_; }
+  const Placements& placements() const { return placements_; }
+
+  // Pods with a match > 0 or placed blocks, best rank of each; `pods` empty = all. `weights` by tier bit.
   std::vector<Match> score(const uint64_t* keys, size_t count, const Pods& pods,
                            const std::vector<double>& weights) const;
   // The same from tokens; hashing stops where the last match ends.
@@ -80,11 +92,15 @@ class Index : public std::enable_shared_from_this<Index> {
   template <typename Change>
   void change_topology(Change change);
   std::vector<std::shared_ptr<Stream>> live_streams() const;
+  std::vector<Match> match(PromptKeys& keys, size_t ahead, const Pods& pods, const std::vector<double>& weights) const;
+  void append_placed(const Topology& topology, const uint64_t* keys, size_t count, const std::vector<bool>& of_pod,
+                     std::vector<std::vector<Holder>>& holders) const;
 
   std::atomic<uint32_t> block_size_;
   const uint64_t seed_;
   const uint64_t max_claims_, max_bytes_;
   std::atomic<uint64_t> claims_{0};
+  Placements placements_;
 
   mutable std::mutex topology_mutex_;  // for those who change it; readers pin and load
   std::atomic<const Topology*> topology_;

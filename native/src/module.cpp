@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "drain.hpp"
 #include "index.hpp"
+#include "order.hpp"
 #include "scan.hpp"
 #include "stream.hpp"
 #include "xxh3.hpp"
@@ -48,14 +50,15 @@ nb::list list_of(const std::vector<Match>& matches) {
   for (const Match& each : matches) {
     nb::list tiers;
     for (const uint32_t blocks : each.tier_blocks) tiers.append(blocks);
-    out.append(nb::make_tuple(each.pod, each.rank, each.blocks, each.score, tiers));
+    out.append(nb::make_tuple(each.pod, each.rank, each.blocks, each.score, tiers, each.speculative));
   }
   return out;
 }
 
 nb::list list_of(const std::vector<Holder>& holders) {
   nb::list out;
-  for (const Holder& each : holders) out.append(nb::make_tuple(each.pod, each.rank, each.tier, each.group));
+  for (const Holder& each : holders)
+    out.append(nb::make_tuple(each.pod, each.rank, each.tier, each.group, each.speculative));
   return out;
 }
 
@@ -68,6 +71,20 @@ nb::list holders_of(const Index& index, const std::vector<uint64_t>& hashes, con
   nb::list out;
   for (const auto& [key, holders] : found) out.append(nb::make_tuple(key, list_of(holders)));
   return out;
+}
+
+constexpr double kMaxSeconds = 1e6;
+
+uint64_t nanoseconds(double seconds) { return static_cast<uint64_t>(seconds * 1e9); }
+
+const char* name_of(Placed::Outcome outcome) {
+  switch (outcome) {
+    case Placed::Outcome::kRecorded: return "recorded";
+    case Placed::Outcome::kNoPod: return "no_pod";
+    case Placed::Outcome::kNoRank: return "no_rank";
+    case Placed::Outcome::kNoRoom: break;
+  }
+  return "no_room";
 }
 
 struct BoundStream {
@@ -135,6 +152,37 @@ NB_MODULE(_core, m) {
         return reasons;
       });
 
+  nb::enum_<Outcome>(m, "Outcome")
+      .value("FIRST", Outcome::kFirst)
+      .value("NEXT", Outcome::kNext)
+      .value("DUPLICATE", Outcome::kDuplicate)
+      .value("GAP", Outcome::kGap)
+      .value("RESTART", Outcome::kRestart);
+
+  nb::class_<Order>(m, "Order")
+      .def(nb::init<>())
+      .def_ro_static("REMEMBERED", &Order::kRemembered)
+      .def_prop_ro(
+          "last",
+          [](const Order& self) -> nb::object { return self.last() ? nb::object(nb::int_(*self.last())) : nb::none(); })
+      .def("judge", &Order::judge, nb::arg("sequence"), nb::arg("digest"))
+      .def("remembers", &Order::remembers, nb::arg("sequence"))
+      .def("applied", &Order::applied, nb::arg("sequence"), nb::arg("digest"))
+      .def("restarted", &Order::restarted);
+
+  nb::class_<ZeroMq>(m, "ZeroMq").def(nb::init<>());
+
+  nb::class_<Drained>(m, "Drained")
+      .def_ro("applied", &Drained::applied)
+      .def_ro("messages", &Drained::messages)
+      .def_ro("first", &Drained::first)
+      .def_ro("empty", &Drained::empty)
+      .def_prop_ro("odd", [](const Drained& drained) {
+        nb::list frames;
+        for (const std::string& each : drained.odd) frames.append(nb::bytes(each.data(), each.size()));
+        return frames;
+      });
+
   nb::class_<BoundStream>(m, "Stream")
       .def(
           "apply",
@@ -167,6 +215,14 @@ NB_MODULE(_core, m) {
           },
           nb::arg("snapshot"))
       .def(
+          "drain",
+          [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit,
+             uint64_t max_payload) {
+            return drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload);
+          },
+          nb::arg("zmq"), nb::arg("socket"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"),
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
           "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "close", [](BoundStream& self) { return self.stream->close(); }, nb::call_guard<nb::gil_scoped_release>())
@@ -196,10 +252,11 @@ NB_MODULE(_core, m) {
       });
 
   nb::class_<Index>(m, "Index")
-      .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims) {
-             return std::make_shared<Index>(block_size, seed, max_claims);
+      .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements) {
+             return std::make_shared<Index>(block_size, seed, max_claims, max_placements);
            }),
-           nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0)
+           nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0,
+           nb::arg("max_placements") = uint64_t{1} << 20)
       .def_prop_ro("block_size", &Index::block_size)
       .def_prop_ro("seed", &Index::seed)
       .def_prop_ro("blocks", &Index::blocks)
@@ -214,6 +271,42 @@ NB_MODULE(_core, m) {
             return BoundStream{self.add_stream(pod, rank), rank};
           },
           nb::arg("pod"), nb::arg("rank"))
+      .def(
+          "place",
+          [](Index& self, const std::string& pod, int64_t rank, nb::bytes keys, double seconds) {
+            if (!(seconds > 0 && seconds <= kMaxSeconds)) throw nb::value_error("seconds out of range");
+            const auto values = numbers<uint64_t>(keys, "keys must be 8 bytes each");
+            Placed placed;
+            {
+              nb::gil_scoped_release release;
+              placed = self.place(pod, rank, values.data(), values.size(), nanoseconds(seconds));
+            }
+            return nb::make_tuple(name_of(placed.outcome), placed.rank, placed.held);
+          },
+          nb::arg("pod"), nb::arg("rank"), nb::arg("keys"), nb::arg("seconds"))
+      .def(
+          "sweep_placements", [](Index& self) { self.placements().sweep(self.placements().now()); },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("placements",
+                   [](const Index& self) {
+                     const Placements::Counts counts = self.placements().counts();
+                     nb::dict out;
+                     out["blocks"] = counts.blocks;
+                     out["recorded"] = counts.recorded;
+                     out["renewed"] = counts.renewed;
+                     out["confirmed"] = counts.confirmed;
+                     out["expired"] = counts.expired;
+                     out["fenced"] = counts.fenced;
+                     out["refused"] = counts.refused;
+                     return out;
+                   })
+      .def(
+          "advance_clock",
+          [](Index& self, double seconds) {
+            if (!(seconds >= 0 && seconds <= kMaxSeconds)) throw nb::value_error("seconds out of range");
+            self.placements().advance(nanoseconds(seconds));
+          },
+          nb::arg("seconds"))
       .def(
           "score",
           [](const Index& self, nb::bytes keys, const Pods& pods, const std::vector<double>& weights) {

@@ -19,7 +19,8 @@ bool kind_of(std::string_view name, bool has_window, GroupKind& kind) {
 
 }  // namespace
 
-Stream::Stream(std::shared_ptr<Index> index, uint32_t number) : index_(std::move(index)), number_(number) {}
+Stream::Stream(std::shared_ptr<Index> index, uint32_t pod, uint32_t number)
+    : index_(std::move(index)), pod_(pod), number_(number) {}
 
 Stream::~Stream() { close(); }
 
@@ -350,6 +351,7 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     }
   }
   uint64_t used = 0;
+  const bool placed = index_->placements().any();
   for (size_t i = 0; i < count; ++i) {
     if (nodes_[i] == 0 && book.claims.find(hashes[i]) == nullptr) {
       applied.count(Reason::kClaimLimit);
@@ -359,7 +361,11 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     uint32_t* ref = book.claims.insert(hashes[i], nodes_[i], is_new);
     if (is_new) {
       ++used;
-      if (!is_new_[i]) share(keys_[i], group, tier);
+      if (!is_new_[i]) {
+        share(keys_[i], group, tier);
+      } else if (placed) {
+        index_->placements().confirm({pod_, number_}, keys_[i]);
+      }
       continue;
     }
     // Another copy. It holds the block already, unless the engine gave one hash to two blocks: the first one counts.
@@ -406,7 +412,11 @@ Node Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before) {
   Node node;
   bool is_new;
   index_->held().hold(&key, 1, before, holder_of(group, tier), pen_, &node, &is_new);
-  if (!is_new) share(key, group, tier);
+  if (!is_new) {
+    share(key, group, tier);
+  } else if (index_->placements().any()) {
+    index_->placements().confirm({pod_, number_}, key);
+  }
   return node;
 }
 
@@ -727,6 +737,7 @@ uint64_t Stream::drop_all() {
   lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
+  index_->placements().drop({pod_, number_});
   const uint64_t dropped = size();
   Blocks& blocks = index_->held();
   const auto release_of_key = [&](uint64_t key, HolderId holder) {

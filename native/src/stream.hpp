@@ -28,7 +28,7 @@ struct Applied {
 
 class Stream {
  public:
-  Stream(std::shared_ptr<Index> index, uint32_t number);
+  Stream(std::shared_ptr<Index> index, uint32_t pod, uint32_t number);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -174,6 +174,7 @@ class Stream {
   void drop_orphan(uint64_t id);
 
   const std::shared_ptr<Index> index_;
+  const uint32_t pod_;  // as the index numbers it
   const uint32_t number_;
   mutable std::mutex mutex_;
   bool closed_ = false;

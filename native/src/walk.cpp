@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "lengthening.hpp"
+
 namespace kvindex {
 
 // Kept per thread, so that a query allocates only for its answer. A lane's place counts when its turn is this query's.
@@ -215,12 +217,23 @@ void Walk::apply_to_hybrids(uint32_t length) {
   }
 }
 
-std::vector<Match> Walk::finish(uint32_t block_size) {
+void Walk::keep_best(const Match& match, uint32_t pod, std::vector<Match>& matches) {
+  auto& place = scratch_.of_pod[pod];
+  if (place.turn != scratch_.turn) {
+    place = {scratch_.turn, static_cast<uint32_t>(matches.size())};
+    matches.push_back(match);
+    return;
+  }
+  Match& best = matches[place.at];
+  if (match.score > best.score || (match.score == best.score && match.rank < best.rank)) best = match;
+}
+
+std::vector<Match> Walk::finish(uint32_t block_size, const Lengthening* lengthening) {
   for (const Hybrid& hybrid : hybrids_) judge(hybrid, block_size);
   std::vector<Match> matches;
   matches.reserve(runners_.size());
   for (const Runner& runner : runners_) {
-    if (runner.blocks == 0) continue;
+    if (runner.blocks == 0) continue;  // if blocks are placed there, below
     const StreamPlace& stream = topology_.streams[runner.stream];
     Match match;
     match.pod = topology_.pods[stream.pod].name;
@@ -228,14 +241,22 @@ std::vector<Match> Walk::finish(uint32_t block_size) {
     match.blocks = runner.blocks;
     match.tier_blocks = runner.tier_blocks;
     for (uint32_t t = 0; t < kMaxTiers; ++t) match.score += weights_[t] * runner.tier_blocks[t];
-    auto& place = scratch_.of_pod[stream.pod];
-    if (place.turn != scratch_.turn) {
-      place = {scratch_.turn, static_cast<uint32_t>(matches.size())};
-      matches.push_back(match);
-      continue;
+    if (lengthening != nullptr && lengthening->has(runner.stream))
+      lengthening->lengthen(match, runner.stream, weights_);
+    keep_best(match, stream.pod, matches);
+  }
+  if (lengthening != nullptr) {
+    for (const auto& [pod, number] : lengthening->places()) {
+      const auto same = [number = number](const Runner& runner) {
+        return runner.stream == number && runner.blocks > 0;
+      };
+      if (!wanted(pod) || std::any_of(runners_.begin(), runners_.end(), same)) continue;
+      Match match;
+      match.pod = topology_.pods[pod].name;
+      match.rank = topology_.streams[number].rank;
+      lengthening->lengthen(match, number, weights_);
+      if (match.speculative > 0) keep_best(match, pod, matches);
     }
-    Match& best = matches[place.at];
-    if (match.score > best.score || (match.score == best.score && match.rank < best.rank)) best = match;
   }
   return matches;
 }

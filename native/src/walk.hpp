@@ -23,7 +23,10 @@ struct Match {
   uint32_t blocks = 0;
   double score = 0;
   std::array<uint32_t, kMaxTiers> tier_blocks{};
+  uint32_t speculative = 0;  // blocks by which placements lengthen the match; in `score`, not in the others
 };
+
+class Lengthening;
 
 // For one thread and one query at a time; the caller holds a pin of the blocks' epoch.
 class Walk {
@@ -37,7 +40,8 @@ class Walk {
   // False when further keys cannot change the result.
   bool alive() const { return walked_ == 0 || !alive_.empty() || hybrids_alive_ > 0; }
   void advance(const uint64_t* keys, size_t count);
-  std::vector<Match> finish(uint32_t block_size);
+  // `lengthening` may be null.
+  std::vector<Match> finish(uint32_t block_size, const Lengthening* lengthening);
 
  private:
   struct Runner {
@@ -66,6 +70,7 @@ class Walk {
   static constexpr uint32_t kHybrid = 0x80000000U;
 
   bool wanted(uint32_t pod);
+  void keep_best(const Match& match, uint32_t pod, std::vector<Match>& matches);
   void add_hybrid(uint32_t stream);
   uint32_t step(const uint64_t* keys, size_t count);
   void apply(uint32_t length);

@@ -147,7 +147,7 @@ inline uint64_t above_240(const uint8_t* in, size_t len, uint64_t seed) {
 }  // namespace xxh3_detail
 
 // Little-endian hosts only (x86-64, arm64), as every other part of the core.
-inline uint64_t xxh3_64(const void* data, size_t len, uint64_t seed) {
+inline uint64_t xxh3_64(const void* data, size_t len, uint64_t seed = 0) {
   const auto* in = static_cast<const uint8_t*>(data);
   if (len <= 16) return xxh3_detail::up_to_16(in, len, seed);
   if (len <= 128) return xxh3_detail::up_to_128(in, len, seed);

@@ -101,7 +101,7 @@ uint32_t matched(const Index& index, uint64_t chain, size_t blocks) {
 }
 
 void test_holes_heal() {
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
   Applied applied;
   apply(*stream, stored(1, 0, 10), applied);
@@ -115,7 +115,7 @@ void test_holes_heal() {
 }
 
 void test_orphans_in_any_order() {
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
   Applied applied;
   apply(*stream, stored(1, 20, 30), applied);
@@ -126,7 +126,7 @@ void test_orphans_in_any_order() {
 }
 
 void test_copies_are_counted() {
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
   Applied applied;
   apply(*stream, stored(1, 0, 2), applied);
@@ -138,7 +138,7 @@ void test_copies_are_counted() {
 }
 
 void test_hostile_bytes() {
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
   Applied applied;
   const std::string good = stored(1, 0, 10);
@@ -158,7 +158,7 @@ void test_hostile_bytes() {
 
 // Writers of several pods, fences and readers at once: a pod nobody touches keeps its whole match.
 void test_concurrency() {
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto calm = index->add_stream("calm", 0);
   Applied once;
   for (uint64_t chain = 0; chain < 8; ++chain) apply(*calm, stored(chain, 0, 64), once);

@@ -259,17 +259,24 @@ class PodScore(_message.Message):
     TRUST_REASON_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     score: _builtins.float
+    """Of matched_blocks and speculative_blocks together."""
     matched_blocks: _builtins.int
+    """Leading blocks that the engine's events vouch for. Placements never change it."""
     matched_tokens: _builtins.int
     rank: _builtins.int
     """The data-parallel rank that achieves the match."""
     speculative_blocks: _builtins.int
+    """By how many blocks the match is longer when placed blocks count as held: those placed, which weigh as gpu, and
+    those that the rank does hold behind them, which weigh by their tier.
+    """
     trust: Global___Trust.ValueType
     age_seconds: _builtins.float
     """Seconds since the stream's last applied message; -1 when there was none."""
     trust_reason: _builtins.str
     @_builtins.property
-    def tier_blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def tier_blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Of matched_blocks only."""
+
     def __init__(
         self,
         *,
@@ -421,6 +428,9 @@ class Holder(_message.Message):
     rank: _builtins.int
     tier: _builtins.str
     speculative: _builtins.bool
+    """A placement that no event has confirmed; tier is then gpu and group 0. A block asked for by its engine hash has
+    none: an engine names its blocks only when it stores them.
+    """
     group: _builtins.int
     """KV-cache group of a hybrid model."""
     def __init__(
@@ -488,6 +498,107 @@ class GetPodsForBlocksResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPodsForBlocksResponse: _TypeAlias = GetPodsForBlocksResponse  # noqa: Y015
+
+@_typing.final
+class RecordPlacementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    MM_FEATURES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    prompt: _builtins.str
+    chat: _builtins.str
+    """An OpenAI chat-completions body as JSON."""
+    pod: _builtins.str
+    """Where it has been sent; a registered pod."""
+    lora_name: _builtins.str
+    cache_salt: _builtins.str
+    rank: _builtins.int
+    """The data-parallel rank it has been sent to. When absent and the pod has several, the rank that matches best is
+    guessed, and an event of any rank of the pod confirms the placement.
+    """
+    ttl_seconds: _builtins.float
+    """Seconds the placement holds at most; when absent the server's default."""
+    @_builtins.property
+    def tokens(self) -> Global___Tokens: ...
+    @_builtins.property
+    def keys(self) -> Global___Keys: ...
+    @_builtins.property
+    def mm_features(self) -> _containers.RepeatedCompositeFieldContainer[Global___MmFeature]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        chat: _builtins.str = ...,
+        tokens: Global___Tokens | None = ...,
+        keys: Global___Keys | None = ...,
+        pod: _builtins.str = ...,
+        lora_name: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        mm_features: _abc.Iterable[Global___MmFeature] | None = ...,
+        rank: _builtins.int | None = ...,
+        ttl_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "_ttl_seconds", b"_ttl_seconds", "chat", b"chat", "input", b"input", "keys", b"keys", "prompt", b"prompt", "rank", b"rank", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "_ttl_seconds", b"_ttl_seconds", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "keys", b"keys", "lora_name", b"lora_name", "mm_features", b"mm_features", "model", b"model", "pod", b"pod", "prompt", b"prompt", "rank", b"rank", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens", "keys"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___RecordPlacementRequest: _TypeAlias = RecordPlacementRequest  # noqa: Y015
+
+@_typing.final
+class RecordPlacementResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    HELD_BLOCKS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    total_blocks: _builtins.int
+    """The prompt's full blocks; 0 while the model's block size is not known, and then nothing is recorded."""
+    held_blocks: _builtins.int
+    """Those of them that need no placement: the rank holds them already."""
+    rank: _builtins.int
+    """The rank at which the placement counts."""
+    ttl_seconds: _builtins.float
+    """The time after which it does not count any more."""
+    def __init__(
+        self,
+        *,
+        total_blocks: _builtins.int = ...,
+        held_blocks: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        ttl_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_blocks", b"held_blocks", "rank", b"rank", "total_blocks", b"total_blocks", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordPlacementResponse: _TypeAlias = RecordPlacementResponse  # noqa: Y015
 
 @_typing.final
 class ListPodsRequest(_message.Message):
@@ -697,6 +808,7 @@ class RegisterPodRequest(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     BIND_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     model: _builtins.str
     endpoint: _builtins.str
@@ -712,6 +824,8 @@ class RegisterPodRequest(_message.Message):
     """0 means learn from the first event."""
     bind: _builtins.bool
     """The server binds endpoint and the engine dials in."""
+    incarnation: _builtins.str
+    """Names one life of the engine, such as a container id. Another one than before drops every claim of the pod."""
     def __init__(
         self,
         *,
@@ -724,10 +838,11 @@ class RegisterPodRequest(_message.Message):
         engine: _builtins.str = ...,
         block_size: _builtins.int = ...,
         bind: _builtins.bool = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "block_size", b"block_size", "endpoint", b"endpoint", "engine", b"engine", "model", b"model", "pod", b"pod", "ranks", b"ranks", "replay_endpoint", b"replay_endpoint", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "block_size", b"block_size", "endpoint", b"endpoint", "engine", b"engine", "incarnation", b"incarnation", "model", b"model", "pod", b"pod", "ranks", b"ranks", "replay_endpoint", b"replay_endpoint", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -864,6 +979,7 @@ class ModelStats(_message.Message):
     PODS_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     block_size: _builtins.int
     blocks: _builtins.int
@@ -872,6 +988,8 @@ class ModelStats(_message.Message):
     pods: _builtins.int
     streams: _builtins.int
     has_tokenizer: _builtins.bool
+    coverage: _builtins.float
+    """Share of the streams that are synchronised."""
     def __init__(
         self,
         *,
@@ -883,10 +1001,11 @@ class ModelStats(_message.Message):
         pods: _builtins.int = ...,
         streams: _builtins.int = ...,
         has_tokenizer: _builtins.bool = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "bytes", b"bytes", "claims", b"claims", "has_tokenizer", b"has_tokenizer", "model", b"model", "pods", b"pods", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "bytes", b"bytes", "claims", b"claims", "coverage", b"coverage", "has_tokenizer", b"has_tokenizer", "model", b"model", "pods", b"pods", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class KVIndexStub:
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksRequest.SerializeToString,
                 response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksResponse.FromString,
                 _registered_method=True)
+        self.RecordPlacement = channel.unary_unary(
+                '/kvindex.v1.KVIndex/RecordPlacement',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementResponse.FromString,
+                _registered_method=True)
 
 
 class KVIndexServicer:
@@ -77,6 +82,14 @@ class KVIndexServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordPlacement(self, request, context):
+        """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
+        short time at most, its blocks count as held there, apart from what engines have announced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVIndexServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +107,11 @@ def add_KVIndexServicer_to_server(servicer, server):
                     servicer.GetPodsForBlocks,
                     request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksRequest.FromString,
                     response_serializer=kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksResponse.SerializeToString,
+            ),
+            'RecordPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordPlacement,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +196,33 @@ class KVIndex:
             '/kvindex.v1.KVIndex/GetPodsForBlocks',
             kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksRequest.SerializeToString,
             kvindex_dot_v1_dot_kvindex__pb2.GetPodsForBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvindex.v1.KVIndex/RecordPlacement',
+            kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class KVIndexStub:
     """The same, many per connection; answers in request order, a bad request answers with its own status."""
     GetPodsForBlocks: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.GetPodsForBlocksRequest, _kvindex_pb2.GetPodsForBlocksResponse]
     """Who holds each of these blocks, on which rank and tier."""
+    RecordPlacement: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.RecordPlacementRequest, _kvindex_pb2.RecordPlacementResponse]
+    """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
+    short time at most, its blocks count as held there, apart from what engines have announced.
+    """
 
 @_typing.type_check_only
 class KVIndexAsyncStub(KVIndexStub):
@@ -51,6 +55,10 @@ class KVIndexAsyncStub(KVIndexStub):
     """The same, many per connection; answers in request order, a bad request answers with its own status."""
     GetPodsForBlocks: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.GetPodsForBlocksRequest, _kvindex_pb2.GetPodsForBlocksResponse]  # type: ignore[assignment]
     """Who holds each of these blocks, on which rank and tier."""
+    RecordPlacement: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.RecordPlacementRequest, _kvindex_pb2.RecordPlacementResponse]  # type: ignore[assignment]
+    """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
+    short time at most, its blocks count as held there, apart from what engines have announced.
+    """
 
 class KVIndexServicer(metaclass=_abc_1.ABCMeta):
     """The read path: asked by a scheduler for every request."""
@@ -78,6 +86,16 @@ class KVIndexServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvindex_pb2.GetPodsForBlocksResponse, _abc.Awaitable[_kvindex_pb2.GetPodsForBlocksResponse]]:
         """Who holds each of these blocks, on which rank and tier."""
+
+    @_abc_1.abstractmethod
+    def RecordPlacement(
+        self,
+        request: _kvindex_pb2.RecordPlacementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvindex_pb2.RecordPlacementResponse, _abc.Awaitable[_kvindex_pb2.RecordPlacementResponse]]:
+        """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
+        short time at most, its blocks count as held there, apart from what engines have announced.
+        """
 
 def add_KVIndexServicer_to_server(servicer: KVIndexServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -1,0 +1,129 @@
+#include "drain.hpp"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <stdexcept>
+
+#include "xxh3.hpp"
+
+namespace kvindex {
+
+namespace {
+
+constexpr int kDontWait = 1;
+constexpr size_t kFrames = 3;
+
+// The handle of the first loaded object that has zmq_msg_recv; a wheel's libzmq is local to its extension module.
+int find_library(dl_phdr_info* object, size_t /*size*/, void* found) {
+  if (object->dlpi_name == nullptr || object->dlpi_name[0] == '\0') return 0;
+  void* handle = dlopen(object->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (handle == nullptr) return 0;
+  if (dlsym(handle, "zmq_msg_recv") != nullptr) {
+    *static_cast<void**>(found) = handle;  // kept open for as long as the process lives
+    return 1;
+  }
+  dlclose(handle);
+  return 0;
+}
+
+template <typename Function>
+void load(void* handle, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(handle, name));
+  if (function == nullptr) throw std::runtime_error(std::string("libzmq has no ") + name);
+}
+
+uint64_t big_endian(const unsigned char* bytes) {
+  uint64_t value = 0;
+  for (int i = 0; i < 8; ++i) value = value << 8 | bytes[i];
+  return value;
+}
+
+// The frames of one message. Those behind the third are received, kept only as text, and make it odd.
+class Frames {
+ public:
+  explicit Frames(const ZeroMq& zmq) : zmq_(zmq) {
+    for (ZeroMq::Message& each : frames_) zmq_.init(&each);
+  }
+  ~Frames() {
+    for (ZeroMq::Message& each : frames_) zmq_.close(&each);
+  }
+  Frames(const Frames&) = delete;
+  Frames& operator=(const Frames&) = delete;
+
+  // False when there is none for now.
+  bool receive(void* socket) {
+    count_ = 0;
+    rest_.clear();
+    bool more = true;
+    while (more) {
+      ZeroMq::Message& into = frames_[count_ < kFrames ? count_ : kFrames];
+      // The frames of one message come at once: only the first can be missing.
+      if (zmq_.receive(&into, socket, kDontWait) < 0) return false;
+      more = zmq_.more(&into) != 0;
+      if (count_ >= kFrames) rest_.push_back(text(into));
+      ++count_;
+    }
+    return true;
+  }
+
+  bool is_event(uint64_t max_payload) const {
+    return count_ == kFrames && zmq_.size(&frames_[1]) == 8 && zmq_.size(&frames_[2]) <= max_payload;
+  }
+  uint64_t sequence() { return big_endian(static_cast<unsigned char*>(zmq_.data(&frames_[1]))); }
+  const uint8_t* payload() { return static_cast<const uint8_t*>(zmq_.data(&frames_[2])); }
+  size_t payload_size() const { return zmq_.size(&frames_[2]); }
+
+  std::vector<std::string> texts() {
+    std::vector<std::string> all;
+    for (size_t i = 0; i < count_ && i < kFrames; ++i) all.push_back(text(frames_[i]));
+    all.insert(all.end(), rest_.begin(), rest_.end());
+    return all;
+  }
+
+ private:
+  std::string text(ZeroMq::Message& frame) { return {static_cast<const char*>(zmq_.data(&frame)), zmq_.size(&frame)}; }
+
+  const ZeroMq& zmq_;
+  ZeroMq::Message frames_[kFrames + 1] = {};
+  size_t count_ = 0;
+  std::vector<std::string> rest_;
+};
+
+}  // namespace
+
+ZeroMq::ZeroMq() {
+  static_assert(sizeof(Message) == 64);
+  void* handle = nullptr;
+  dl_iterate_phdr(find_library, static_cast<void*>(&handle));
+  if (handle == nullptr) throw std::runtime_error("no libzmq is loaded");
+  load(handle, "zmq_msg_init", init);
+  load(handle, "zmq_msg_recv", receive);
+  load(handle, "zmq_msg_close", close);
+  load(handle, "zmq_msg_data", data);
+  load(handle, "zmq_msg_size", size);
+  load(handle, "zmq_msg_more", more);
+}
+
+Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Order& order, uint64_t limit,
+              uint64_t max_payload) {
+  Drained drained;
+  Frames frames(zmq);
+  while (drained.messages < limit) {
+    if (!frames.receive(socket)) {
+      drained.empty = true;
+      break;
+    }
+    if (!frames.is_event(max_payload) || !order.is_next(frames.sequence())) {
+      drained.odd = frames.texts();
+      break;
+    }
+    const uint64_t sequence = frames.sequence();
+    if (drained.messages++ == 0) drained.first = sequence;
+    stream.apply(frames.payload(), frames.payload_size(), rank, drained.applied);
+    order.applied(sequence, xxh3_64(frames.payload(), frames.payload_size()));
+  }
+  return drained;
+}
+
+}  // namespace kvindex

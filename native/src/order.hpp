@@ -1,0 +1,63 @@
+// The order of one event stream: what a message's sequence number means after those applied before it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace kvindex {
+
+enum class Outcome : uint8_t { kFirst, kNext, kDuplicate, kGap, kRestart };
+
+// Judges sequence numbers. The caller applies what it is told to and reports it with `applied`.
+class Order {
+ public:
+  // Digests kept of the last applied messages, to tell a duplicate from a restarted engine.
+  static constexpr uint64_t kRemembered = 8192;
+
+  std::optional<uint64_t> last() const { return begun_ ? std::optional(last_) : std::nullopt; }
+
+  // `digest` is a hash of the payload, which carries the engine's time.
+  Outcome judge(uint64_t sequence, uint64_t digest) const {
+    if (!begun_) return Outcome::kFirst;
+    if (sequence == last_ + 1) return Outcome::kNext;
+    if (sequence > last_) return Outcome::kGap;
+    // An engine counts from 0 again when it restarts, and says nothing else about it. A number already passed is
+    // a duplicate only if it is the very message seen under it; when that is not remembered any more, a restart
+    // is assumed: dropping true claims costs a replay, keeping dead ones is wrong.
+    return remembers(sequence) && ring_[sequence % kRemembered].digest == digest ? Outcome::kDuplicate
+                                                                                 : Outcome::kRestart;
+  }
+
+  bool is_next(uint64_t sequence) const { return begun_ && sequence == last_ + 1; }
+
+  bool remembers(uint64_t sequence) const {
+    return !ring_.empty() && ring_[sequence % kRemembered].sequence == sequence;
+  }
+
+  // The message has been applied; it is the last one now.
+  void applied(uint64_t sequence, uint64_t digest) {
+    if (ring_.empty()) ring_.resize(kRemembered);
+    begun_ = true;
+    last_ = sequence;
+    ring_[sequence % kRemembered] = {sequence, digest};
+  }
+
+  // Forget the old life.
+  void restarted() {
+    begun_ = false;
+    ring_ = {};
+  }
+
+ private:
+  struct Seen {
+    uint64_t sequence = UINT64_MAX;
+    uint64_t digest = 0;
+  };
+
+  bool begun_ = false;
+  uint64_t last_ = 0;
+  std::vector<Seen> ring_;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,149 @@
+"""The native order of a stream against a plain model, and messages drained natively against Python's reading."""
+
+import random
+import struct
+
+import msgpack
+import pytest
+from test_fleet import eventually
+
+from kvindex_server import wire
+from kvindex_server._core import Index, Order, Outcome
+
+
+class Model:
+    """Everything that was applied, in a dictionary that forgets as the order's ring does."""
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+        self.digests: dict[int, int] = {}
+
+    def remembers(self, sequence: int) -> bool:
+        later = [each for each in self.digests if each % Order.REMEMBERED == sequence % Order.REMEMBERED]
+        return bool(later) and later[-1] == sequence
+
+    def judge(self, sequence: int, digest: int) -> Outcome:
+        if self.last is None:
+            return Outcome.FIRST
+        if sequence > self.last:
+            return Outcome.NEXT if sequence == self.last + 1 else Outcome.GAP
+        same = self.remembers(sequence) and self.digests[sequence] == digest
+        return Outcome.DUPLICATE if same else Outcome.RESTART
+
+    def applied(self, sequence: int, digest: int) -> None:
+        self.last = sequence
+        self.digests.pop(sequence, None)
+        self.digests[sequence] = digest
+
+
+def test_order_judges_as_the_model() -> None:
+    """Numbers near the last one, near the edge of what is remembered, far away, and at the ends of the range."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        order, model = Order(), Model()
+        for _ in range(400):
+            last = model.last or 0
+            near = [last + 1, last + 1, last, last + 2, last - 1, last - Order.REMEMBERED, last + Order.REMEMBERED]
+            sequence = max(0, min(2**64 - 1, rng.choice([*near, rng.randrange(2**64), 0])))
+            digest = rng.choice([1, 2, 2**64 - 1])
+            assert order.judge(sequence, digest) is model.judge(sequence, digest), seed
+            assert order.remembers(sequence) == model.remembers(sequence)
+            if rng.random() < 0.6 and sequence < 2**64 - 1:
+                order.applied(sequence, digest)
+                model.applied(sequence, digest)
+            elif rng.random() < 0.02:
+                order.restarted()
+                model = Model()
+            assert order.last == model.last
+
+
+def payload(number: int) -> bytes:
+    return bytes(msgpack.packb([1.0, [["BlockStored", [number], None, [number] * 4, 4, None, "GPU"]], 0]))
+
+
+def frames(sequence: int, body: bytes) -> list[bytes]:
+    return [b"topic", sequence.to_bytes(8, "big"), body]
+
+
+ODD = [
+    [b"alone"],
+    [b"a", b"b"],
+    [b"a", b"short", payload(9)],
+    [b"a", bytes(8), payload(9), b"more"],
+    [b"a", bytes(8), payload(9), *[b"more"] * 50],
+    [b"", b"", b""],
+    frames(7, payload(9)),
+    frames(0, payload(9)),
+    frames(2**64 - 1, b""),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_drain_stops_at_a_message_that_is_not_the_next(odd: list[bytes]) -> None:
+    """What is in order is applied; the first other message is handed over whole, and nothing behind it is taken."""
+    with (
+        wire.publisher("tcp://127.0.0.1:*") as publisher,
+        wire.subscriber(publisher.endpoint, "", bind=False) as events,
+    ):
+        index, order = Index(), Order()
+        stream = index.add_stream("pod", 0)
+        warm = frames(0, payload(1))
+
+        def arrived() -> bool:
+            publisher.send(warm)
+            return events.receive() is not None
+
+        eventually(arrived)
+        while events.wait(50):
+            events.receive()
+        order.applied(0, 0)
+        for each in (frames(1, payload(2)), frames(2, payload(3)), odd, frames(3, payload(4))):
+            publisher.send(each)
+        eventually(lambda: events.wait(100))
+        applied, handed = 0, []
+        for _ in range(100):
+            events.wait(20)
+            drained = events.drain(stream, order, 100)
+            assert drained is not None, "pyzmq's library must be found here"
+            applied += drained.messages
+            if drained.odd:
+                handed.append(drained.odd)
+                assert (order.last, applied) == (2, 2), "nothing behind it was taken"
+            if applied == 3:
+                break
+        assert handed == [odd] and order.last == 3
+        hashes = struct.pack("<4Q", 1, 2, 3, 4)
+        assert [bool(holders) for _, holders in index.holders_of_ints(hashes, [])] == [False, True, True, True]
+
+
+def test_drain_takes_no_more_than_its_limit() -> None:
+    """One stream must not keep its thread from replays and deadlines."""
+    with (
+        wire.publisher("tcp://127.0.0.1:*") as publisher,
+        wire.subscriber(publisher.endpoint, "", bind=False) as events,
+    ):
+        index, order = Index(), Order()
+        stream = index.add_stream("pod", 0)
+
+        def arrived() -> bool:
+            publisher.send(frames(0, b""))
+            return events.receive() is not None
+
+        eventually(arrived)
+        while events.wait(50):
+            events.receive()
+        order.applied(0, 0)
+        for sequence in range(1, 11):
+            publisher.send(frames(sequence, payload(sequence)))
+        eventually(lambda: events.wait(100))
+        taken: list[int] = []
+        for _ in range(100):
+            events.wait(20)
+            drained = events.drain(stream, order, 4)
+            assert drained is not None and drained.messages <= 4
+            if drained.messages:
+                assert drained.first == sum(taken) + 1
+                taken.append(drained.messages)
+            if sum(taken) == 10:
+                break
+        assert index.claims == 10 and events.drain(stream, order, 4).empty  # type: ignore[union-attr]
