@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint native-test bench soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test bench bench-peers soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -43,6 +43,9 @@ run: setup ## Start a server with simulated engines and show what it answers
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
+
+test-vllm: setup ## Run the server against two real vLLM engines (CPU; installs 6 GB into build/ once)
+	scripts/test_vllm.sh $(BIN)/python
 
 lint: setup ## Check style, types, import layers, proto files and the C++ core
 	$(BIN)/ruff check .
