@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint native-test bench soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test bench bench-peers soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -44,6 +44,9 @@ run: setup ## Start a server with simulated engines and show what it answers
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
 
+test-vllm: setup ## Run the server against two real vLLM engines (CPU; installs 6 GB into build/ once)
+	scripts/test_vllm.sh $(BIN)/python
+
 lint: setup ## Check style, types, import layers, proto files and the C++ core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +66,16 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, a
 	done
 
 bench: setup ## Run every benchmark, one after another
-	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py | grep -v peers.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+# TRACE=FILE adds a trace of requests with hash_ids, one JSON object a line.
+bench-peers: setup build/peers-venv/.installed ## Compare with Dynamo's indexer and a plain Python index in one run
+	$(BIN)/python benchmarks/peers.py $(if $(TRACE),--trace $(TRACE))
+
+build/peers-venv/.installed: benchmarks/contenders/requirements.txt
+	$(PYTHON) -m venv build/peers-venv
+	build/peers-venv/bin/pip install -q -r $<
+	@touch $@
 
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600

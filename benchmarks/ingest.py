@@ -3,21 +3,9 @@
 import statistics
 import time
 
-from load import Chains, batch, machine
+from load import Chains, machine, removals
 
 from kvindex_server._core import Index
-
-
-def removals(hashes: list[int], per_message: int) -> list[bytes]:
-    return [
-        batch(
-            [
-                {"type": "BlockRemoved", "block_hashes": [each], "medium": "GPU", "group_idx": 0}
-                for each in hashes[begin : begin + per_message]
-            ]
-        )
-        for begin in range(0, len(hashes), per_message)
-    ]
 
 
 def one_round(per_event: int, blocks: int) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""What benchmarks/peers.py runs in processes of their own."""
