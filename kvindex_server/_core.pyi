@@ -123,6 +123,8 @@ class Order:
     def __init__(self) -> None: ...
     @property
     def last(self) -> int | None: ...  # the last applied sequence
+    @property
+    def last_digest(self) -> int: ...  # 0 before any
     def judge(self, sequence: int, digest: int) -> Outcome: ...  # digest: a hash of the payload
     def remembers(self, sequence: int) -> bool: ...  # the digest of this applied message is still kept
     def applied(self, sequence: int, digest: int) -> None: ...

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
@@ -10,6 +10,7 @@ from kvindex_server.errors import InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
+from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import StreamStatus, Trust
 from kvindex_server.subscriber import Subscriber
 
@@ -27,12 +28,14 @@ class Fleet:
         bounds: Bounds | None = None,
         drain_messages: int = 512,
         max_pods: int = 4096,
+        saved: Callable[[PodSpec, int], SavedStream | None] = lambda _spec, _rank: None,
     ) -> None:
         self._models = models
         self._configured = tuple(configured)
         self._bounds = bounds or Bounds()
         self._drain_messages = drain_messages
         self._max_pods = max_pods
+        self._saved = saved
         self._lock = threading.Lock()
         self._subscribers: dict[tuple[str, str], Subscriber] = {}
 
@@ -76,7 +79,7 @@ class Fleet:
             if len(self._subscribers) >= self._max_pods:
                 raise ResourceExhausted(f"{self._max_pods} pods are registered, which is the limit")
             try:
-                subscriber = Subscriber(spec, model.index, self._bounds, self._drain_messages)
+                subscriber = Subscriber(spec, model.index, self._bounds, self._drain_messages, self._saved)
             except wire.BindError as error:
                 raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
             self._subscribers = {**self._subscribers, key: subscriber}
@@ -97,6 +100,17 @@ class Fleet:
     def clear(self, pod: str, model: str) -> int:
         """Drop a pod's claims and synchronise again; returns how many. NotFound when it is not registered."""
         return self._subscribers[self._key(pod, model)].clear()
+
+    def save(self) -> Iterator[SavedStream]:
+        """The state of every stream, one after the other, as far as it is worth saving. One caller at a time."""
+        for subscriber in self._subscribers.values():
+            yield from subscriber.save()
+
+    @property
+    def registered(self) -> list[PodSpec]:
+        """Pods that are not configured: registered while the server ran."""
+        configured = {(self._models.get(spec.model).name, spec.pod) for spec in self._configured}
+        return [each.spec for key, each in self._subscribers.items() if key not in configured]
 
     def statuses(self, model: str | None = None) -> list[StreamStatus]:
         """One per stream, in order of registration."""

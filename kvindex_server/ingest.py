@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvindex_server._core import Drained, Order, Outcome, Stream, xxh3_64
 from kvindex_server.applier import Applier
 from kvindex_server.rearm import Aim, Rearm, Verdict
+from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Cause, Message, StreamState, StreamStatus, Trust
 
 MAX_REPLAY_ASKS = 64
@@ -87,6 +89,30 @@ class Ingest:
             self._tried = True
         else:
             self._sync()
+
+    def resume(self, saved: SavedStream) -> None:
+        """Go on behind a saved state that the stream holds again; before `start`."""
+        self.order.applied(saved.last_sequence, saved.digest)
+        self._counters.epoch = saved.epoch
+        self._applier.believe(saved.trust, saved.cause, saved.reason)
+        self._verify = saved.last_sequence
+        self._stranger = "restored from a snapshot, and the engine is being asked whether it is the same"
+        if self._ask_replay is None:
+            self._doubt_identity("restored from a snapshot, and no replay endpoint tells what came since")
+
+    def save(self) -> dict[str, Any] | None:
+        """Up to where the stream's state goes and how it is trusted; None when it is not worth saving."""
+        status, last = self._applier.status(), self.order.last
+        if last is None or self._doubt or self._stranger or status.trust not in (Trust.EXACT, Trust.PARTIAL):
+            return None
+        return {
+            "epoch": status.epoch,
+            "last_sequence": last,
+            "digest": self.order.last_digest,
+            "trust": status.trust,
+            "cause": status.trust_cause,
+            "reason": status.trust_reason,
+        }
 
     def live(self, messages: Sequence[tuple[int, bytes]]) -> None:
         """Published messages (sequence, payload), in order of arrival."""

@@ -2,14 +2,16 @@
 
 import itertools
 import logging
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
 from kvindex_server._core import Index, Stream
 from kvindex_server.ingest import Bounds, Ingest
 from kvindex_server.pods import PodSpec
+from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import StreamStatus
 
 _log = logging.getLogger(__name__)
@@ -22,13 +24,21 @@ IDLE_WAIT_MS = 5_000
 class Subscriber:
     """All ranks of one registered pod."""
 
-    def __init__(self, spec: PodSpec, index: Index, bounds: Bounds, drain_messages: int) -> None:
+    def __init__(
+        self,
+        spec: PodSpec,
+        index: Index,
+        bounds: Bounds,
+        drain_messages: int,
+        saved: Callable[[PodSpec, int], SavedStream | None] = lambda _spec, _rank: None,
+    ) -> None:
+        """`saved` gives the state in which a rank was left, if there is one."""
         self.spec = spec
         self._index = index
         self._ranks: list[_Rank] = []
         try:
             for rank in range(spec.ranks):
-                self._ranks.append(_Rank(spec, rank, index, bounds, drain_messages))
+                self._ranks.append(_Rank(spec, rank, index, bounds, drain_messages, saved))
         except wire.BindError:
             self.stop()
             raise
@@ -53,6 +63,12 @@ class Subscriber:
         """How many ranks are synchronised."""
         return sum(rank.ingest.synced for rank in self._ranks)
 
+    def save(self) -> Iterator[SavedStream]:
+        """Each rank's state, one after the other, as far as it is worth saving; see `_Rank.save`."""
+        for rank in self._ranks:
+            if (saved := rank.save()) is not None:
+                yield saved
+
     def statuses(self) -> list[StreamStatus]:
         """One per rank."""
         tiers = self._index.tiers
@@ -64,8 +80,21 @@ class Subscriber:
 
 
 class _Rank(threading.Thread):
-    def __init__(self, spec: PodSpec, rank: int, index: Index, bounds: Bounds, drain_messages: int) -> None:
+    def __init__(
+        self,
+        spec: PodSpec,
+        rank: int,
+        index: Index,
+        bounds: Bounds,
+        drain_messages: int,
+        saved: Callable[[PodSpec, int], SavedStream | None],
+    ) -> None:
         super().__init__(name=f"stream-{spec.pod}-{rank}", daemon=True)
+        self._spec = spec
+        self._rank = rank
+        self._saved = saved
+        self._save_asked = threading.Event()
+        self._saves: queue.SimpleQueue[SavedStream | None] = queue.SimpleQueue()
         self._drain_messages = drain_messages
         self._replay_endpoint = spec.replay_endpoint_of(rank)
         self._halt = threading.Event()
@@ -123,7 +152,50 @@ class _Rank(threading.Thread):
     def _wake(self) -> None:
         self._waker.send([b""])
 
+    def save(self, timeout: float = 30.0) -> SavedStream | None:
+        """The state, taken by the stream's own thread between two messages; None when it is not worth saving.
+
+        One caller at a time.
+        """
+        while not self._saves.empty():  # of a question that was given up
+            self._saves.get()
+        self._save_asked.set()
+        self._wake()
+        try:
+            return self._saves.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def _save(self) -> SavedStream | None:
+        known = self.ingest.save()
+        if known is None:
+            return None
+        spec, rank = self._spec, self._rank
+        return SavedStream(
+            model=spec.model,
+            pod=spec.pod,
+            rank=rank,
+            endpoint=spec.endpoint_of(rank),
+            replay_endpoint=self._replay_endpoint,
+            incarnation=spec.incarnation,
+            claims=self.stream.claims,
+            state=self.stream.snapshot(),
+            **known,
+        )
+
+    def _restore(self) -> None:
+        saved = self._saved(self._spec, self._rank)
+        if saved is None:
+            return
+        fields = {"pod": self._spec.pod, "rank": self._rank, "claims": saved.claims}
+        if self.stream.restore(saved.state):
+            self.ingest.resume(saved)
+            _log.info("stream restored", extra={"fields": fields})
+        else:
+            _log.warning("saved stream does not fit this server", extra={"fields": fields})
+
     def run(self) -> None:
+        self._restore()
         self.ingest.start()
         while not self._halt.is_set():
             ready = self._waiter.wait(SYNC_WAIT_MS if self.ingest.waiting_for_replay else IDLE_WAIT_MS)
@@ -138,6 +210,9 @@ class _Rank(threading.Thread):
         if self._woken in ready:
             while self._woken.receive() is not None:
                 pass
+        if self._save_asked.is_set():
+            self._save_asked.clear()
+            self._saves.put(self._save())
         if self._resync.is_set():
             self._resync.clear()
             self.ingest.resync()

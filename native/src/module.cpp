@@ -165,6 +165,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro(
           "last",
           [](const Order& self) -> nb::object { return self.last() ? nb::object(nb::int_(*self.last())) : nb::none(); })
+      .def_prop_ro("last_digest", &Order::last_digest)
       .def("judge", &Order::judge, nb::arg("sequence"), nb::arg("digest"))
       .def("remembers", &Order::remembers, nb::arg("sequence"))
       .def("applied", &Order::applied, nb::arg("sequence"), nb::arg("digest"))

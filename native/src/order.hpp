@@ -17,6 +17,9 @@ class Order {
 
   std::optional<uint64_t> last() const { return begun_ ? std::optional(last_) : std::nullopt; }
 
+  // Of the last applied message; 0 before any.
+  uint64_t last_digest() const { return begun_ ? ring_[last_ % kRemembered].digest : 0; }
+
   // `digest` is a hash of the payload, which carries the engine's time.
   Outcome judge(uint64_t sequence, uint64_t digest) const {
     if (!begun_) return Outcome::kFirst;

@@ -1,0 +1,163 @@
+"""Keeps the index across restarts: writes snapshots in the background, and gives saved streams back as pods come."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvindex_server.errors import InvalidArgument, ResourceExhausted
+from kvindex_server.fleet import Fleet
+from kvindex_server.pods import PodSpec
+from kvindex_server.snapshot import BadSnapshot, Directory, File, Place, SavedStream, Writer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class KeeperStats:
+    """What metrics show; changed by the keeper only."""
+
+    written: int = 0
+    failed: int = 0
+    refused: int = 0
+    last_bytes: int = 0
+    last_seconds: float = 0.0
+    last_time: float = 0.0
+    """Unix time of the last one that was written or loaded; 0 when none was."""
+    restored_streams: int = 0
+    restored_claims: int = 0
+
+
+@dataclass
+class Kept:
+    """A loaded file, and what nobody has asked for yet."""
+
+    file: File
+    streams: dict[tuple[str, str, int], Place] = field(default_factory=dict)
+
+
+class Keeper:
+    """Loads the newest good snapshot at start, and writes one every `interval` seconds and at the end.
+
+    A snapshot older than `max_age` seconds is not loaded: the engines will not have what came since.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int, interval: float, max_age: float, wall: Callable[[], float] = time.time
+    ) -> None:
+        self._directory = Directory(directory, keep)
+        self._interval = interval
+        self._max_age = max_age
+        self._wall = wall
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._kept: Kept | None = None
+        self._halt = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.stats = KeeperStats()
+
+    def load(self) -> list[PodSpec]:
+        """Open the newest good snapshot; the registrations it asks for. OSError when the directory cannot be used."""
+        self._directory.prepare()
+        for path, opened in self._directory.open():
+            if isinstance(opened, str):
+                self.stats.refused += 1
+                _log.warning("snapshot refused", extra={"fields": {"file": path.name, "reason": opened}})
+                continue
+            written = path.stat().st_mtime
+            if self._wall() - written > self._max_age:
+                opened.close()
+                _log.warning("snapshot is too old", extra={"fields": {"file": path.name}})
+                return []
+            return self.adopt(opened, written)
+        return []
+
+    def adopt(self, file: File, written: float) -> list[PodSpec]:
+        """Give this file's streams back as their pods come; the registrations it asks for."""
+        places = {(each.saved.model, each.saved.pod, each.saved.rank): each for each in file.streams}
+        with self._lock:
+            self._forget()
+            self._kept = Kept(file, places)
+        self.stats.last_time = written
+        claims = sum(each.saved.claims for each in file.streams)
+        _log.info("snapshot loaded", extra={"fields": {"streams": len(places), "claims": claims}})
+        return file.pods
+
+    def saved(self, spec: PodSpec, rank: int) -> SavedStream | None:
+        """The state in which this rank was left, once; None when there is none, or it was another engine's."""
+        with self._lock:
+            place = self._kept.streams.pop((spec.model, spec.pod, rank), None) if self._kept else None
+            if self._kept is None or place is None or not place.saved.fits(spec):
+                return None
+            try:
+                found = self._kept.file.read(place)
+            except (OSError, BadSnapshot) as error:
+                _log.warning("saved stream cannot be read", extra={"fields": {"reason": str(error)}})
+                return None
+            self.stats.restored_streams += 1
+            self.stats.restored_claims += found.claims
+            return found
+
+    def start(self, fleet: Fleet) -> None:
+        """Write in the background from now on."""
+        self._thread = threading.Thread(target=self._run, args=(fleet,), name="snapshots", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write no more in the background; `write` still can."""
+        self._halt.set()
+        if self._thread is not None:
+            self._thread.join(60)
+        with self._lock:
+            self._forget()
+
+    def write(self, fleet: Fleet) -> Path | None:
+        """A snapshot of now; None when it could not be written, which is counted and logged."""
+
+        def fill(writer: Writer) -> None:
+            for spec in fleet.registered:
+                writer.pod(spec)
+            for saved in fleet.save():
+                writer.stream(saved)
+
+        with self._writing:
+            started = time.monotonic()
+            try:
+                path, size = self._directory.write(fill)
+            except OSError as error:
+                self.stats.failed += 1
+                _log.error("snapshot not written", extra={"fields": {"reason": error.strerror or str(error)}})
+                return None
+            self.stats.written += 1
+            self.stats.last_bytes = size
+            self.stats.last_seconds = time.monotonic() - started
+            self.stats.last_time = self._wall()
+            return path
+
+    def _run(self, fleet: Fleet) -> None:
+        while not self._halt.wait(self._interval):
+            try:
+                self.write(fleet)
+            except Exception:  # noqa: BLE001 - the next one may work; it is logged and counted
+                self.stats.failed += 1
+                _log.exception("snapshot failed")
+
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept.file.close()
+            self._kept = None
+
+
+def register_again(fleet: Fleet, specs: list[PodSpec]) -> None:
+    """Follow the pods that a snapshot names, unless they are followed already."""
+    for spec in specs:
+        if spec.pod in fleet.pods(spec.model):
+            continue
+        try:
+            fleet.register(spec)
+        except (InvalidArgument, ResourceExhausted) as error:
+            _log.warning(
+                "pod of the snapshot not registered", extra={"fields": {"pod": spec.pod, "reason": str(error)}}
+            )
