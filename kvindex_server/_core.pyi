@@ -24,7 +24,9 @@ def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) 
 class Index:
     """The blocks of one model. `block_size` 0 means learn it from the first event."""
 
-    def __init__(self, block_size: int = 0, seed: int = 1337, max_claims: int = 0) -> None: ...
+    def __init__(
+        self, block_size: int = 0, seed: int = 1337, max_claims: int = 0, max_bytes: int = 0
+    ) -> None: ...  # limits of 0 mean none
     @property
     def block_size(self) -> int: ...
     @property

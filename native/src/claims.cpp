@@ -17,6 +17,7 @@ uint64_t secret() {
   return made;
 }
 
+constexpr uint32_t larger(uint32_t capacity) { return capacity + capacity / 8 + 8; }
 constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
 
 }  // namespace
@@ -93,13 +94,13 @@ uint32_t* Claims::insert(uint64_t hash, uint32_t ref, bool& is_new) {
         split(segment);
         continue;
       }
-      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      rebuild(segment, larger(segment.capacity));
       continue;
     }
     uint32_t empty = at;
     while (empty < segment.end && segment.entries[empty].ref != 0) ++empty;
     if (empty == segment.end) {
-      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      rebuild(segment, larger(segment.capacity));
       continue;
     }
     std::memmove(segment.entries + at + 1, segment.entries + at, (empty - at) * sizeof(Entry));
@@ -140,7 +141,7 @@ bool Claims::append(Segment& segment, uint32_t& next, const Entry& entry) {
 }
 
 void Claims::rebuild(Segment& segment, uint32_t capacity) {
-  for (;; capacity += capacity / 5 + 8) {  // again only when the spare places behind the end do not suffice
+  for (;; capacity = larger(capacity)) {  // again only when the spare places behind the end do not suffice
     Segment made;
     made.depth = segment.depth;
     allocate(made, capacity);
@@ -179,7 +180,7 @@ void Claims::split(Segment& segment) {
   const auto move = [&](Segment& into, uint32_t from, uint32_t to) {
     uint32_t count = 0;
     for (uint32_t i = from; i < to; ++i) count += old.entries[i].ref != 0 ? 1 : 0;
-    for (uint32_t capacity = count + count / 4 + 8;; capacity += capacity / 5 + 8) {
+    for (uint32_t capacity = count + count / 4 + 8;; capacity = larger(capacity)) {
       into.used = 0;
       allocate(into, capacity);
       uint32_t next = 0;
