@@ -17,7 +17,7 @@ class Blocks {
  public:
   // One writer's chunk for new blocks; every writer has its own.
   struct Pen {
-    uint32_t chunk = 0;     // 0 = none
+    uint32_t chunk = 0;      // 0 = none
     bool scattered = false;  // it had blocks before: any gap will do
   };
 

@@ -60,8 +60,8 @@ struct Chunk {
 
   SpinLock lock;
   std::atomic<uint32_t> version;
-  std::atomic<uint64_t> live;  // slots whose block is in the key table
-  uint64_t taken;              // slots in use, live or about to be
+  std::atomic<uint64_t> live;     // slots whose block is in the key table
+  uint64_t taken;                 // slots in use, live or about to be
   std::atomic<uint64_t> holders;  // 0 none; odd: one holder, its bits in `mask`; even: Holders*
   std::atomic<uint64_t> mask;
   std::atomic<uint32_t> next;  // the chunk where the chain went on: a hint, to be checked by key
@@ -108,7 +108,8 @@ struct Chunk {
   void unname(uint64_t bits);
 
  private:
-  void change() { version.fetch_add(1, std::memory_order_acq_rel); }
+  // What is taken away or renamed afterwards is stored with release, so whoever sees that sees this too.
+  void change() { version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
   void replace(Holders* old, Holders* made, Epoch& epoch, std::atomic<int64_t>& bytes);
 };
 

@@ -89,8 +89,8 @@ void ChunkPool::slots_freed(uint32_t number, Chunk& chunk) {
   const auto state = chunk.state.load(std::memory_order_relaxed);
   if (state == Chunk::State::kOpen) {
     if (chunk.taken != 0) return;
-  } else if (chunk.taken != 0 && (state == Chunk::State::kPartial ||
-                                  static_cast<uint32_t>(std::popcount(~chunk.taken)) < kGaps)) {
+  } else if (chunk.taken != 0 &&
+             (state == Chunk::State::kPartial || static_cast<uint32_t>(std::popcount(~chunk.taken)) < kGaps)) {
     return;
   }
   std::lock_guard lock(mutex_);

@@ -16,9 +16,7 @@ Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t m
 
 Index::~Index() { delete topology_.load(); }
 
-uint64_t Index::bytes() const {
-  return sizeof(Index) + static_cast<uint64_t>(std::max<int64_t>(0, blocks_.bytes()));
-}
+uint64_t Index::bytes() const { return sizeof(Index) + static_cast<uint64_t>(std::max<int64_t>(0, blocks_.bytes())); }
 
 std::vector<std::string> Index::tiers() const {
   std::lock_guard lock(tiers_mutex_);

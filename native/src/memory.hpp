@@ -50,8 +50,7 @@ inline void* take_huge_page() {
   const auto begin = reinterpret_cast<uintptr_t>(made);
   const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
   if (aligned > begin) munmap(made, aligned - begin);
-  if (begin + kHugePage > aligned)
-    munmap(reinterpret_cast<void*>(aligned + kHugePage), begin + kHugePage - aligned);
+  if (begin + kHugePage > aligned) munmap(reinterpret_cast<void*>(aligned + kHugePage), begin + kHugePage - aligned);
   auto* page = reinterpret_cast<void*>(aligned);
   madvise(page, kHugePage, MADV_HUGEPAGE);
   return page;

@@ -53,10 +53,10 @@ class Stream {
     uint64_t hash = 0;
     uint64_t key = 0;
     uint32_t count = 0;
-    Node node = 0;               // of `key`; 0 while unresolved and for parts
-    bool resolved : 1 = false;   // the key is known once some event of the stream has told it
-    bool wide : 1 = false;       // stands for several canonical blocks, see spans_
-    bool part : 1 = false;       // a part of a canonical block, see parts_
+    Node node = 0;              // of `key`; 0 while unresolved and for parts
+    bool resolved : 1 = false;  // the key is known once some event of the stream has told it
+    bool wide : 1 = false;      // stands for several canonical blocks, see spans_
+    bool part : 1 = false;      // a part of a canonical block, see parts_
     bool plain() const { return resolved && !wide && !part && count == 1; }
   };
   // Claims of one (group, tier) by engine hash. A reference is the block's node, or kSpecial and a place in specials_.

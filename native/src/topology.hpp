@@ -1,7 +1,7 @@
 // Who is who in one model, as one immutable value: a query works on the one it started with.
 //
-// A lane is one KV-cache group of one stream in one life of its engine. Dropping a stream's claims gives it new lanes at
-// once, so that nothing old is ever answered, and takes the old claims out afterwards.
+// A lane is one KV-cache group of one stream in one life of its engine. Dropping a stream's claims gives it new lanes
+// at once, so that nothing old is ever answered, and takes the old claims out afterwards.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ struct PodPlace {
 struct Topology {
   std::vector<PodPlace> pods;
   std::vector<StreamPlace> streams;
-  std::vector<Lane> lanes;  // lane 0 is never used
+  std::vector<Lane> lanes;        // lane 0 is never used
   std::vector<uint32_t> hybrids;  // streams of that shape
   std::unordered_map<std::string_view, uint32_t> pod_of_name;
 

@@ -85,8 +85,7 @@ void Walk::add_hybrid(uint32_t stream) {
   hybrid.stream = stream;
   for (const uint32_t lane : topology_.streams[stream].lanes) {
     const Lane& info = topology_.lanes[lane];
-    place_of(lane) =
-        kHybrid | static_cast<uint32_t>(hybrids_.size()) << 5 | static_cast<uint32_t>(hybrid.lanes.size());
+    place_of(lane) = kHybrid | static_cast<uint32_t>(hybrids_.size()) << 5 | static_cast<uint32_t>(hybrid.lanes.size());
     hybrid.lanes.push_back({info, {}});
     hybrid.has_full = hybrid.has_full || info.kind == GroupKind::kFull;
   }

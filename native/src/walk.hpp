@@ -95,7 +95,7 @@ class Walk {
   std::vector<Found>& found_;
   std::vector<Found>& previous_;  // of the step before
   std::vector<Runner>& runners_;
-  std::vector<Tiers>& tiers_;  // by runner
+  std::vector<Tiers>& tiers_;     // by runner
   std::vector<uint32_t>& alive_;  // simple streams that held every block so far
   std::vector<bool> wanted_;      // by pod, filled when first asked
   std::vector<Hybrid> hybrids_;

@@ -203,8 +203,9 @@ void test_blocks(bool narrow, uint64_t seed) {
     for (const auto& each : chains)
       for (const uint64_t key : each) {
         const auto found = of_key.find(key);
-        const std::vector<HolderId> expected =
-            found == of_key.end() ? std::vector<HolderId>{} : std::vector<HolderId>(found->second.begin(), found->second.end());
+        const std::vector<HolderId> expected = found == of_key.end()
+                                                   ? std::vector<HolderId>{}
+                                                   : std::vector<HolderId>(found->second.begin(), found->second.end());
         CHECK(holders_of(blocks, key) == expected);
       }
   }
@@ -214,8 +215,8 @@ void test_blocks(bool narrow, uint64_t seed) {
   CHECK(blocks.size() == 0);
 }
 
-// Writers that hold and release, each its own keys and the common ones, in the same chunks. A reader never sees a holder
-// at a key that it never held, and always sees the one that never lets go.
+// Writers that hold and release, each its own keys and the common ones, in the same chunks. A reader never sees a
+// holder at a key that it never held, and always sees the one that never lets go.
 void test_blocks_at_once() {
   constexpr uint32_t kWriters = 3, kStable = 50;
   Blocks blocks;
@@ -238,7 +239,8 @@ void test_blocks_at_once() {
       const HolderId holder = holder_id(writer, 0);
       while (!stop) {
         std::vector<uint64_t> keys(common.begin(), common.begin() + static_cast<long>(random() % common.size()));
-        for (uint64_t i = 1 + random() % 100, from = 1 + random() % 50; i > 0; --i) keys.push_back(own_key(writer, from++));
+        for (uint64_t i = 1 + random() % 100, from = 1 + random() % 50; i > 0; --i)
+          keys.push_back(own_key(writer, from++));
         std::vector<Node> nodes(keys.size());
         const std::unique_ptr<bool[]> is_new(new bool[keys.size()]);
         {
