@@ -26,8 +26,13 @@ class Index:
     """The blocks of one model. `block_size` 0 means learn it from the first event."""
 
     def __init__(
-        self, block_size: int = 0, seed: int = 1337, max_claims: int = 0, max_placements: int = 1048576
-    ) -> None: ...
+        self,
+        block_size: int = 0,
+        seed: int = 1337,
+        max_claims: int = 0,
+        max_placements: int = 1048576,
+        max_bytes: int = 0,
+    ) -> None: ...  # max_claims and max_bytes: 0 means no limit
     @property
     def block_size(self) -> int: ...
     @property

@@ -189,7 +189,7 @@ int main(int argc, char** argv) {
   const uint64_t claims = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 10'000'000;
   const uint64_t chains = std::max<uint64_t>(kPods * 2, claims / kChain);
   const double before = resident_bytes();
-  auto index = std::make_shared<Index>(0, 1337, 0);
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   std::vector<std::shared_ptr<Stream>> pods;
   for (uint32_t i = 0; i < kPods; ++i) pods.push_back(index->add_stream("10.0.0." + std::to_string(i) + ":8000", 0));
 
@@ -243,7 +243,8 @@ int main(int argc, char** argv) {
   };
   const auto match = [&] { blocks += index->score(keys.data(), keys.size(), {}, weights).size(); };
   Quantiles found = timed(1000, a_chain, match);
-  std::printf("| match 512 blocks, one holder, chain chosen at random | p50 %.2f, p99 %.2f µs |\n", found.p50, found.p99);
+  std::printf("| match 512 blocks, one holder, chain chosen at random | p50 %.2f, p99 %.2f µs |\n", found.p50,
+              found.p99);
   const auto shared_keys = keys_of(shared);
   keys.assign(shared_keys.begin(), shared_keys.begin() + 512);
   found = timed(3000, [](size_t) {}, match);
@@ -262,10 +263,10 @@ int main(int argc, char** argv) {
     std::fill(keys.begin() + 1, keys.end(), 1);
   };
   found = timed(3000, diverge, match);
-  std::printf("| keys that diverge after 1 of 512 blocks | p50 %.0f, p99 %.0f ns |\n", found.p50 * 1e3, found.p99 * 1e3);
-  found = timed(3000, diverge, [&] {
-    blocks += index->score_tokens(diverging.data(), diverging.size(), {}, weights, {}).size();
-  });
+  std::printf("| keys that diverge after 1 of 512 blocks | p50 %.0f, p99 %.0f ns |\n", found.p50 * 1e3,
+              found.p99 * 1e3);
+  found = timed(3000, diverge,
+                [&] { blocks += index->score_tokens(diverging.data(), diverging.size(), {}, weights, {}).size(); });
   std::printf("| tokens that diverge after 1 of 512 blocks | p50 %.0f, p99 %.0f ns |\n", found.p50 * 1e3,
               found.p99 * 1e3);
   std::fflush(stdout);

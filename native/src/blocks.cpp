@@ -150,6 +150,7 @@ void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
     for (uint64_t rest = orphaned; rest != 0; rest &= rest - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
       keys[slot] = chunk->keys[slot].load(std::memory_order_relaxed);
+      table_.prefetch(keys[slot]);
     }
   }
   for (; orphaned != 0; orphaned &= orphaned - 1) {

@@ -108,7 +108,8 @@ struct Chunk {
   void unname(uint64_t bits);
 
  private:
-  void change() { version.fetch_add(1, std::memory_order_acq_rel); }
+  // What is taken away or renamed afterwards is stored with release, so whoever sees that sees this too.
+  void change() { version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
   void replace(Holders* old, Holders* made, Epoch& epoch, std::atomic<int64_t>& bytes);
 };
 

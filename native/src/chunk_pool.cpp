@@ -1,7 +1,5 @@
 #include "chunk_pool.hpp"
 
-#include "memory.hpp"
-
 namespace kvindex {
 
 bool ChunkSet::add(uint32_t number) {
@@ -64,7 +62,7 @@ ChunkPool::~ChunkPool() {
 
 uint32_t ChunkPool::open(uint64_t blocks) {
   std::lock_guard lock(mutex_);
-  uint32_t number;
+  uint32_t number = 0;
   const uint64_t slots = uint64_t{in_use_} * kSlots;
   // A tenth of all slots may be gaps for chains to grow into.
   if (blocks + slots / 10 < slots && partial_.lowest(number)) {
@@ -128,7 +126,7 @@ void ChunkPool::add_slab() {
   uint32_t slab = 0;
   while (slab < free_in_slab_.size() && slabs_[slab].load() != nullptr) ++slab;
   if (slab == kMaxSlabs) throw std::bad_alloc();
-  auto* memory = static_cast<char*>(take_memory(kSlabBytes));
+  auto* memory = static_cast<char*>(take_huge_page());
   if (slab == free_in_slab_.size()) free_in_slab_.push_back(0);
   slabs_[slab].store(memory);
   bytes_.fetch_add(static_cast<int64_t>(footprint(kSlabBytes)), std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// Where chunks live: slabs of 256, each mapped on its own and given back when all of it is free.
+// Where chunks live: slabs of a huge page, each given back when all of it is free.
 #pragma once
 
 #include <array>
@@ -10,6 +10,7 @@
 
 #include "chunk.hpp"
 #include "epoch.hpp"
+#include "memory.hpp"
 
 namespace kvindex {
 
@@ -46,8 +47,8 @@ class ChunkPool {
   void slots_freed(uint32_t number, Chunk& chunk);
 
  private:
-  static constexpr uint32_t kPerSlab = 256, kMaxSlabs = (1U << 31) / kSlots / kPerSlab;
-  static constexpr size_t kSlabBytes = kPerSlab * sizeof(Chunk);
+  static constexpr size_t kSlabBytes = kHugePage;
+  static constexpr uint32_t kPerSlab = kSlabBytes / sizeof(Chunk), kMaxSlabs = (1U << 31) / kSlots / kPerSlab;
   static constexpr uint32_t kGaps = 16;  // free slots that make a chunk worth being filled again
 
   void settle(uint32_t number, Chunk& chunk);

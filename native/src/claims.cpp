@@ -17,6 +17,7 @@ uint64_t secret() {
   return made;
 }
 
+constexpr uint32_t larger(uint32_t capacity) { return capacity + capacity / 6 + 8; }
 constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
 
 }  // namespace
@@ -113,18 +114,18 @@ uint32_t* Claims::insert(uint64_t hash, uint32_t ref, bool& is_new) {
       is_new = false;
       return &segment.entries[at].ref;
     }
-    if (segment.used * uint64_t{10} >= segment.capacity * uint64_t{9}) {
+    if (segment.used * uint64_t{8} >= segment.capacity * uint64_t{7}) {
       if (segment.used >= kSegmentMost && segment.depth < kMaxDepth) {
         split(segment);
         continue;
       }
-      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      rebuild(segment, larger(segment.capacity));
       continue;
     }
     uint32_t empty = at;
     while (empty < segment.end && segment.entries[empty].ref != 0) ++empty;
     if (empty == segment.end) {
-      rebuild(segment, segment.capacity + segment.capacity / 5 + 8);
+      rebuild(segment, larger(segment.capacity));
       continue;
     }
     std::memmove(segment.entries + at + 1, segment.entries + at, (empty - at) * sizeof(Entry));
@@ -155,31 +156,40 @@ void Claims::erase(uint64_t hash) {
   }
 }
 
-bool Claims::append(Segment& segment, uint32_t& next, const Entry& entry) {
-  const uint32_t home = segment.home(entry.mixed());
-  if (next < home) next = home;
-  if (next == segment.end) return false;
-  segment.entries[next++] = entry;
-  ++segment.used;
+// Copies what entries there are, in order, each to its home or behind the one before. False when the end is too near.
+bool Claims::spread(const Entry* from, const Entry* to, Segment& into) {
+  const Segment segment = into;  // in registers
+  uint32_t next = 0, count = 0;
+  for (; from != to; ++from) {
+    const Entry entry = *from;
+    const uint32_t home = segment.home(entry.mixed());
+    const bool is_used = entry.ref != 0;
+    // No branch: empty entries lie where nobody can foresee them, and one more of them behind the last does no harm.
+    if (next == segment.end) return false;
+    const uint32_t at = is_used && home > next ? home : next;
+    segment.entries[at] = entry;
+    next = at + (is_used ? 1 : 0);
+    count += is_used ? 1 : 0;
+  }
+  into.used = count;
   return true;
 }
 
-void Claims::rebuild(Segment& segment, uint32_t capacity) {
-  for (;; capacity += capacity / 5 + 8) {  // again only when the spare places behind the end do not suffice
-    Segment made;
-    made.depth = segment.depth;
-    allocate(made, capacity);
-    uint32_t next = 0;
-    bool fits = true;
-    for (uint32_t i = 0; fits && i < segment.end; ++i)
-      if (segment.entries[i].ref != 0) fits = append(made, next, segment.entries[i]);
-    if (fits) {
-      release(segment);
-      segment = made;
-      return;
-    }
-    release(made);
+// Capacity for so many claims and up; more only when the spare places behind the end do not suffice.
+void Claims::build(const Entry* from, const Entry* to, uint32_t capacity, Segment& into) {
+  for (;; capacity = larger(capacity)) {
+    allocate(into, capacity);
+    if (spread(from, to, into)) return;
+    release(into);
   }
+}
+
+void Claims::rebuild(Segment& segment, uint32_t capacity) {
+  Segment made;
+  made.depth = segment.depth;
+  build(segment.entries, segment.entries + segment.end, capacity, made);
+  release(segment);
+  segment = made;
 }
 
 void Claims::split(Segment& segment) {
@@ -200,26 +210,11 @@ void Claims::split(Segment& segment) {
   const uint64_t bit = uint64_t{1} << (63 - segment.depth);
   while (begin < segment.end && (segment.entries[begin].ref == 0 || (segment.entries[begin].mixed() & bit) == 0))
     ++begin;
-  const Segment old = segment;
-  const auto move = [&](Segment& into, uint32_t from, uint32_t to) {
-    uint32_t count = 0;
-    for (uint32_t i = from; i < to; ++i) count += old.entries[i].ref != 0 ? 1 : 0;
-    for (uint32_t capacity = count + count / 4 + 8;; capacity += capacity / 5 + 8) {
-      into.used = 0;
-      allocate(into, capacity);
-      uint32_t next = 0;
-      bool fits = true;
-      for (uint32_t i = from; fits && i < to; ++i)
-        if (old.entries[i].ref != 0) fits = append(into, next, old.entries[i]);
-      if (fits) return;
-      release(into);
-    }
-  };
+  Segment old = segment;
   segment.depth = upper->depth;
-  move(segment, 0, begin);
-  move(*upper, begin, old.end);
-  Segment gone = old;
-  release(gone);
+  build(old.entries, old.entries + begin, larger(old.capacity / 2), segment);
+  build(old.entries + begin, old.entries + old.end, larger(old.capacity / 2), *upper);
+  release(old);
   for (size_t i = 0; i < each; ++i) directory_[first + each + i] = upper;
 }
 

@@ -1,4 +1,5 @@
-// Engine hash -> 32-bit reference, for the claims of one stream on one group and tier: 12 bytes each, nine in ten used.
+// Engine hash -> 32-bit reference, for the claims of one stream on one group and tier: 12 bytes each, seven in eight
+// used at most.
 //
 // Hashes are mixed by a bijection and kept in order of the mixed value, each at or shortly behind the place where an
 // even spread would put it. That makes a search end early and growing a copy from front to back. A segment that grew
@@ -79,7 +80,8 @@ class Claims {
   void release(Segment& segment);
   void rebuild(Segment& segment, uint32_t capacity);
   void split(Segment& segment);
-  static bool append(Segment& segment, uint32_t& next, const Entry& entry);
+  static bool spread(const Entry* from, const Entry* to, Segment& into);
+  void build(const Entry* from, const Entry* to, uint32_t capacity, Segment& into);
 
   std::atomic<int64_t>& bytes_;
   const uint64_t secret_;

@@ -46,6 +46,11 @@ inline KeyTable::Bucket& KeyTable::home(const Table& table, uint64_t key, uint64
   return table.buckets[at];
 }
 
+// Only the holder of the shard's lock writes, so no atomic addition is needed.
+inline void KeyTable::pass(Bucket& bucket, uint64_t entries) {
+  bucket.tags[1].store(bucket.tags[1].load(std::memory_order_relaxed) + entries, std::memory_order_release);
+}
+
 void KeyTable::prefetch(uint64_t key) const {
   const Table* table = shard(key).table.load(std::memory_order_relaxed);
   if (table == nullptr) return;
@@ -97,7 +102,7 @@ inline void KeyTable::put(Table& table, uint64_t key, Node node) {
       bucket->tags[half].store(tags | tag_of(key) << shift, std::memory_order_release);
       return;
     }
-    bucket->tags[1].fetch_add(kPassedOne, std::memory_order_release);
+    pass(*bucket, kPassedOne);
     if (++at == table.size) at = 0;
     bucket = &table.buckets[at];
   }
@@ -133,9 +138,9 @@ void KeyTable::erase(uint64_t key, Node node) {
         if ((tags >> shift & 0xFF) != tag ||
             bucket->nodes[half * 8 + shift / 8].load(std::memory_order_relaxed) != node)
           continue;
-        bucket->tags[half].fetch_and(~(uint64_t{0xFF} << shift), std::memory_order_release);
+        bucket->tags[half].store(tags & ~(uint64_t{0xFF} << shift), std::memory_order_release);
         for (uint64_t passed = first; passed != at; passed = passed + 1 == table.size ? 0 : passed + 1)
-          table.buckets[passed].tags[1].fetch_sub(kPassedOne, std::memory_order_release);
+          pass(table.buckets[passed], -kPassedOne);
         --home_shard.used;
         if (home_shard.used < home_shard.shrink_below) resize(home_shard, home_shard.level - 1);
         return;

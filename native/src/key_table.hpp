@@ -57,6 +57,7 @@ class KeyTable {
   const Shard& shard(uint64_t key) const { return shards_[key >> 56]; }
   static Bucket& home(const Table& table, uint64_t key, uint64_t& at);
   Node find_in(const Table& table, uint64_t key) const;
+  static void pass(Bucket& bucket, uint64_t entries);
   static void put(Table& table, uint64_t key, Node node);
   void resize(Shard& shard, uint32_t level);
   uint64_t buckets_at(const Shard& shard, uint32_t level) const;

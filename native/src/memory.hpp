@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -38,6 +39,21 @@ inline void give_memory(void* memory, size_t bytes) {
   } else {
     std::free(memory);
   }
+}
+
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
+// One huge page where the system has them, else as many small ones: random reads in it cost no page walk each.
+inline void* take_huge_page() {
+  void* made = mmap(nullptr, kHugePage * 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (made == MAP_FAILED) throw std::bad_alloc();
+  const auto begin = reinterpret_cast<uintptr_t>(made);
+  const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > begin) munmap(made, aligned - begin);
+  if (begin + kHugePage > aligned) munmap(reinterpret_cast<void*>(aligned + kHugePage), begin + kHugePage - aligned);
+  auto* page = reinterpret_cast<void*>(aligned);
+  madvise(page, kHugePage, MADV_HUGEPAGE);
+  return page;
 }
 
 }  // namespace kvindex

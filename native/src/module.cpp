@@ -32,14 +32,26 @@ QueryExtras extras_of(std::string lora_name, std::string cache_salt, const Featu
   return extras;
 }
 
-// The bytes as whole numbers; a copy only where they are not aligned for them.
+// Bytes as whole numbers, in place; a copy only where they are not aligned for them.
 template <typename T>
-std::vector<T> numbers(const nb::bytes& bytes, const char* name) {
-  if (bytes.size() % sizeof(T) != 0) throw nb::value_error(name);
-  std::vector<T> values(bytes.size() / sizeof(T));
-  if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
-  return values;
-}
+class Numbers {
+ public:
+  Numbers(const nb::bytes& bytes, const char* name)
+      : data_(static_cast<const T*>(bytes.data())), size_(bytes.size() / sizeof(T)) {
+    if (bytes.size() % sizeof(T) != 0) throw nb::value_error(name);
+    if (reinterpret_cast<uintptr_t>(data_) % alignof(T) == 0) return;
+    copy_.resize(size_);
+    std::memcpy(copy_.data(), bytes.data(), bytes.size());
+    data_ = copy_.data();
+  }
+  const T* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  const T* data_;
+  size_t size_;
+  std::vector<T> copy_;
+};
 
 nb::bytes bytes_of(const std::vector<uint64_t>& keys) {
   return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * 8);
@@ -104,7 +116,7 @@ NB_MODULE(_core, m) {
       [](nb::bytes tokens, uint32_t block_size, uint64_t seed, std::string lora_name, std::string cache_salt,
          const Features& mm_features) {
         if (block_size == 0) throw nb::value_error("block_size must not be 0");
-        const auto ids = numbers<uint32_t>(tokens, "tokens must be 4 bytes each");
+        const Numbers<uint32_t> ids(tokens, "tokens must be 4 bytes each");
         const QueryExtras extras = extras_of(std::move(lora_name), std::move(cache_salt), mm_features);
         std::vector<uint64_t> keys;
         {
@@ -253,11 +265,12 @@ NB_MODULE(_core, m) {
       });
 
   nb::class_<Index>(m, "Index")
-      .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements) {
-             return std::make_shared<Index>(block_size, seed, max_claims, max_placements);
+      .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements,
+                       uint64_t max_bytes) {
+             return std::make_shared<Index>(block_size, seed, max_claims, max_placements, max_bytes);
            }),
            nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0,
-           nb::arg("max_placements") = uint64_t{1} << 20)
+           nb::arg("max_placements") = uint64_t{1} << 20, nb::arg("max_bytes") = 0)
       .def_prop_ro("block_size", &Index::block_size)
       .def_prop_ro("seed", &Index::seed)
       .def_prop_ro("blocks", &Index::blocks)
@@ -276,7 +289,7 @@ NB_MODULE(_core, m) {
           "place",
           [](Index& self, const std::string& pod, int64_t rank, nb::bytes keys, double seconds) {
             if (!(seconds > 0 && seconds <= kMaxSeconds)) throw nb::value_error("seconds out of range");
-            const auto values = numbers<uint64_t>(keys, "keys must be 8 bytes each");
+            const Numbers<uint64_t> values(keys, "keys must be 8 bytes each");
             Placed placed;
             {
               nb::gil_scoped_release release;
@@ -311,7 +324,7 @@ NB_MODULE(_core, m) {
       .def(
           "score",
           [](const Index& self, nb::bytes keys, const Pods& pods, const std::vector<double>& weights) {
-            const auto values = numbers<uint64_t>(keys, "keys must be 8 bytes each");
+            const Numbers<uint64_t> values(keys, "keys must be 8 bytes each");
             std::vector<Match> matches;
             {
               nb::gil_scoped_release release;
@@ -324,7 +337,7 @@ NB_MODULE(_core, m) {
           "score_tokens",
           [](const Index& self, nb::bytes tokens, const Pods& pods, const std::vector<double>& weights,
              std::string lora_name, std::string cache_salt, const Features& mm_features) {
-            const auto ids = numbers<uint32_t>(tokens, "tokens must be 4 bytes each");
+            const Numbers<uint32_t> ids(tokens, "tokens must be 4 bytes each");
             const QueryExtras extras = extras_of(std::move(lora_name), std::move(cache_salt), mm_features);
             std::vector<Match> matches;
             {
@@ -338,7 +351,7 @@ NB_MODULE(_core, m) {
       .def(
           "holders",
           [](const Index& self, nb::bytes keys, const Pods& pods) {
-            const auto values = numbers<uint64_t>(keys, "keys must be 8 bytes each");
+            const Numbers<uint64_t> values(keys, "keys must be 8 bytes each");
             std::vector<std::vector<Holder>> found;
             {
               nb::gil_scoped_release release;
@@ -352,7 +365,8 @@ NB_MODULE(_core, m) {
       .def(
           "holders_of_ints",
           [](const Index& self, nb::bytes hashes, const Pods& pods) {
-            return holders_of(self, numbers<uint64_t>(hashes, "hashes must be 8 bytes each"), pods);
+            const Numbers<uint64_t> values(hashes, "hashes must be 8 bytes each");
+            return holders_of(self, {values.data(), values.data() + values.size()}, pods);
           },
           nb::arg("hashes"), nb::arg("pods"))
       .def(

@@ -96,9 +96,10 @@ class Cursor {
     for (; i < count; i += 2) {
       const uint64_t word = word_at(at);
       const auto first = static_cast<uint32_t>(word >> 56);
+      if (!is_small(first)) break;
       const uint32_t first_width = width_of(first);
       const auto second = static_cast<uint32_t>(word << first_width * 8 >> 56);
-      if (!is_small(first) || !is_small(second)) break;
+      if (!is_small(second)) break;
       const uint32_t second_width = width_of(second);
       to[i] = static_cast<uint32_t>(word >> (64 - first_width * 8) & kMask[first_width]);
       at += first_width;

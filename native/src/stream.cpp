@@ -195,6 +195,7 @@ void Stream::remove_gathered(Applied& applied) {
     blocks.prefetch(*ref);
   }
   for (const Node node : nodes_) blocks.prefetch_key(blocks.key_of(node));
+  uint64_t gone = 0;
   for (const uint64_t hash : removed_) {
     uint32_t* ref = book.claims.find(hash);
     if (ref == nullptr) {
@@ -207,8 +208,10 @@ void Stream::remove_gathered(Applied& applied) {
       settle(*ref);
     } else {
       erase_claim(book, hash, *ref);
+      ++gone;
     }
   }
+  index_->unclaim(gone);
   removed_.clear();
   removed_from_ = nullptr;
 }
@@ -388,7 +391,6 @@ void Stream::erase_claim(Book& book, uint64_t hash, uint32_t ref) {
       --unresolved_;
     }
   }
-  index_->unclaim(1);
   book.claims.erase(hash);
 }
 

@@ -13,8 +13,9 @@ struct Walk::Scratch {
     uint64_t turn = 0;
     uint32_t at = 0;  // number of a runner, or kHybrid with hybrid and lane
   };
-  std::vector<Found> found;
+  std::vector<Found> found, previous;
   std::vector<Runner> runners;
+  std::vector<Tiers> tiers;
   std::vector<uint32_t> alive;
   std::vector<Place> of_lane;
   std::vector<Place> of_pod;
@@ -32,12 +33,15 @@ Walk::Walk(const Blocks& blocks, const Topology& topology, const Pods& pods, con
       pods_(pods),
       scratch_(Scratch::mine()),
       found_(scratch_.found),
+      previous_(scratch_.previous),
       runners_(scratch_.runners),
+      tiers_(scratch_.tiers),
       alive_(scratch_.alive) {
   ++scratch_.turn;
   if (scratch_.of_lane.size() < topology.lanes.size()) scratch_.of_lane.resize(topology.lanes.size());
   if (scratch_.of_pod.size() < topology.pods.size()) scratch_.of_pod.resize(topology.pods.size());
   runners_.clear();
+  tiers_.clear();
   alive_.clear();
   const double lowest = weights.empty() ? 0.0 : *std::min_element(weights.begin(), weights.end());
   for (uint32_t t = 0; t < kMaxTiers; ++t) weights_[t] = t < weights.size() ? weights[t] : lowest;
@@ -52,7 +56,9 @@ Walk::Walk(const Blocks& blocks, const Topology& topology, const Pods& pods, con
 // A thread that answered one very large query does not keep its memory.
 Walk::~Walk() {
   constexpr size_t kKeep = 4096;
-  if (runners_.capacity() > kKeep) std::vector<Runner>().swap(runners_);
+  if (runners_.capacity() <= kKeep) return;
+  std::vector<Runner>().swap(runners_);
+  std::vector<Tiers>().swap(tiers_);
 }
 
 bool Walk::wanted(uint32_t pod) {
@@ -139,27 +145,50 @@ uint32_t Walk::step(const uint64_t* keys, size_t count) {
 }
 
 void Walk::apply(uint32_t length) {
-  if (walked_ == 0)
+  if (steady_ && in_step(length)) {
+    behind_ += length;
+    return;
+  }
+  catch_up();
+  if (walked_ == 0) {
+    runners_.reserve(found_.size());
+    tiers_.reserve(found_.size());
     for (const Found& each : found_)
       if (each.bits & 1) start(each);
+  }
   if (!alive_.empty()) {
+    steady_ = hybrids_alive_ == 0;
     for (const Found& each : found_) {
-      const uint32_t lane = lane_of(each.holder), tier = kvindex::tier_of(each.holder);
-      if (!has_place(lane) || (place_of(lane) & kHybrid) != 0) continue;
-      Runner& runner = runners_[place_of(lane)];
-      runner.bits[tier] = each.bits;
-      runner.tiers |= static_cast<uint8_t>(1U << tier);
+      steady_ = steady_ && each.bits == bits_from(0, length);
+      collect(each);
     }
     size_t kept = 0;
     for (const uint32_t number : alive_) {
-      Runner& runner = runners_[number];
-      const uint32_t before = runner.blocks;
-      move(runner, length);
-      if (runner.blocks - before == length) alive_[kept++] = number;
+      const uint32_t before = runners_[number].blocks;
+      move(number, length);
+      if (runners_[number].blocks - before == length) alive_[kept++] = number;
     }
     alive_.resize(kept);
   }
   if (hybrids_alive_ > 0) apply_to_hybrids(length);
+  found_.swap(previous_);
+}
+
+bool Walk::in_step(uint32_t length) const {
+  if (found_.size() != previous_.size()) return false;
+  const uint64_t all = bits_from(0, length);
+  for (size_t i = 0; i < found_.size(); ++i)
+    if (found_[i].holder != previous_[i].holder || found_[i].bits != all) return false;
+  return true;
+}
+
+void Walk::catch_up() {
+  if (behind_ == 0) return;
+  for (const uint32_t number : alive_) {
+    runners_[number].blocks += behind_;
+    runners_[number].on_tier += behind_;
+  }
+  behind_ = 0;
 }
 
 // A lane that holds block 0: whose it is, and whether it is asked for.
@@ -173,24 +202,51 @@ void Walk::start(const Found& found) {
   alive_.push_back(place_of(lane));
   Runner& made = runners_.emplace_back();
   made.stream = info.stream;
+  tiers_.emplace_back();
 }
 
-void Walk::move(Runner& runner, uint32_t length) {
-  uint64_t all = 0;
-  for (uint32_t rest = runner.tiers; rest != 0; rest &= rest - 1) all |= runner.bits[std::countr_zero(rest)];
-  const auto held = std::min(length, static_cast<uint32_t>(std::countr_one(all)));
+void Walk::collect(const Found& found) {
+  const uint32_t lane = lane_of(found.holder), tier = kvindex::tier_of(found.holder);
+  if (!has_place(lane) || (place_of(lane) & kHybrid) != 0) return;
+  Runner& runner = runners_[place_of(lane)];
+  if (runner.tiers == 0) {
+    runner.all = found.bits;
+  } else {
+    Tiers& several = tiers_[place_of(lane)];
+    if ((runner.tiers & (runner.tiers - 1U)) == 0) several.bits[std::countr_zero(runner.tiers)] = runner.all;
+    several.bits[tier] = found.bits;
+    runner.all |= found.bits;
+    steady_ = false;
+  }
+  runner.tiers |= static_cast<uint8_t>(1U << tier);
+}
+
+void Walk::move(uint32_t number, uint32_t length) {
+  Runner& runner = runners_[number];
+  if (runner.tiers == 0) return;
+  const auto held = std::min(length, static_cast<uint32_t>(std::countr_one(runner.all)));
   runner.blocks += held;
   if ((runner.tiers & (runner.tiers - 1U)) == 0) {
-    if (held > 0) runner.tier_blocks[std::countr_zero(runner.tiers)] += held;
+    to_tier(number, static_cast<uint8_t>(std::countr_zero(runner.tiers)));
+    runner.on_tier += held;
   } else {
+    Tiers& several = tiers_[number];
     uint64_t open = bits_from(0, held);
     for (const uint8_t tier : by_weight_) {
       if ((runner.tiers >> tier & 1) == 0) continue;
-      runner.tier_blocks[tier] += static_cast<uint32_t>(std::popcount(runner.bits[tier] & open));
-      open &= ~runner.bits[tier];
+      several.blocks[tier] += static_cast<uint32_t>(std::popcount(several.bits[tier] & open));
+      open &= ~several.bits[tier];
     }
   }
   runner.tiers = 0;
+}
+
+void Walk::to_tier(uint32_t number, uint8_t tier) {
+  Runner& runner = runners_[number];
+  if (runner.tier == tier) return;
+  tiers_[number].blocks[runner.tier] += runner.on_tier;
+  runner.on_tier = 0;
+  runner.tier = tier;
 }
 
 void Walk::apply_to_hybrids(uint32_t length) {
@@ -229,18 +285,21 @@ void Walk::keep_best(const Match& match, uint32_t pod, std::vector<Match>& match
 }
 
 std::vector<Match> Walk::finish(uint32_t block_size, const Lengthening* lengthening) {
+  catch_up();
   for (const Hybrid& hybrid : hybrids_) judge(hybrid, block_size);
   std::vector<Match> matches;
   matches.reserve(runners_.size());
-  for (const Runner& runner : runners_) {
+  for (uint32_t number = 0; number < runners_.size(); ++number) {
+    const Runner& runner = runners_[number];
     if (runner.blocks == 0) continue;  // if blocks are placed there, below
     const StreamPlace& stream = topology_.streams[runner.stream];
     Match match;
     match.pod = topology_.pods[stream.pod].name;
     match.rank = stream.rank;
     match.blocks = runner.blocks;
-    match.tier_blocks = runner.tier_blocks;
-    for (uint32_t t = 0; t < kMaxTiers; ++t) match.score += weights_[t] * runner.tier_blocks[t];
+    match.tier_blocks = tiers_[number].blocks;
+    match.tier_blocks[runner.tier] += runner.on_tier;
+    for (uint32_t t = 0; t < kMaxTiers; ++t) match.score += weights_[t] * match.tier_blocks[t];
     if (lengthening != nullptr && lengthening->has(runner.stream))
       lengthening->lengthen(match, runner.stream, weights_);
     keep_best(match, stream.pod, matches);
@@ -291,11 +350,12 @@ void Walk::judge(const Hybrid& hybrid, uint32_t block_size) {
   Runner runner;
   runner.stream = hybrid.stream;
   runner.blocks = static_cast<uint32_t>(length);
+  Tiers& several = tiers_.emplace_back();
   for (size_t i = 0; i < length; ++i) {
     uint8_t tiers = 0;
     for (const auto& lane : hybrid.lanes) tiers |= lane.tiers[i];
     // Outside every window nothing is needed, so nothing is paid for: as good as on the GPU.
-    ++runner.tier_blocks[tiers == 0 ? 0 : best_tier(tiers)];
+    ++several.blocks[tiers == 0 ? 0 : best_tier(tiers)];
   }
   runners_.push_back(runner);
 }

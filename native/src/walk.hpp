@@ -44,12 +44,18 @@ class Walk {
   std::vector<Match> finish(uint32_t block_size, const Lengthening* lengthening);
 
  private:
+  // What every step touches of a stream that is followed; `Tiers` is for those with blocks on several of them.
   struct Runner {
+    uint64_t all = 0;  // blocks of this step that it holds on any tier
     uint32_t stream = 0;
     uint32_t blocks = 0;
-    uint8_t tiers = 0;  // which of `bits` count
-    std::array<uint64_t, kMaxTiers> bits{};
-    std::array<uint32_t, kMaxTiers> tier_blocks{};
+    uint32_t on_tier = 0;  // how many of them, the last ones, are on `tier` and not in Tiers::blocks yet
+    uint8_t tier = 0;
+    uint8_t tiers = 0;  // on which it holds any block of this step
+  };
+  struct Tiers {
+    std::array<uint64_t, kMaxTiers> bits{};  // of this step, when `tiers` has several
+    std::array<uint32_t, kMaxTiers> blocks{};
   };
   struct HybridLane {
     Lane info;
@@ -74,8 +80,12 @@ class Walk {
   void add_hybrid(uint32_t stream);
   uint32_t step(const uint64_t* keys, size_t count);
   void apply(uint32_t length);
+  bool in_step(uint32_t length) const;
+  void catch_up();
   void start(const Found& found);
-  void move(Runner& runner, uint32_t length);
+  void collect(const Found& found);
+  void move(uint32_t number, uint32_t length);
+  void to_tier(uint32_t number, uint8_t tier);
   void apply_to_hybrids(uint32_t length);
   uint32_t& place_of(uint32_t lane);
   bool has_place(uint32_t lane) const;
@@ -88,12 +98,18 @@ class Walk {
   const Pods& pods_;
   Scratch& scratch_;
   std::vector<Found>& found_;
+  std::vector<Found>& previous_;  // of the step before
   std::vector<Runner>& runners_;
+  std::vector<Tiers>& tiers_;     // by runner
   std::vector<uint32_t>& alive_;  // simple streams that held every block so far
   std::vector<bool> wanted_;      // by pod, filled when first asked
   std::vector<Hybrid> hybrids_;
   std::array<double, kMaxTiers> weights_{};
   std::array<uint8_t, kMaxTiers> by_weight_{};  // tiers, heaviest first
+  // While the holders of the step before hold all of this one too, on the same tiers, nothing is done per runner: these
+  // blocks are added to all that are alive later.
+  bool steady_ = false;
+  uint32_t behind_ = 0;
   uint32_t hybrids_alive_ = 0;
   uint32_t walked_ = 0;
   Node last_ = 0;  // of the block before, when it is known
