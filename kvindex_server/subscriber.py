@@ -188,10 +188,11 @@ class _Rank(threading.Thread):
         if saved is None:
             return
         fields = {"pod": self._spec.pod, "rank": self._rank, "claims": saved.claims}
+        self.ingest.resume(saved)  # first: no claim is seen before it is marked for what it is
         if self.stream.restore(saved.state):
-            self.ingest.resume(saved)
             _log.info("stream restored", extra={"fields": fields})
         else:
+            self.ingest.resync()
             _log.warning("saved stream does not fit this server", extra={"fields": fields})
 
     def run(self) -> None:
