@@ -122,7 +122,9 @@ uint32_t Walk::step(const uint64_t* keys, size_t count) {
     found_.clear();
     last_ = 0;
     if (node == 0) return 1;
-    const Chunk& chunk = *blocks_.chunk_of(node);
+    const Chunk* here = blocks_.chunk_of(node);
+    if (here == nullptr) continue;  // its slab went just now
+    const Chunk& chunk = *here;
     const uint32_t slot = node % kSlots;
     const uint32_t version = chunk.version.load(std::memory_order_acquire);
     // Where the second block stands here too, the walk will probably leave this chunk at its end.
