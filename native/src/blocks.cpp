@@ -178,13 +178,14 @@ void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out) 
     out.clear();
     const Node node = blocks.find(key);
     if (node == 0) return;
-    const Chunk& chunk = *blocks.chunk_of(node);
-    const uint32_t version = chunk.version.load(std::memory_order_acquire);
-    if (!chunk.has(node % kSlots, key)) continue;
-    chunk.each_holder([&](HolderId holder, uint64_t mask) {
+    const Chunk* chunk = blocks.chunk_of(node);
+    if (chunk == nullptr) continue;  // its slab went just now
+    const uint32_t version = chunk->version.load(std::memory_order_acquire);
+    if (!chunk->has(node % kSlots, key)) continue;
+    chunk->each_holder([&](HolderId holder, uint64_t mask) {
       if (mask >> node % kSlots & 1) out.push_back({lane_of(holder), static_cast<uint8_t>(1U << tier_of(holder))});
     });
-    if (chunk.version.load(std::memory_order_acquire) == version) return;
+    if (chunk->version.load(std::memory_order_acquire) == version) return;
   }
 }
 

@@ -51,7 +51,7 @@ class Epoch {
     uint64_t size;
   };
 
-  static constexpr uint32_t kPlaces = 64;
+  static constexpr uint32_t kPlaces = 128;
 
   std::atomic<uint64_t> now_{1};
   mutable std::array<Place, kPlaces> places_;

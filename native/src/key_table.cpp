@@ -112,7 +112,7 @@ bool KeyTable::insert(uint64_t key, Node node) {
   Shard& home_shard = shard(key);
   Table* table = home_shard.table.load(std::memory_order_relaxed);
   if (table != nullptr && find_in(*table, key) != 0) return false;
-  if (home_shard.used == home_shard.grow_at) {
+  if (table == nullptr || home_shard.used == home_shard.grow_at) {
     uint32_t level = home_shard.level;
     while (table != nullptr && buckets_at(home_shard, level) <= table->size) ++level;
     resize(home_shard, level);

@@ -57,12 +57,28 @@ nb::bytes bytes_of(const std::vector<uint64_t>& keys) {
   return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * 8);
 }
 
+// An answer names every pod that matches, so it is built without nanobind's general conversions.
+PyObject* checked(PyObject* made) {
+  if (made == nullptr) nb::raise_python_error();
+  return made;
+}
+
 nb::list list_of(const std::vector<Match>& matches) {
-  nb::list out;
-  for (const Match& each : matches) {
-    nb::list tiers;
-    for (const uint32_t blocks : each.tier_blocks) tiers.append(blocks);
-    out.append(nb::make_tuple(each.pod, each.rank, each.blocks, each.score, tiers, each.speculative));
+  auto out = nb::steal<nb::list>(checked(PyList_New(static_cast<Py_ssize_t>(matches.size()))));
+  for (size_t i = 0; i < matches.size(); ++i) {
+    const Match& each = matches[i];
+    const auto entry = nb::steal(checked(PyTuple_New(6)));
+    const auto tiers = nb::steal(checked(PyList_New(kMaxTiers)));
+    for (uint32_t t = 0; t < kMaxTiers; ++t)
+      PyList_SET_ITEM(tiers.ptr(), t, checked(PyLong_FromUnsignedLong(each.tier_blocks[t])));
+    const auto size = static_cast<Py_ssize_t>(each.pod.size());
+    PyTuple_SET_ITEM(entry.ptr(), 0, checked(PyUnicode_FromStringAndSize(each.pod.data(), size)));
+    PyTuple_SET_ITEM(entry.ptr(), 1, checked(PyLong_FromUnsignedLong(each.rank)));
+    PyTuple_SET_ITEM(entry.ptr(), 2, checked(PyLong_FromUnsignedLong(each.blocks)));
+    PyTuple_SET_ITEM(entry.ptr(), 3, checked(PyFloat_FromDouble(each.score)));
+    PyTuple_SET_ITEM(entry.ptr(), 4, tiers.inc_ref().ptr());
+    PyTuple_SET_ITEM(entry.ptr(), 5, checked(PyLong_FromUnsignedLong(each.speculative)));
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), entry.inc_ref().ptr());
   }
   return out;
 }

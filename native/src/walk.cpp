@@ -96,6 +96,7 @@ void Walk::add_hybrid(uint32_t stream) {
 }
 
 void Walk::advance(const uint64_t* keys, size_t count) {
+  if (walked_ == 0 && count > 1) blocks_.prefetch_key(keys[1]);  // needed at once by those who diverge there
   while (count > 0 && alive()) {
     const uint32_t length = step(keys, count);
     apply(length);
@@ -123,10 +124,14 @@ uint32_t Walk::step(const uint64_t* keys, size_t count) {
     found_.clear();
     last_ = 0;
     if (node == 0) return 1;
-    const Chunk& chunk = *blocks_.chunk_of(node);
+    const Chunk* here = blocks_.chunk_of(node);
+    if (here == nullptr) continue;  // its slab went just now
+    const Chunk& chunk = *here;
     const uint32_t slot = node % kSlots;
     const uint32_t version = chunk.version.load(std::memory_order_acquire);
-    if (const uint32_t next = chunk.next.load(std::memory_order_relaxed); next != 0 && count > kSlots - slot) {
+    // Where the second block stands here too, the walk will probably leave this chunk at its end.
+    const bool goes_on = count > kSlots - slot && (slot + 1 == kSlots || chunk.has(slot + 1, keys[1]));
+    if (const uint32_t next = chunk.next.load(std::memory_order_relaxed); next != 0 && goes_on) {
       const auto* ahead = reinterpret_cast<const char*>(blocks_.chunk_of(next * kSlots));
       if (ahead != nullptr)
         for (size_t offset = 0; offset < sizeof(Chunk); offset += 64) __builtin_prefetch(ahead + offset);

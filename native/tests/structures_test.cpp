@@ -127,13 +127,14 @@ std::vector<HolderId> holders_of(const Blocks& blocks, uint64_t key) {
     out.clear();
     const Node node = blocks.find(key);
     if (node == 0) return out;
-    const Chunk& chunk = *blocks.chunk_of(node);
-    const uint32_t version = chunk.version.load(std::memory_order_acquire);
-    if (!chunk.has(node % kSlots, key)) continue;
-    chunk.each_holder([&](HolderId holder, uint64_t mask) {
+    const Chunk* chunk = blocks.chunk_of(node);
+    if (chunk == nullptr) continue;  // its slab went just now
+    const uint32_t version = chunk->version.load(std::memory_order_acquire);
+    if (!chunk->has(node % kSlots, key)) continue;
+    chunk->each_holder([&](HolderId holder, uint64_t mask) {
       if (mask >> node % kSlots & 1) out.push_back(holder);
     });
-    if (chunk.version.load(std::memory_order_acquire) == version) break;
+    if (chunk->version.load(std::memory_order_acquire) == version) break;
   }
   std::sort(out.begin(), out.end());
   return out;
