@@ -196,7 +196,9 @@ void test_a_record_races_with_its_event() {
   auto stream = index->add_stream("pod", 0);
   const uint32_t lane = index->open_lane(0, 0, GroupKind::kFull, 0);
   std::vector<uint64_t> keys(Placements::kSlice);
-  for (size_t i = 0; i < keys.size(); ++i) keys[i] = i * 0x9E3779B97F4A7C15ULL;
+  std::vector<Node> nodes(keys.size());
+  Blocks::Pen pen;
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = (i + 1) * 0x9E3779B97F4A7C15ULL;
   for (int round = 0; round < 300; ++round) {
     std::atomic<int> ready{0};
     const auto meet = [&] {
@@ -204,8 +206,12 @@ void test_a_record_races_with_its_event() {
     };
     std::thread engine([&] {
       meet();
-      for (const uint64_t key : keys)  // as Stream does
-        if (index->hold(key, lane, 0) && index->placements().any()) index->placements().confirm(kA0, key);
+      const auto pin = index->held().epoch().pin();
+      for (size_t i = 0; i < keys.size(); ++i) {  // as Stream does
+        bool is_new = false;
+        index->held().hold(&keys[i], 1, 0, holder_id(lane, 0), pen, &nodes[i], &is_new);
+        if (is_new && index->placements().any()) index->placements().confirm(kA0, keys[i]);
+      }
     });
     std::thread router([&] {
       meet();
@@ -215,7 +221,8 @@ void test_a_record_races_with_its_event() {
     engine.join();
     router.join();
     CHECK(bits(index->placements(), kA0, keys) == 0);
-    for (const uint64_t key : keys) index->release(key, lane, 0);
+    const auto pin = index->held().epoch().pin();
+    for (const Node node : nodes) index->held().release(node, holder_id(lane, 0));
   }
   CHECK(!index->placements().any() && adds_up(index->placements()));
 }
