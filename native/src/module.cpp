@@ -1,6 +1,7 @@
 // The Python binding: convert, release the GIL, call. No logic here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -13,6 +14,8 @@
 #include "index.hpp"
 #include "scan.hpp"
 #include "stream.hpp"
+#include "text_cache.hpp"
+#include "text_encoder.hpp"
 #include "xxh3.hpp"
 
 namespace nb = nanobind;
@@ -68,6 +71,72 @@ nb::list holders_of(const Index& index, const std::vector<uint64_t>& hashes, con
   nb::list out;
   for (const auto& [key, holders] : found) out.append(nb::make_tuple(key, list_of(holders)));
   return out;
+}
+
+EncoderPlan plan_of(nb::dict fields) {
+  EncoderPlan plan;
+  const auto text = [&](const char* name) {
+    const auto bytes = nb::cast<nb::bytes>(fields[name]);
+    return std::string(bytes.c_str(), bytes.size());
+  };
+  plan.classes = text("classes");
+  plan.inert = text("inert");
+  plan.space = text("space");
+  plan.cuts = text("cuts");
+  plan.class_count = static_cast<uint32_t>(plan.inert.size());
+  for (nb::handle pass : nb::cast<nb::list>(fields["passes"]))
+    plan.passes.push_back(numbers<uint16_t>(nb::cast<nb::bytes>(pass), "passes"));
+  for (nb::handle each : nb::cast<nb::list>(fields["added"])) {
+    const auto [content, id, lstrip, rstrip, normalized] =
+        nb::cast<std::tuple<std::string, uint32_t, bool, bool, bool>>(each);
+    plan.added.push_back({content, id, lstrip, rstrip, normalized});
+  }
+  plan.byte_ids = numbers<uint32_t>(nb::cast<nb::bytes>(fields["byte_ids"]), "byte_ids");
+  plan.merges = numbers<uint32_t>(nb::cast<nb::bytes>(fields["merges"]), "merges");
+  for (auto [word, id] : nb::cast<nb::dict>(fields["whole_words"])) {
+    const auto bytes = nb::cast<nb::bytes>(word);
+    plan.whole_words.emplace(std::string(bytes.c_str(), bytes.size()), nb::cast<uint32_t>(id));
+  }
+  plan.word_slots = nb::cast<size_t>(fields["word_slots"]);
+  return plan;
+}
+
+// A tokenizer as the cache asks for it; `reference` is called with the GIL held.
+struct BoundText {
+  std::shared_ptr<TextCache> cache;
+  std::shared_ptr<const TextEncoder> encoder;
+  uint64_t root;
+  std::vector<uint32_t> prefix, suffix;
+  nb::callable reference;
+
+  TextRequest request(std::string_view text, size_t max_tokens, double seconds) const {
+    TextRequest out;
+    out.text = text;
+    out.encoder = encoder.get();
+    out.root = root;
+    out.prefix = prefix;
+    out.suffix = suffix;
+    out.max_tokens = max_tokens;
+    if (seconds < 1e6) {
+      const std::chrono::duration<double> left(seconds);
+      out.deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(left);
+    }
+    out.reference = [this](std::string_view chunk) {
+      nb::gil_scoped_acquire gil;
+      const auto ids = nb::cast<nb::bytes>(reference(nb::str(chunk.data(), chunk.size())));
+      return numbers<uint32_t>(ids, "ids must be 4 bytes each");
+    };
+    return out;
+  }
+};
+
+nb::object result_of(const TextAnswer& answer, nb::bytes&& data) {
+  switch (answer.outcome) {
+    case TextOutcome::kDone: return nb::make_tuple(data, answer.tokens);
+    case TextOutcome::kTooManyTokens: return nb::str("too_many_tokens");
+    case TextOutcome::kTooLate: break;
+  }
+  return nb::str("too_late");
 }
 
 struct BoundStream {
@@ -252,4 +321,76 @@ NB_MODULE(_core, m) {
             return holders_of(self, values, pods);
           },
           nb::arg("hashes"), nb::arg("pods"));
+
+  nb::class_<TextEncoder>(m, "TextEncoder")
+      .def(nb::new_([](nb::dict plan) { return std::make_shared<TextEncoder>(plan_of(plan)); }), nb::arg("plan"))
+      .def(
+          "encode",
+          [](const TextEncoder& self, std::string_view text) -> nb::object {
+            std::vector<uint32_t> ids;
+            bool done = false;
+            {
+              nb::gil_scoped_release release;
+              done = self.encode(text, ids);
+            }
+            if (!done) return nb::none();
+            return nb::bytes(reinterpret_cast<const char*>(ids.data()), ids.size() * 4);
+          },
+          nb::arg("text"))
+      .def("next_cut", &TextEncoder::next_cut, nb::arg("text"), nb::arg("start"));
+
+  nb::class_<TextCache>(m, "TextCache")
+      .def(nb::new_([](size_t max_bytes) { return std::make_shared<TextCache>(max_bytes); }), nb::arg("max_bytes"))
+      .def("stats", [](const TextCache& self) {
+        const TextCacheStats stats = self.stats();
+        nb::dict out;
+        out["chunk_hits"] = stats.chunk_hits;
+        out["chunk_misses"] = stats.chunk_misses;
+        out["waits"] = stats.waits;
+        out["evictions"] = stats.evictions;
+        out["tokens_saved"] = stats.tokens_saved;
+        out["tokens_encoded"] = stats.tokens_encoded;
+        out["reference_chunks"] = stats.reference_chunks;
+        out["bytes"] = stats.bytes;
+        out["chunks"] = stats.chunks;
+        return out;
+      });
+
+  nb::class_<BoundText>(m, "Text")
+      .def(
+          "__init__",
+          [](BoundText* self, std::shared_ptr<TextCache> cache, std::shared_ptr<TextEncoder> encoder, uint64_t root,
+             std::vector<uint32_t> prefix, std::vector<uint32_t> suffix, nb::callable reference) {
+            new (self) BoundText{std::move(cache),  std::move(encoder), root,
+                                 std::move(prefix), std::move(suffix),  std::move(reference)};
+          },
+          nb::arg("cache"), nb::arg("encoder").none(), nb::arg("root"), nb::arg("prefix"), nb::arg("suffix"),
+          nb::arg("reference"))
+      .def(
+          "ids",
+          [](const BoundText& self, std::string_view text, size_t max_tokens, double seconds) {
+            TextAnswer answer;
+            {
+              nb::gil_scoped_release release;
+              answer = self.cache->ids(self.request(text, max_tokens, seconds));
+            }
+            return result_of(answer,
+                             nb::bytes(reinterpret_cast<const char*>(answer.ids.data()), answer.ids.size() * 4));
+          },
+          nb::arg("text"), nb::arg("max_tokens"), nb::arg("seconds"))
+      .def(
+          "keys",
+          [](const BoundText& self, std::string_view text, uint32_t block_size, uint64_t seed, std::string lora_name,
+             std::string cache_salt, size_t max_tokens, double seconds) {
+            if (block_size == 0) throw nb::value_error("block_size must not be 0");
+            const KeyContext context{block_size, seed, std::move(lora_name), std::move(cache_salt)};
+            TextAnswer answer;
+            {
+              nb::gil_scoped_release release;
+              answer = self.cache->keys(self.request(text, max_tokens, seconds), context);
+            }
+            return result_of(answer, bytes_of(answer.keys));
+          },
+          nb::arg("text"), nb::arg("block_size"), nb::arg("seed"), nb::arg("lora_name"), nb::arg("cache_salt"),
+          nb::arg("max_tokens"), nb::arg("seconds"));
 }

@@ -1,0 +1,95 @@
+// Encodes text to token ids as a byte-level BPE tokenizer does: added tokens, pre-tokens, known words, merges.
+#pragma once
+
+#include <cstdint>
+#include <shared_mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "text_words.hpp"
+
+namespace kvindex {
+
+struct AddedToken {
+  std::string content;
+  uint32_t id;
+  bool lstrip, rstrip;  // takes the white space beside it away
+  bool normalized;      // searched for only in what the others leave
+};
+
+// What a tokenizer's definition says, made by kvindex_server/tokenize/plan.py.
+struct EncoderPlan {
+  std::string classes;                        // class of each code point
+  uint32_t class_count = 0;                   //
+  std::string inert;                          // per class: the normalizer leaves its characters alone
+  std::string space;                          // per class: white space
+  std::string cuts;                           // per pair of classes (left * class_count + right): a safe place to cut
+  std::vector<std::vector<uint16_t>> passes;  // tables of states, see pattern.py
+  std::vector<AddedToken> added;
+  std::vector<uint32_t> byte_ids;             // token of each byte, 256
+  std::vector<uint32_t> merges;               // (left, right, product) in order of rank
+  std::unordered_map<std::string, uint32_t> whole_words;  // words that are looked up before any merge
+  size_t word_slots = 1 << 17;
+};
+
+class TextEncoder {
+ public:
+  explicit TextEncoder(EncoderPlan plan);
+
+  // Appends the ids of valid UTF-8. False (and nothing appended) when the normalizer could change the text.
+  bool encode(std::string_view text, std::vector<uint32_t>& ids) const;
+
+  // The first safe cut at or after `from`, which is inside the text; the text's size when there is none.
+  size_t next_cut(std::string_view text, size_t from) const;
+
+ private:
+  struct Merge {
+    uint64_t pair;
+    uint32_t rank, product;
+  };
+  struct TrieNode {
+    int32_t child = -1, sibling = -1, token = -1;
+    uint8_t byte = 0;
+  };
+  struct Trie {
+    std::vector<TrieNode> nodes;
+    std::vector<int32_t> roots = std::vector<int32_t>(256, -1);
+    bool empty() const { return nodes.empty(); }
+  };
+  struct Fresh {
+    size_t offset, size, id_offset, id_count;
+  };
+  struct Pass {
+    std::vector<uint32_t> entries;
+    std::vector<uint8_t> starts;  // per class: a match may start with it
+  };
+  struct Work;
+
+  static void add(Trie& trie, std::string_view content, int32_t token);
+  int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
+  uint8_t class_at(const char* at, size_t& size) const;
+  bool is_inert(std::string_view text) const;
+  void split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const;
+  void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
+  void word(size_t begin, size_t end, Work& work) const;
+  void merge(std::string_view word, std::vector<uint32_t>& ids) const;
+  void merge_short(std::vector<uint32_t>& symbols) const;
+  void merge_long(std::vector<uint32_t>& symbols) const;
+  const Merge* find_merge(uint32_t left, uint32_t right) const;
+
+  EncoderPlan plan_;
+  std::vector<uint16_t> page_of_;  // pages of 256 code points; equal ones are kept once
+  std::vector<uint8_t> pages_;
+  uint8_t ascii_[128];
+  std::vector<Pass> passes_;
+  bool all_inert_;
+  Trie plain_, normalized_;
+  std::vector<Merge> merges_;
+  size_t merge_mask_ = 0;
+  mutable std::shared_mutex words_lock_;
+  mutable Words words_;
+};
+
+}  // namespace kvindex
