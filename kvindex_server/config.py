@@ -109,6 +109,11 @@ class ModelSettings(_Section):
         default=None,
         description="Directory with the model's tokenizer files; without it text cannot be scored",
     )
+    tokenize_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="An engine's `/tokenize` endpoint, asked when the model has no tokenizer here",
+    )
     block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     aliases: tuple[Name, ...] = Field(default=(), description="Other names requests may use for the model")
     loras: tuple[Name, ...] = Field(default=(), description="LoRA adapters that requests name in place of the model")
@@ -166,6 +171,37 @@ class StreamSettings(_Section):
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
 
 
+class TextSettings(_Section):
+    """How text becomes tokens, and what is remembered of it."""
+
+    cache_bytes: Integer = Field(
+        default=256 * MIB, ge=0, description="Memory for texts seen before, their tokens and keys, over all models"
+    )
+    known_words: Integer = Field(
+        default=131_072, ge=1024, le=2**26, description="Words remembered per tokenizer, 48 bytes each; a power of two"
+    )
+    verify_every: Integer = Field(
+        default=1024,
+        ge=0,
+        description="Of the pieces of text encoded natively, every so many-th is compared with the reference; 0 = none",
+    )
+    max_reference_bytes: Integer = Field(
+        default=4 * MIB, ge=1, description="Bytes of a text for a tokenizer that has to encode texts whole"
+    )
+    tokenizer_dirs: tuple[str, ...] = Field(
+        default=(), description="Where tokenizers are looked for by the model's name: plain directories or hub caches"
+    )
+    hub_download: bool = Field(
+        default=False, description="Fetch tokenizers that are not found from the Hugging Face hub"
+    )
+
+    @model_validator(mode="after")
+    def _valid(self) -> "TextSettings":
+        if self.known_words & (self.known_words - 1):
+            raise _WrongField("known_words", "must be a power of two")
+        return self
+
+
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
@@ -207,6 +243,7 @@ class Settings(_Section):
     hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys")
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
+    text: TextSettings = Field(default=TextSettings(), description="Tokenizing")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 
@@ -294,6 +331,9 @@ def load_settings(
     for index, model in enumerate(settings.models):
         if model.tokenizer is not None and not Path(model.tokenizer).is_dir():
             raise ConfigError(f"models[{index}].tokenizer", f"{model.tokenizer} is not a directory")
+    for index, directory in enumerate(settings.text.tokenizer_dirs):
+        if not Path(directory).is_dir():
+            raise ConfigError(f"text.tokenizer_dirs[{index}]", f"{directory} is not a directory")
     return settings
 
 

@@ -1,5 +1,6 @@
 """Which characters a regular expression of one character matches, asked of the tokenizers library itself."""
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -113,7 +114,7 @@ def partition(named: Mapping[str, Ranges]) -> tuple[bytes, list[frozenset[str]]]
     edges = sorted({0, CODE_POINTS, *(edge for ranges in named.values() for pair in ranges for edge in pair)})
     classes: dict[frozenset[str], int] = {}
     table = bytearray(CODE_POINTS)
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         names = frozenset(name for name, ranges in named.items() if _holds(ranges, starts[name], start))
         number = classes.setdefault(names, len(classes))
         if number > 255:

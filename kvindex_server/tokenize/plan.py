@@ -5,6 +5,7 @@ Taken over: byte-level BPE behind pre-tokenizers that isolate matches of underst
 reason that the operator is told, and the reference encoder keeps the work.
 """
 
+import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping
@@ -153,7 +154,7 @@ def _cuts(
     across = {
         (classes[ord(left)], classes[ord(right)])
         for content, *_ in added
-        for left, right in zip(content, content[1:], strict=False)
+        for left, right in itertools.pairwise(content)
     }
     lstrip = any(each[2] for each in added)
     rstrip = any(each[3] for each in added)
@@ -168,5 +169,3 @@ def _cuts(
                 continue
             safe[left * count + right] = all(table.uncrossed(left, right) for table in tables)
     return bytes(safe)
-
-

@@ -115,7 +115,7 @@ class ChatTemplate:
         """The text, or InvalidArgument that names the cause but nothing of the conversation."""
         chunks: list[str] = []
         size = 0
-        _deadline.at = time.monotonic() + max_seconds
+        _deadline.at = time.monotonic() + min(max_seconds, MAX_RENDER_SECONDS)
         try:
             for chunk in self._template.generate(dict(variables)):
                 _check_deadline()

@@ -121,9 +121,9 @@ struct BoundText {
       const std::chrono::duration<double> left(seconds);
       out.deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(left);
     }
-    out.reference = [this](std::string_view chunk) {
+    out.reference = [this](std::string_view chunk, double left) {
       nb::gil_scoped_acquire gil;
-      const auto ids = nb::cast<nb::bytes>(reference(nb::str(chunk.data(), chunk.size())));
+      const auto ids = nb::cast<nb::bytes>(reference(nb::str(chunk.data(), chunk.size()), left));
       return numbers<uint32_t>(ids, "ids must be 4 bytes each");
     };
     return out;
@@ -337,10 +337,14 @@ NB_MODULE(_core, m) {
             return nb::bytes(reinterpret_cast<const char*>(ids.data()), ids.size() * 4);
           },
           nb::arg("text"))
+      .def_prop_ro("refuted", &TextEncoder::refuted)
       .def("next_cut", &TextEncoder::next_cut, nb::arg("text"), nb::arg("start"));
 
   nb::class_<TextCache>(m, "TextCache")
-      .def(nb::new_([](size_t max_bytes) { return std::make_shared<TextCache>(max_bytes); }), nb::arg("max_bytes"))
+      .def(nb::new_([](size_t max_bytes, uint64_t verify_every, size_t chunk_bytes) {
+             return std::make_shared<TextCache>(max_bytes, verify_every, chunk_bytes);
+           }),
+           nb::arg("max_bytes"), nb::arg("verify_every") = 0, nb::arg("chunk_bytes") = 4096)
       .def("stats", [](const TextCache& self) {
         const TextCacheStats stats = self.stats();
         nb::dict out;
@@ -351,6 +355,7 @@ NB_MODULE(_core, m) {
         out["tokens_saved"] = stats.tokens_saved;
         out["tokens_encoded"] = stats.tokens_encoded;
         out["reference_chunks"] = stats.reference_chunks;
+        out["verified_chunks"] = stats.verified_chunks;
         out["bytes"] = stats.bytes;
         out["chunks"] = stats.chunks;
         return out;

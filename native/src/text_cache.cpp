@@ -6,12 +6,6 @@
 
 namespace kvindex {
 
-namespace {
-
-constexpr size_t kChunkBytes = 4096;
-
-}  // namespace
-
 // While it lives, others that need the same chunk wait for it.
 class TextCache::Turn {
  public:
@@ -101,8 +95,8 @@ TextAnswer TextCache::walk(const TextRequest& request, const KeyContext* context
   const std::string_view text = request.text;
   for (size_t begin = 0; begin < text.size();) {
     size_t end = text.size();
-    if (request.encoder != nullptr && end - begin > kChunkBytes)
-      end = begin + request.encoder->next_cut(text.substr(begin), kChunkBytes);
+    if (request.encoder != nullptr && end - begin > chunk_bytes_)
+      end = begin + request.encoder->next_cut(text.substr(begin), chunk_bytes_);
     const bool late = std::chrono::steady_clock::now() > request.deadline;
     const ChunkPtr chunk =
         late ? nullptr : obtain(request, parent, text.substr(begin, end - begin), end == text.size());
@@ -141,6 +135,7 @@ std::shared_ptr<const TextCache::Keys> TextCache::keys_of(const ChunkPtr& chunk,
 TextCache::ChunkPtr TextCache::obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last) {
   const uint64_t hash = xxh3_64(text.data(), text.size(), parent * 2 + (last ? 1 : 0));
   const Name name{parent, hash, text.size()};
+  uint64_t generation = 0;
   {
     std::unique_lock lock(lock_);
     for (bool waited = false;; waited = true) {
@@ -158,24 +153,45 @@ TextCache::ChunkPtr TextCache::obtain(const TextRequest& request, uint64_t paren
     }
     ++stats_.chunk_misses;
     at_work_.insert(name);
+    generation = generation_;
   }
   const Turn turn(*this, name);
   auto chunk = std::make_shared<Chunk>();
   chunk->parent = parent;
   chunk->hash = hash;
   chunk->last = last;
-  const bool native = request.encoder != nullptr && request.encoder->encode(text, chunk->ids);
-  if (!native) chunk->ids = request.reference(text);
+  chunk->ids = encode(request, text);
   chunk->ids.shrink_to_fit();
   chunk->text = text;
+  keep(chunk, generation);
+  return chunk;
+}
+
+std::vector<uint32_t> TextCache::encode(const TextRequest& request, std::string_view text) {
+  const auto refer = [&] {
+    const std::chrono::duration<double> left = request.deadline - std::chrono::steady_clock::now();
+    return request.reference(text, left.count());
+  };
+  std::vector<uint32_t> ids;
+  const bool native = request.encoder != nullptr && request.encoder->encode(text, ids);
+  bool verify = false;
   {
     const std::lock_guard lock(lock_);
-    chunk->serial = next_serial_++;
-    stats_.tokens_encoded += chunk->ids.size();
-    if (!native) ++stats_.reference_chunks;
+    ++(native ? native_chunks_ : stats_.reference_chunks);
+    verify = native && verify_every_ != 0 && native_chunks_ % verify_every_ == 0;
+    if (verify) ++stats_.verified_chunks;
   }
-  keep(chunk);
-  return chunk;
+  if (!native) return refer();
+  if (!verify) return ids;
+  std::vector<uint32_t> expected = refer();
+  if (expected != ids) {
+    // Whatever it encoded before may be wrong too.
+    request.encoder->refute();
+    const std::lock_guard lock(lock_);
+    ++generation_;
+    while (!order_.empty()) drop_oldest();
+  }
+  return expected;
 }
 
 TextCache::ChunkPtr TextCache::find(uint64_t parent, uint64_t hash, std::string_view text, bool last) const {
@@ -187,9 +203,11 @@ TextCache::ChunkPtr TextCache::find(uint64_t parent, uint64_t hash, std::string_
   return nullptr;
 }
 
-void TextCache::keep(const ChunkPtr& chunk) {
+void TextCache::keep(const ChunkPtr& chunk, uint64_t generation) {
   const std::lock_guard lock(lock_);
-  if (bytes_of(*chunk) > max_bytes_) return;
+  chunk->serial = next_serial_++;
+  stats_.tokens_encoded += chunk->ids.size();
+  if (generation != generation_ || bytes_of(*chunk) > max_bytes_) return;
   chunks_.emplace(chunk->hash, chunk);
   chunk->place = order_.insert(order_.end(), chunk);
   chunk->kept = true;

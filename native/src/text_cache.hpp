@@ -1,6 +1,7 @@
 // What was tokenized before: a chain of chunks of text, each with its token ids and the block keys that end in it.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -19,8 +20,8 @@
 
 namespace kvindex {
 
-// Encodes a chunk by the reference tokenizer; it may throw.
-using ReferenceEncoder = std::function<std::vector<uint32_t>(std::string_view)>;
+// Encodes a chunk by the reference tokenizer, within this many seconds; it may throw.
+using ReferenceEncoder = std::function<std::vector<uint32_t>(std::string_view, double)>;
 
 struct TextRequest {
   std::string_view text;                 // valid UTF-8
@@ -52,13 +53,17 @@ struct TextAnswer {
 struct TextCacheStats {
   uint64_t chunk_hits = 0, chunk_misses = 0, waits = 0, evictions = 0;
   uint64_t tokens_saved = 0, tokens_encoded = 0;
-  uint64_t reference_chunks = 0;  // those the native encoder left to the reference
+  uint64_t reference_chunks = 0;  // encoded by the reference
+  uint64_t verified_chunks = 0;   // encoded by both, and compared
   uint64_t bytes = 0, chunks = 0;
 };
 
 class TextCache {
  public:
-  explicit TextCache(size_t max_bytes) : max_bytes_(max_bytes) {}
+  // Of the chunks encoded natively, every `verify_every`-th is compared with the reference; 0 = none.
+  // A chunk is cut at the first safe place at or after `chunk_bytes`.
+  explicit TextCache(size_t max_bytes, uint64_t verify_every = 0, size_t chunk_bytes = 4096)
+      : max_bytes_(max_bytes), verify_every_(verify_every), chunk_bytes_(std::max<size_t>(chunk_bytes, 1)) {}
 
   // The ids of the text, or its tokens' count and block keys under `context`; safe from many threads.
   TextAnswer ids(const TextRequest& request);
@@ -92,18 +97,23 @@ class TextCache {
   ChunkPtr obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last);
   ChunkPtr find(uint64_t parent, uint64_t hash, std::string_view text, bool last) const;  // under the lock
   std::shared_ptr<const Keys> keys_of(const ChunkPtr& chunk, const KeyContext& context) const;
-  void keep(const ChunkPtr& chunk);
+  std::vector<uint32_t> encode(const TextRequest& request, std::string_view text);
+  void keep(const ChunkPtr& chunk, uint64_t generation);
   void keep_keys(const ChunkPtr& chunk, std::shared_ptr<const Keys> keys);
   void drop_oldest();  // under the lock
   static size_t bytes_of(const Chunk& chunk);
 
   const size_t max_bytes_;
+  const uint64_t verify_every_;
+  const size_t chunk_bytes_;
   mutable std::mutex lock_;
   std::condition_variable finished_;
   std::unordered_multimap<uint64_t, ChunkPtr> chunks_;  // by hash
   std::list<ChunkPtr> order_;                           // least recently used first
   std::set<Name> at_work_;
   uint64_t next_serial_ = uint64_t{1} << 32;  // above every root
+  uint64_t generation_ = 0;  // of everything kept: one more when an encoder was found wrong
+  uint64_t native_chunks_ = 0;
   TextCacheStats stats_;
 };
 

@@ -157,7 +157,7 @@ size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
 
 bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) const {
   if (text.empty()) return true;
-  if (!is_inert(text)) return false;
+  if (refuted_ || !is_inert(text)) return false;
   Work work{text, ids, {}};
   {
     const std::shared_lock lock(words_lock_);

@@ -1,6 +1,7 @@
 // Encodes text to token ids as a byte-level BPE tokenizer does: added tokens, pre-tokens, known words, merges.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <shared_mutex>
 #include <string>
@@ -38,8 +39,11 @@ class TextEncoder {
  public:
   explicit TextEncoder(EncoderPlan plan);
 
-  // Appends the ids of valid UTF-8. False (and nothing appended) when the normalizer could change the text.
+  // Appends the ids of valid UTF-8. False (and nothing appended) when the normalizer could change the text, or
+  // after the encoder was found wrong.
   bool encode(std::string_view text, std::vector<uint32_t>& ids) const;
+  void refute() const { refuted_ = true; }
+  bool refuted() const { return refuted_; }
 
   // The first safe cut at or after `from`, which is inside the text; the text's size when there is none.
   size_t next_cut(std::string_view text, size_t from) const;
@@ -88,6 +92,7 @@ class TextEncoder {
   Trie plain_, normalized_;
   std::vector<Merge> merges_;
   size_t merge_mask_ = 0;
+  mutable std::atomic<bool> refuted_ = false;
   mutable std::shared_mutex words_lock_;
   mutable Words words_;
 };
