@@ -82,7 +82,7 @@ def server(directory: Path, *flags: str) -> Iterator[tuple[grpc.Channel, int]]:
         process.wait(20)
 
 
-def hold(channel: grpc.Channel, ids: list[int]) -> object:
+def hold(channel: grpc.Channel, ids: list[int]) -> wire.Socket:
     """One pod that holds the blocks of these tokens."""
     admin = rpc.KVIndexAdminStub(channel)
     publisher = wire.publisher("tcp://127.0.0.1:*")
@@ -148,7 +148,7 @@ def run(corpus: Corpus, channel: grpc.Channel, pid: int) -> None:
 
     prompt = corpus.piece(100_000, 0)
     ids = corpus.ids(prompt)
-    keep = hold(channel, ids)
+    publisher = hold(channel, ids)
     answer = score(prompt)
     assert (answer.total_tokens, answer.scores[0].matched_blocks) == (len(ids), len(ids) // BLOCK_SIZE), answer
     plain_ms = times(lambda _: corpus.ids(prompt), 5)
@@ -173,7 +173,12 @@ def run(corpus: Corpus, channel: grpc.Channel, pid: int) -> None:
     plain_cpu = (time.process_time() - started) * 1000 / 5
     new_ms = times(lambda number: corpus.ids(tails[number]))
     row("95k shared + 5k new", f"{new_ms + 2:.1f} ms", f"{p50:.2f} ms", f"5k new: {new_ms:.1f} ms")
-    row("the same, CPU", f"{plain_cpu / 12:.1f} ms", f"{cpu:.1f} ms, 1/{plain_cpu / max(cpu, 0.01):.0f}", f"{plain_cpu:.0f} ms")
+    row(
+        "the same, CPU",
+        f"{plain_cpu / 12:.1f} ms",
+        f"{cpu:.1f} ms, 1/{plain_cpu / max(cpu, 0.01):.0f}",
+        f"{plain_cpu:.0f} ms",
+    )
 
     messages = [{"role": "user", "content": corpus.piece(30_000, 1_000_000)}]
     score(json.dumps({"messages": messages}), "chat")
@@ -197,7 +202,7 @@ def run(corpus: Corpus, channel: grpc.Channel, pid: int) -> None:
         number += 1
         time.sleep(0.02)
     row(f"RSS after {number} unshared prompts of 100k tokens", "1 GiB", f"{rss_mib(pid):.0f} MiB", "")
-
+    publisher.close()
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def _sentencepiece(scheme: str | None, *, prepend: bool = False) -> Tokenizer:
         fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         fast.train_from_iterator(CORPUS * 3, trainer)
     fast.add_special_tokens(list(SPECIALS))
-    fast.add_tokens(["\n\n", "▁▁", "<tag>"])
+    fast.add_tokens([AddedToken(each, normalized=False) for each in ("\n\n", "▁▁", "<tag>")])
     return fast
 
 
@@ -117,7 +117,9 @@ def _word_piece() -> Tokenizer:
     fast = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     fast.normalizer = normalizers.BertNormalizer()
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    fast.train_from_iterator(CORPUS, trainers.WordPieceTrainer(special_tokens=["[UNK]", *SPECIALS], show_progress=False))
+    fast.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(special_tokens=["[UNK]", *SPECIALS], show_progress=False)
+    )
     return _template(fast, "<s> $A </s>")
 
 
@@ -176,6 +178,7 @@ NASTY: dict[str, Callable[[], Tokenizer]] = {
 NATIVE = {
     *("llama3", "bos_eos", "eos_only", "repeated_affix", "roberta", "gpt2", "qwen_nfc", "deepseek", "gpt_oss"),
     *("overlapping", "lstrip", "rstrip", "both_strips", "letters_and_spaces", "normalized_tokens", "gaps"),
+    "gemma",
 }
 
 

@@ -1,14 +1,18 @@
 """Takes a tokenizer's definition over into the native encoder, as far as that is provably the same.
 
-Taken over: byte-level BPE behind pre-tokenizers that isolate matches of understood patterns, added tokens with
-`lstrip` and `rstrip`, and NFC for characters that it leaves alone. Everything else is Unsupported, with the
-reason that the operator is told, and the reference encoder keeps the work.
+Taken over are two shapes of BPE, with added tokens that may have `lstrip` and `rstrip`:
+
+- byte-level behind pre-tokenizers that isolate matches of understood patterns, and NFC for characters that it
+  leaves alone;
+- character-level without pre-tokens, spaces as U+2581, bytes for characters without a token.
+
+Everything else is Unsupported, with the reason that the operator is told, and the reference keeps the work.
 """
 
 import itertools
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -19,6 +23,10 @@ from kvindex_server.tokenize.pattern import Table, Unsupported, compile_table, p
 Plan = dict[str, Any]
 """What `_core.TextEncoder` takes."""
 
+Added = tuple[str, int, bool, bool, bool]
+"""An added token: content, id, lstrip, rstrip, normalized."""
+
+_SPACE_SIGN = "\u2581"
 _SPACE = "white space"
 _CHANGED = "changed by the normalizer"
 
@@ -29,13 +37,29 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 def plan(fast: FastTokenizer, word_slots: int) -> Plan:
     """The native encoder's plan. Unsupported when the tokenizer is not one it reproduces."""
     definition: dict[str, Any] = json.loads(fast.to_str())
-    programs = [parse(pattern) for pattern in _patterns(definition["pre_tokenizer"])]
-    normalizes = _normalizes(definition["normalizer"])
-    model = _Model(definition["model"])
+    model: dict[str, Any] = definition["model"]
+    if model["type"] != "BPE":
+        raise Unsupported(f"model {model['type']}")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise Unsupported(f"BPE with {option}")
     added = [_added(each) for each in definition["added_tokens"]]
+    shape = _by_character(definition, added) if model.get("byte_fallback") else _byte_level(definition, added)
+    return {**shape, "added": added, "merges": _merges(model).tobytes(), "word_slots": word_slots}
+
+
+def _byte_level(definition: Mapping[str, Any], added: Sequence[Added]) -> Plan:
+    programs = [parse(pattern) for pattern in _patterns(definition["pre_tokenizer"])]
+    kinds = {each["type"] for each in _flat(definition["normalizer"], "Sequence", "normalizers")}
+    if kinds - {"NFC"}:
+        raise Unsupported(f"normalizer {', '.join(sorted(kinds - {'NFC'}))}")
+    vocab: dict[str, int] = definition["model"]["vocab"]
+    letters = _byte_letters()
+    if not all(letter in vocab for letter in letters):
+        raise Unsupported("the vocabulary lacks a byte")
     named = {each: charsets.matched_by(each) for program in programs for each in program.charsets}
     named[_SPACE] = charsets.WHITE_SPACE
-    if normalizes:
+    if kinds:
         named[_CHANGED] = charsets.changed_by_nfc()
     try:
         classes, members = charsets.partition(named)
@@ -48,12 +72,88 @@ def plan(fast: FastTokenizer, word_slots: int) -> Plan:
         "space": bytes(_SPACE in each for each in members),
         "cuts": _cuts(tables, classes, members, added),
         "passes": [array("H", table.entries).tobytes() for table in tables],
-        "added": added,
-        "byte_ids": model.byte_ids,
-        "merges": model.merges,
-        "whole_words": model.whole_words,
-        "word_slots": word_slots,
+        "byte_ids": array("I", [vocab[letter] for letter in letters]).tobytes(),
+        "char_ids": b"",
+        "joints": b"",
+        "whole_words": _whole_words(vocab, letters) if definition["model"].get("ignore_merges") else {},
     }
+
+
+def _whole_words(vocab: Mapping[str, int], letters: Sequence[str]) -> dict[bytes, int]:
+    """Tokens by their bytes; one with other letters is no byte string, and no pre-token can equal it."""
+    bytes_of = {letter: byte for byte, letter in enumerate(letters)}
+    return {
+        bytes(bytes_of[letter] for letter in token): number
+        for token, number in vocab.items()
+        if all(letter in bytes_of for letter in token)
+    }
+
+
+def _by_character(definition: Mapping[str, Any], added: Sequence[Added]) -> Plan:
+    model: dict[str, Any] = definition["model"]
+    vocab: dict[str, int] = model["vocab"]
+    normalizer = definition["normalizer"]
+    if normalizer != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_SIGN}:
+        raise Unsupported("a normalizer that does more than replace spaces")
+    # Once no space is left, splitting by spaces does nothing.
+    split = definition["pre_tokenizer"]
+    if split is not None and (split["type"] != "Split" or split["pattern"] != {"String": " "} or split["invert"]):
+        raise Unsupported(f"pre-tokenizer {split['type']}")
+    if model.get("ignore_merges"):
+        raise Unsupported("ignore_merges without pre-tokens")
+    if any(normalized for *_, normalized in added):
+        raise Unsupported("an added token that is searched for after the spaces are replaced")
+    bytes_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    if not all(token in vocab for token in bytes_tokens):
+        raise Unsupported("the vocabulary lacks a byte")
+    joints: set[tuple[str, str]] = set()
+    of_bytes = set(bytes_tokens)
+    for left, right in map(_pair, model["merges"]):
+        if left in of_bytes or right in of_bytes:
+            raise Unsupported("a merge of bytes")
+        joints.add((left[-1], right[0]))
+    for content, *_ in added:
+        spaced = content.replace(" ", _SPACE_SIGN)
+        joints.update(itertools.pairwise(spaced))
+    classes, members = charsets.partition({_SPACE: charsets.WHITE_SPACE})
+    return {
+        "classes": classes,
+        "inert": bytes([1] * len(members)),
+        "space": bytes(_SPACE in each for each in members),
+        "cuts": bytes(_strips_nothing(members, added, left, right) for left, right in _pairs(len(members))),
+        "passes": [],
+        "byte_ids": array("I", [vocab[token] for token in bytes_tokens]).tobytes(),
+        "char_ids": _u32(value for token, number in vocab.items() if len(token) == 1 for value in (ord(token), number)),
+        "joints": _u32(ord(char) for pair in sorted(joints) for char in pair),
+        "whole_words": {},
+    }
+
+
+def _u32(values: Iterable[int]) -> bytes:
+    return array("I", values).tobytes()
+
+
+def _pairs(count: int) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(count), range(count))
+
+
+def _strips_nothing(members: Sequence[frozenset[str]], added: Sequence[Added], left: int, right: int) -> bool:
+    """No added token takes white space away across a cut between these classes."""
+    lstrip, rstrip = any(each[2] for each in added), any(each[3] for each in added)
+    return not (lstrip and _SPACE in members[left]) and not (rstrip and _SPACE in members[right])
+
+
+def _merges(model: Mapping[str, Any]) -> "array[int]":
+    vocab: dict[str, int] = model["vocab"]
+    merges = array("I")
+    for left, right in map(_pair, model["merges"]):
+        merges.extend((vocab[left], vocab[right], vocab[left + right]))
+    return merges
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _patterns(pre_tokenizer: dict[str, Any] | None) -> list[str]:
@@ -76,13 +176,6 @@ def _patterns(pre_tokenizer: dict[str, Any] | None) -> list[str]:
     return patterns
 
 
-def _normalizes(normalizer: dict[str, Any] | None) -> bool:
-    kinds = {each["type"] for each in _flat(normalizer, "Sequence", "normalizers")}
-    if kinds - {"NFC"}:
-        raise Unsupported(f"normalizer {', '.join(sorted(kinds - {'NFC'}))}")
-    return bool(kinds)
-
-
 def _flat(step: dict[str, Any] | None, group: str, members: str) -> Iterator[dict[str, Any]]:
     if step is None:
         return
@@ -93,39 +186,10 @@ def _flat(step: dict[str, Any] | None, group: str, members: str) -> Iterator[dic
         yield from _flat(each, group, members)
 
 
-def _added(token: Mapping[str, Any]) -> tuple[str, int, bool, bool, bool]:
+def _added(token: Mapping[str, Any]) -> Added:
     if token["single_word"]:
         raise Unsupported("an added token with single_word")
     return token["content"], token["id"], token["lstrip"], token["rstrip"], token["normalized"]
-
-
-class _Model:
-    """The vocabulary and merges of a byte-level BPE, in bytes."""
-
-    def __init__(self, model: Mapping[str, Any]) -> None:
-        if model["type"] != "BPE":
-            raise Unsupported(f"model {model['type']}")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if model.get(option):
-                raise Unsupported(f"BPE with {option}")
-        vocab: dict[str, int] = model["vocab"]
-        letters = _byte_letters()
-        missing = [letter for letter in letters if letter not in vocab]
-        if missing:
-            raise Unsupported("the vocabulary lacks a byte")
-        self.byte_ids = array("I", [vocab[letter] for letter in letters]).tobytes()
-        merges = array("I")
-        for merge in model["merges"]:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            merges.extend((vocab[left], vocab[right], vocab[left + right]))
-        self.merges = merges.tobytes()
-        self.whole_words: dict[bytes, int] = {}
-        if model.get("ignore_merges"):
-            bytes_of = {letter: byte for byte, letter in enumerate(letters)}
-            for token, number in vocab.items():
-                # A token with other letters is no byte string, and no pre-token can equal it.
-                if all(letter in bytes_of for letter in token):
-                    self.whole_words[bytes(bytes_of[letter] for letter in token)] = number
 
 
 def _byte_letters() -> list[str]:
@@ -139,33 +203,22 @@ def _byte_letters() -> list[str]:
     return letters
 
 
-def _cuts(
-    tables: list[Table],
-    classes: bytes,
-    members: list[frozenset[str]],
-    added: list[tuple[str, int, bool, bool, bool]],
-) -> bytes:
+def _cuts(tables: Sequence[Table], classes: bytes, members: Sequence[frozenset[str]], added: Sequence[Added]) -> bytes:
     """Per pair of classes, left * classes + right: whether a text may be cut between any two such characters.
 
     It may where no pass has a match across, where the last pass starts a match behind, where the normalizer
     leaves the right one alone, and where no added token reaches across, by itself or by the space it strips.
     """
-    count = len(members)
     across = {
         (classes[ord(left)], classes[ord(right)])
         for content, *_ in added
         for left, right in itertools.pairwise(content)
     }
-    lstrip = any(each[2] for each in added)
-    rstrip = any(each[3] for each in added)
-    safe = bytearray(count * count)
-    for right in range(count):
-        if _CHANGED in members[right] or not tables[-1].always_starts(right):
-            continue
-        if rstrip and _SPACE in members[right]:
-            continue
-        for left in range(count):
-            if (left, right) in across or (lstrip and _SPACE in members[left]):
-                continue
-            safe[left * count + right] = all(table.uncrossed(left, right) for table in tables)
-    return bytes(safe)
+    return bytes(
+        (left, right) not in across
+        and _CHANGED not in members[right]
+        and _strips_nothing(members, added, left, right)
+        and tables[-1].always_starts(right)
+        and all(table.uncrossed(left, right) for table in tables)
+        for left, right in _pairs(len(members))
+    )

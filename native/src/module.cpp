@@ -92,6 +92,8 @@ EncoderPlan plan_of(nb::dict fields) {
     plan.added.push_back({content, id, lstrip, rstrip, normalized});
   }
   plan.byte_ids = numbers<uint32_t>(nb::cast<nb::bytes>(fields["byte_ids"]), "byte_ids");
+  plan.char_ids = numbers<uint32_t>(nb::cast<nb::bytes>(fields["char_ids"]), "char_ids");
+  plan.joints = numbers<uint32_t>(nb::cast<nb::bytes>(fields["joints"]), "joints");
   plan.merges = numbers<uint32_t>(nb::cast<nb::bytes>(fields["merges"]), "merges");
   for (auto [word, id] : nb::cast<nb::dict>(fields["whole_words"])) {
     const auto bytes = nb::cast<nb::bytes>(word);

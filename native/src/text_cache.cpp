@@ -93,10 +93,11 @@ TextAnswer TextCache::walk(const TextRequest& request, const KeyContext* context
   std::vector<ChunkPtr> path;
   uint64_t parent = request.root;
   const std::string_view text = request.text;
-  for (size_t begin = 0; begin < text.size();) {
+  // The reference may have something to say of an empty text too.
+  const bool whole = request.encoder == nullptr;
+  for (size_t begin = 0; begin < text.size() || (whole && path.empty());) {
     size_t end = text.size();
-    if (request.encoder != nullptr && end - begin > chunk_bytes_)
-      end = begin + request.encoder->next_cut(text.substr(begin), chunk_bytes_);
+    if (!whole && end - begin > chunk_bytes_) end = begin + request.encoder->next_cut(text.substr(begin), chunk_bytes_);
     const bool late = std::chrono::steady_clock::now() > request.deadline;
     const ChunkPtr chunk =
         late ? nullptr : obtain(request, parent, text.substr(begin, end - begin), end == text.size());

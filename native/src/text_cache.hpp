@@ -46,8 +46,8 @@ enum class TextOutcome { kDone, kTooManyTokens, kTooLate };
 struct TextAnswer {
   TextOutcome outcome = TextOutcome::kDone;
   uint64_t tokens = 0;
-  std::vector<uint32_t> ids;    // when asked for
-  std::vector<uint64_t> keys;   // when asked for
+  std::vector<uint32_t> ids;   // when asked for
+  std::vector<uint64_t> keys;  // when asked for
 };
 
 struct TextCacheStats {
@@ -112,7 +112,7 @@ class TextCache {
   std::list<ChunkPtr> order_;                           // least recently used first
   std::set<Name> at_work_;
   uint64_t next_serial_ = uint64_t{1} << 32;  // above every root
-  uint64_t generation_ = 0;  // of everything kept: one more when an encoder was found wrong
+  uint64_t generation_ = 0;                   // of everything kept: one more when an encoder was found wrong
   uint64_t native_chunks_ = 0;
   TextCacheStats stats_;
 };

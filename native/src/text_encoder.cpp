@@ -14,6 +14,7 @@ namespace {
 constexpr uint16_t kPlanMatch = 0x8000;
 constexpr uint32_t kMatch = 0x80000000;
 constexpr size_t kShortWord = 48;  // symbols up to which a scan beats a queue
+constexpr uint32_t kSpaceSign = 0x2581;
 constexpr uint64_t kNoPair = ~uint64_t{0};
 
 uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
@@ -32,7 +33,7 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
   const size_t classes = plan_.class_count;
   if (plan_.classes.size() != 0x110000 || plan_.byte_ids.size() != 256 || plan_.inert.size() != classes ||
       plan_.space.size() != classes || plan_.cuts.size() != classes * classes || plan_.merges.size() % 3 != 0 ||
-      plan_.passes.empty())
+      plan_.passes.empty() == plan_.char_ids.empty() || plan_.char_ids.size() % 2 != 0 || plan_.joints.size() % 2 != 0)
     throw std::invalid_argument("malformed encoder plan");
   for (const char each : plan_.classes)
     if (static_cast<uint8_t>(each) >= classes) throw std::invalid_argument("a class out of range");
@@ -71,6 +72,15 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
     merges_[at] = {pair, static_cast<uint32_t>(rank), plan_.merges[rank * 3 + 2]};  // the last one of a pair holds
   }
   plan_.merges = {};
+  by_character_ = passes_.empty();
+  if (!by_character_) return;
+  for (size_t i = 0; i < plan_.char_ids.size(); i += 2) char_ids_[plan_.char_ids[i]] = plan_.char_ids[i + 1];
+  for (size_t i = 0; i < plan_.joints.size(); i += 2) joints_.insert(pair_of(plan_.joints[i], plan_.joints[i + 1]));
+  for (uint32_t left = 0; left < 128; ++left)
+    for (uint32_t right = 0; right < 128; ++right)
+      ascii_joints_.push_back(
+          joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right)));
+  plan_.char_ids = plan_.joints = {};
 }
 
 void TextEncoder::add(Trie& trie, std::string_view content, int32_t token) {
@@ -101,25 +111,46 @@ int32_t TextEncoder::longest(const Trie& trie, std::string_view text, size_t at)
   return found;
 }
 
-// The class of the character that starts at `at`, and its size in bytes. The text is valid UTF-8.
-inline uint8_t TextEncoder::class_at(const char* at, size_t& size) const {
+namespace {
+
+// The character that starts at `at`, and its size in bytes. The text is valid UTF-8.
+inline uint32_t point_at(const char* at, size_t& size) {
   const auto* byte = reinterpret_cast<const uint8_t*>(at);
-  uint32_t point = byte[0];
-  if (point < 0x80) {
+  const uint32_t first = byte[0];
+  if (first < 0x80) {
     size = 1;
-    return ascii_[point];
+    return first;
   }
-  if (point < 0xE0) {
+  if (first < 0xE0) {
     size = 2;
-    point = (point & 0x1F) << 6 | (byte[1] & 0x3F);
-  } else if (point < 0xF0) {
-    size = 3;
-    point = (point & 0x0F) << 12 | (byte[1] & 0x3F) << 6 | (byte[2] & 0x3F);
-  } else {
-    size = 4;
-    point = (point & 0x07) << 18 | (byte[1] & 0x3F) << 12 | (byte[2] & 0x3F) << 6 | (byte[3] & 0x3F);
+    return (first & 0x1F) << 6 | (byte[1] & 0x3F);
   }
+  if (first < 0xF0) {
+    size = 3;
+    return (first & 0x0F) << 12 | (byte[1] & 0x3F) << 6 | (byte[2] & 0x3F);
+  }
+  size = 4;
+  return (first & 0x07) << 18 | (byte[1] & 0x3F) << 12 | (byte[2] & 0x3F) << 6 | (byte[3] & 0x3F);
+}
+
+// The start of the last character before `at`, which is not the text's start.
+size_t before(std::string_view text, size_t at) {
+  --at;
+  while (at > 0 && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) --at;
+  return at;
+}
+
+}  // namespace
+
+inline uint8_t TextEncoder::class_at(const char* at, size_t& size) const {
+  const uint32_t point = point_at(at, size);
+  if (size == 1) return ascii_[point];
   return pages_[static_cast<size_t>(page_of_[point >> 8]) << 8 | (point & 0xFF)];
+}
+
+inline bool TextEncoder::joined(uint32_t left, uint32_t right) const {
+  if ((left | right) < 128) return ascii_joints_[left * 128 + right] != 0;
+  return joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right));
 }
 
 bool TextEncoder::is_inert(std::string_view text) const {
@@ -139,18 +170,16 @@ bool TextEncoder::is_inert(std::string_view text) const {
 }
 
 size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
-  size_t before = std::min(from, text.size());
-  while (before > 0 && (static_cast<uint8_t>(text[before]) & 0xC0) == 0x80) --before;
-  if (before > 0) {
-    --before;
-    while (before > 0 && (static_cast<uint8_t>(text[before]) & 0xC0) == 0x80) --before;
-  }
-  size_t size = 0;
-  uint8_t left = class_at(text.data() + before, size);
-  for (size_t at = before + size; at < text.size(); at += size) {
-    const uint8_t right = class_at(text.data() + at, size);
-    if (at >= from && plan_.cuts[left * plan_.class_count + right] != 0) return at;
-    left = right;
+  if (from == 0 || from >= text.size()) from = std::min(std::max<size_t>(from, 1), text.size());
+  if (text.empty()) return 0;
+  size_t at = from;
+  while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) ++at;
+  size_t size = 0, left = before(text, at);
+  for (size_t next = 0; at < text.size(); left = at, at = next) {
+    const uint8_t left_class = class_at(text.data() + left, size), right_class = class_at(text.data() + at, size);
+    next = at + size;
+    if (plan_.cuts[left_class * plan_.class_count + right_class] == 0) continue;
+    if (!by_character_ || !joined(point_at(text.data() + left, size), point_at(text.data() + at, size))) return at;
   }
   return text.size();
 }
@@ -180,6 +209,8 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
     if (from == to) return;
     if (!last && !normalized_.empty())
       split_added(normalized_, from, to, true, work);
+    else if (by_character_)
+      split_joints(from, to, work);
     else
       split_pass(0, from, to, work);
   };
@@ -197,10 +228,9 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
     at = to;  // the next search starts behind the token itself
     if (added.lstrip)
       while (from > start) {
-        size_t before = from - 1;
-        while (before > start && (static_cast<uint8_t>(text[before]) & 0xC0) == 0x80) --before;
-        if (plan_.space[class_at(text.data() + before, size)] == 0) break;
-        from = before;
+        const size_t left = before(text, from);
+        if (plan_.space[class_at(text.data() + left, size)] == 0) break;
+        from = left;
       }
     if (added.rstrip)
       while (to < end && plan_.space[class_at(text.data() + to, size)] != 0) to += size;
@@ -258,6 +288,21 @@ void TextEncoder::split_pass(size_t pass, size_t begin, size_t end, Work& work) 
   if (start < end) piece(start, end);
 }
 
+void TextEncoder::split_joints(size_t begin, size_t end, Work& work) const {
+  const char* const text = work.text.data();
+  size_t start = begin, size = 0;
+  uint32_t left = point_at(text + begin, size);
+  for (size_t at = begin + size; at < end; at += size) {
+    const uint32_t right = point_at(text + at, size);
+    if (!joined(left, right)) {
+      word(start, at, work);
+      start = at;
+    }
+    left = right;
+  }
+  word(start, end, work);
+}
+
 void TextEncoder::word(size_t begin, size_t end, Work& work) const {
   const std::string_view text = work.text.substr(begin, end - begin);
   if (words_.find(text, work.text.size() - begin, work.ids)) return;
@@ -272,13 +317,28 @@ void TextEncoder::merge(std::string_view text, std::vector<uint32_t>& ids) const
     if (found != plan_.whole_words.end()) return ids.push_back(found->second);
   }
   std::vector<uint32_t> symbols;
-  symbols.reserve(text.size());
-  for (const char each : text) symbols.push_back(plan_.byte_ids[static_cast<uint8_t>(each)]);
+  symbols_of(text, symbols);
   if (symbols.size() <= kShortWord)
     merge_short(symbols);
   else
     merge_long(symbols);
   ids.insert(ids.end(), symbols.begin(), symbols.end());
+}
+
+void TextEncoder::symbols_of(std::string_view text, std::vector<uint32_t>& symbols) const {
+  symbols.reserve(text.size());
+  size_t size = 1;
+  for (size_t at = 0; at < text.size(); at += size) {
+    if (by_character_) {
+      const uint32_t point = point_at(text.data() + at, size);
+      const auto found = char_ids_.find(point == ' ' ? kSpaceSign : point);
+      if (found != char_ids_.end()) {
+        symbols.push_back(found->second);
+        continue;
+      }
+    }
+    for (size_t i = at; i < at + size; ++i) symbols.push_back(plan_.byte_ids[static_cast<uint8_t>(text[i])]);
+  }
 }
 
 const TextEncoder::Merge* TextEncoder::find_merge(uint32_t left, uint32_t right) const {

@@ -1,4 +1,7 @@
-// Encodes text to token ids as a byte-level BPE tokenizer does: added tokens, pre-tokens, known words, merges.
+// Encodes text to token ids as a BPE tokenizer does: added tokens, pre-tokens, known words, merges.
+//
+// Two shapes: byte-level with pre-tokens found by tables of states, and character-level without pre-tokens (spaces
+// become U+2581, what has no token becomes bytes), where a text falls apart between characters that no merge joins.
 #pragma once
 
 #include <atomic>
@@ -7,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "text_words.hpp"
@@ -27,10 +31,12 @@ struct EncoderPlan {
   std::string inert;                          // per class: the normalizer leaves its characters alone
   std::string space;                          // per class: white space
   std::string cuts;                           // per pair of classes (left * class_count + right): a safe place to cut
-  std::vector<std::vector<uint16_t>> passes;  // tables of states, see pattern.py
+  std::vector<std::vector<uint16_t>> passes;  // tables of states, see pattern.py; none: character-level
+  std::vector<uint32_t> char_ids;             // character-level: (character, token)
+  std::vector<uint32_t> joints;               // character-level: (left, right) that a merge or an added token joins
   std::vector<AddedToken> added;
-  std::vector<uint32_t> byte_ids;             // token of each byte, 256
-  std::vector<uint32_t> merges;               // (left, right, product) in order of rank
+  std::vector<uint32_t> byte_ids;                         // token of each byte, 256
+  std::vector<uint32_t> merges;                           // (left, right, product) in order of rank
   std::unordered_map<std::string, uint32_t> whole_words;  // words that are looked up before any merge
   size_t word_slots = 1 << 17;
 };
@@ -74,6 +80,9 @@ class TextEncoder {
   static void add(Trie& trie, std::string_view content, int32_t token);
   int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
   uint8_t class_at(const char* at, size_t& size) const;
+  bool joined(uint32_t left, uint32_t right) const;
+  void split_joints(size_t begin, size_t end, Work& work) const;
+  void symbols_of(std::string_view word, std::vector<uint32_t>& symbols) const;
   bool is_inert(std::string_view text) const;
   void split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const;
   void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
@@ -88,6 +97,10 @@ class TextEncoder {
   std::vector<uint8_t> pages_;
   uint8_t ascii_[128];
   std::vector<Pass> passes_;
+  bool by_character_ = false;
+  std::unordered_map<uint32_t, uint32_t> char_ids_;
+  std::unordered_set<uint64_t> joints_;
+  std::vector<uint8_t> ascii_joints_;  // 128 * 128, the space as U+2581
   bool all_inert_;
   Trie plain_, normalized_;
   std::vector<Merge> merges_;
