@@ -18,6 +18,7 @@ from kvindex_server.metrics import (
     MAX_METHODS,
     REQUESTS,
     STREAMS,
+    TEXT,
     Metrics,
     MetricsServer,
     metrics_table,
@@ -252,7 +253,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *STREAMS)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -263,7 +264,7 @@ def test_labels_are_as_declared() -> None:
     metrics.observe_rpc("method", "OK", 1.0)
     metrics.unknown_tier("m", "t")
     metrics.watch(lambda: [status()], lambda: [Stats()])
-    declared = {row.name: set(row.labels) for row in (*REQUESTS, *STREAMS)}
+    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS)}
     seen = set()
     for name, labels in samples(metrics):
         base = name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -280,6 +281,6 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *STREAMS)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_bucket$", "", name) for name in named} - {"kvindex_server"} <= declared

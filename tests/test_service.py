@@ -30,6 +30,7 @@ from kvindex_server.pb.indexer.v1.indexer_pb2_grpc import IndexerServiceStub
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub, KVIndexStub
 from kvindex_server.stream import Trust
+from kvindex_server.tokenize.tokenizer import Keyed
 
 TIER_WEIGHTS = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5}
 LIMITS = LimitSettings(max_tokens=1000, max_pods=8, max_keys=100, max_prompt_bytes=1000)
@@ -38,14 +39,24 @@ LIMITS = LimitSettings(max_tokens=1000, max_pods=8, max_keys=100, max_prompt_byt
 class FakeTokenizer:
     """One token per byte."""
 
-    def encode_prompt(self, text: str) -> bytes:
-        return struct.pack(f"<{len(text)}I", *text.encode())
+    def encode_prompt(self, text: str, *, max_tokens: int, seconds: float) -> bytes:
+        return self.limited("prompt", text, max_tokens)
 
-    def encode_chat(self, body: str) -> bytes:
+    def encode_chat(self, body: str, *, max_tokens: int, seconds: float) -> bytes:
         try:
-            return self.encode_prompt(json.loads(body)["messages"][0]["content"])
+            return self.limited("chat", json.loads(body)["messages"][0]["content"], max_tokens)
         except ValueError:
             raise InvalidArgument("chat", "is not valid JSON") from None
+
+    def keys(self, kind: str, body: str, *context: object, max_tokens: int, seconds: float) -> Keyed:
+        encode = self.encode_chat if kind == "chat" else self.encode_prompt
+        ids = encode(body, max_tokens=max_tokens, seconds=seconds)
+        return Keyed(_core.block_keys(ids, *context), len(ids) // 4)  # type: ignore[arg-type]
+
+    def limited(self, field: str, text: str, max_tokens: int) -> bytes:
+        if len(text) > max_tokens:
+            raise InvalidArgument(field, f"its tokens exceed the limit of {max_tokens}")
+        return struct.pack(f"<{len(text)}I", *text.encode())
 
 
 @dataclass
@@ -391,9 +402,10 @@ def test_a_deadline_that_passed_while_waiting_costs_no_work() -> None:
 
 def test_a_deadline_is_honoured_between_stages(served: Served) -> None:
     class Slow(FakeTokenizer):
-        def encode_prompt(self, text: str) -> bytes:
+        def encode_prompt(self, text: str, *, max_tokens: int, seconds: float) -> bytes:
+            assert 0 < seconds <= 0.05
             time.sleep(0.15)
-            return super().encode_prompt(text)
+            return super().encode_prompt(text, max_tokens=max_tokens, seconds=seconds)
 
     model = Model("slow", Index(4), Slow())  # type: ignore[arg-type]
     served.lookup._models = Models([model])

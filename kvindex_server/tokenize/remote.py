@@ -23,10 +23,9 @@ class RemoteTokenizer:
     has_chat_template = True
 
     def __init__(self, url: str, model: str, cache: _core.TextCache) -> None:
-        self._url = url
-        self._model = model
-        self._prompts = _core.Text(cache, None, next_root(), (), (), self._prompt)
-        self._chats = _core.Text(cache, None, next_root(), (), (), self._chat)
+        engine = _Engine(url, model)
+        self._prompts = _core.Text(cache, None, next_root(), (), (), engine.prompt)
+        self._chats = _core.Text(cache, None, next_root(), (), (), engine.chat)
 
     def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """As Tokenizer.encode_prompt."""
@@ -54,10 +53,18 @@ class RemoteTokenizer:
         ask = lambda: text_of.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
         return Keyed(*checked(ask, kind, max_tokens))
 
-    def _prompt(self, text: str, seconds: float) -> bytes:
+
+class _Engine:
+    """The endpoint, apart from the tokenizer that remembers its answers."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self._url = url
+        self._model = model
+
+    def prompt(self, text: str, seconds: float) -> bytes:
         return self._ask({"model": self._model, "prompt": text, "add_special_tokens": True}, seconds)
 
-    def _chat(self, body: str, seconds: float) -> bytes:
+    def chat(self, body: str, seconds: float) -> bytes:
         try:
             request = json.loads(body)
         except (ValueError, RecursionError):
