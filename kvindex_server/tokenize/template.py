@@ -14,8 +14,9 @@ from typing import Any, Literal, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from kvindex_server.errors import InvalidArgument, KvindexError
 
@@ -23,6 +24,9 @@ MAX_RENDERED_CHARS = 16 * 1024 * 1024
 MAX_RENDER_SECONDS = 5.0
 
 ContentFormat = Literal["string", "openai"]
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_TEMPLATE_OBJECTS = (LoopContext, Namespace)
 
 _deadline = threading.local()
 
@@ -51,6 +55,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         _check_deadline()
+        # What the sandbox comes to for these after a long search; they are nearly all that a template reads.
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES and attribute in obj:
+            return obj[attribute]
+        if kind in _TEMPLATE_OBJECTS and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                pass
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
