@@ -13,9 +13,10 @@ namespace {
 
 constexpr uint16_t kPlanMatch = 0x8000;
 constexpr uint32_t kMatch = 0x80000000;
-constexpr size_t kShortWord = 48;  // symbols up to which a scan beats a queue
+constexpr size_t kWordsAhead = 16;  // looked up together, so that their memory is fetched together
+constexpr size_t kShortWord = 48;   // symbols up to which a scan beats a queue
 constexpr uint32_t kSpaceSign = 0x2581;
-constexpr uint64_t kNoPair = ~uint64_t{0};
+constexpr uint64_t kNoPair = 0;
 
 uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
 size_t place(uint64_t pair) { return xxh3_detail::mul_fold(pair ^ 0x9E3779B97F4A7C15ULL, 0xD6E8FEB86659FD93ULL); }
@@ -27,6 +28,8 @@ struct TextEncoder::Work {
   std::string_view text;
   std::vector<uint32_t>& ids;
   std::vector<Fresh> fresh;
+  Words::Wanted wanted[kWordsAhead];
+  size_t waiting = 0;
 };
 
 TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan_.word_slots) {
@@ -57,6 +60,7 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
     page_of_.push_back(found->second);
   }
   std::memcpy(ascii_, plan_.classes.data(), sizeof ascii_);
+  for (Pass& pass : passes_) find_loops(pass);
   plan_.classes = std::string();
   all_inert_ = std::find(plan_.inert.begin(), plan_.inert.end(), 0) == plan_.inert.end();
   for (size_t i = 0; i < plan_.added.size(); ++i)
@@ -64,9 +68,9 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
       add(plan_.added[i].normalized ? normalized_ : plain_, plan_.added[i].content, static_cast<int32_t>(i));
   const size_t count = plan_.merges.size() / 3;
   merge_mask_ = std::bit_ceil(std::max<size_t>(count * 2, 16)) - 1;
-  merges_.assign(merge_mask_ + 1, Merge{kNoPair, 0, 0});
+  merges_ = Zeroed<Merge>(merge_mask_ + 1);
   for (size_t rank = 0; rank < count; ++rank) {
-    const uint64_t pair = pair_of(plan_.merges[rank * 3], plan_.merges[rank * 3 + 1]);
+    const uint64_t pair = pair_of(plan_.merges[rank * 3], plan_.merges[rank * 3 + 1]) + 1;
     size_t at = place(pair) & merge_mask_;
     while (merges_[at].pair != kNoPair && merges_[at].pair != pair) at = (at + 1) & merge_mask_;
     merges_[at] = {pair, static_cast<uint32_t>(rank), plan_.merges[rank * 3 + 2]};  // the last one of a pair holds
@@ -83,8 +87,23 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
   plan_.char_ids = plan_.joints = {};
 }
 
+// States that a run of letters or spaces does not leave: their characters need no step each.
+void TextEncoder::find_loops(Pass& pass) const {
+  const size_t columns = plan_.class_count + 1;
+  pass.loops.assign(pass.entries.size(), -1);
+  for (size_t row = columns; row < pass.entries.size(); row += columns) {
+    std::vector<uint8_t> stay(128);
+    for (size_t byte = 0; byte < 128; ++byte) stay[byte] = pass.entries[row + ascii_[byte]] == (row | kMatch);
+    if (std::find(stay.begin(), stay.end(), 1) == stay.end()) continue;
+    pass.loops[row] = static_cast<int32_t>(pass.stays.size());
+    pass.stays.insert(pass.stays.end(), stay.begin(), stay.end());
+  }
+}
+
 void TextEncoder::add(Trie& trie, std::string_view content, int32_t token) {
-  int32_t* link = &trie.roots[static_cast<uint8_t>(content[0])];
+  const auto first = static_cast<uint8_t>(content[0]);
+  trie.only = trie.empty() || trie.only == first ? first : -1;
+  int32_t* link = &trie.roots[first];
   int32_t at = -1;
   for (const char each : content) {
     const auto byte = static_cast<uint8_t>(each);
@@ -187,13 +206,15 @@ size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
 bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) const {
   if (text.empty()) return true;
   if (refuted_ || !is_inert(text)) return false;
-  Work work{text, ids, {}};
+  Work work{text, ids, {}, {}, 0};
+  ids.reserve(ids.size() + text.size() / 3 + 8);
   {
     const std::shared_lock lock(words_lock_);
     if (plain_.empty())
       split_added(normalized_, 0, text.size(), true, work);
     else
       split_added(plain_, 0, text.size(), false, work);
+    flush(work);
   }
   if (!work.fresh.empty()) {
     const std::unique_lock lock(words_lock_);
@@ -218,6 +239,11 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
   const std::string_view text = work.text.substr(0, end);
   size_t start = begin;  // of the text that no token has taken yet
   for (size_t at = begin; at < end;) {
+    if (trie.only >= 0) {
+      const void* found = std::memchr(text.data() + at, trie.only, end - at);
+      if (found == nullptr) break;
+      at = static_cast<size_t>(static_cast<const char*>(found) - text.data());
+    }
     const int32_t token = trie.roots[static_cast<uint8_t>(text[at])] < 0 ? -1 : longest(trie, text, at);
     if (token < 0) {
       ++at;
@@ -236,6 +262,7 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
       while (to < end && plan_.space[class_at(text.data() + to, size)] != 0) to += size;
     from = std::max(from, start);
     go_on(start, from);
+    flush(work);
     work.ids.push_back(added.id);
     start = to;
   }
@@ -266,6 +293,13 @@ void TextEncoder::split_pass(size_t pass, size_t begin, size_t end, Work& work) 
     size_t matched = at;
     uint32_t row = table[classes + 1 + of];  // from the start's row
     for (size_t next = at + size; row != 0;) {
+      if (const int32_t loop = passes_[pass].loops[row]; loop >= 0) {
+        const uint8_t* const stay = passes_[pass].stays.data() + loop;
+        const size_t from = next;
+        while (next < end && static_cast<uint8_t>(text[next]) < 0x80 && stay[static_cast<uint8_t>(text[next])] != 0)
+          ++next;
+        if (next > from) matched = next - 1;
+      }
       uint32_t entry;
       if (next < end) {
         of = class_at(text + next, size);
@@ -304,11 +338,20 @@ void TextEncoder::split_joints(size_t begin, size_t end, Work& work) const {
 }
 
 void TextEncoder::word(size_t begin, size_t end, Work& work) const {
-  const std::string_view text = work.text.substr(begin, end - begin);
-  if (words_.find(text, work.text.size() - begin, work.ids)) return;
-  const size_t before = work.ids.size();
-  merge(text, work.ids);
-  work.fresh.push_back({begin, end - begin, before, work.ids.size() - before});
+  work.wanted[work.waiting++] = words_.want(work.text.substr(begin, end - begin), work.text.size() - begin);
+  if (work.waiting == kWordsAhead) flush(work);
+}
+
+void TextEncoder::flush(Work& work) const {
+  for (size_t i = 0; i < work.waiting; ++i) {
+    const Words::Wanted& wanted = work.wanted[i];
+    if (words_.find(wanted, work.ids)) continue;
+    const size_t begin = work.ids.size();
+    merge(wanted.word, work.ids);
+    work.fresh.push_back({static_cast<size_t>(wanted.word.data() - work.text.data()), wanted.word.size(), begin,
+                          work.ids.size() - begin});
+  }
+  work.waiting = 0;
 }
 
 void TextEncoder::merge(std::string_view text, std::vector<uint32_t>& ids) const {
@@ -342,7 +385,7 @@ void TextEncoder::symbols_of(std::string_view text, std::vector<uint32_t>& symbo
 }
 
 const TextEncoder::Merge* TextEncoder::find_merge(uint32_t left, uint32_t right) const {
-  const uint64_t pair = pair_of(left, right);
+  const uint64_t pair = pair_of(left, right) + 1;
   for (size_t at = place(pair) & merge_mask_; merges_[at].pair != kNoPair; at = (at + 1) & merge_mask_)
     if (merges_[at].pair == pair) return &merges_[at];
   return nullptr;

@@ -56,7 +56,7 @@ class TextEncoder {
 
  private:
   struct Merge {
-    uint64_t pair;
+    uint64_t pair;  // plus one, so that 0 is none
     uint32_t rank, product;
   };
   struct TrieNode {
@@ -66,6 +66,7 @@ class TextEncoder {
   struct Trie {
     std::vector<TrieNode> nodes;
     std::vector<int32_t> roots = std::vector<int32_t>(256, -1);
+    int only = -1;  // the first byte of every token, when it is one
     bool empty() const { return nodes.empty(); }
   };
   struct Fresh {
@@ -74,9 +75,12 @@ class TextEncoder {
   struct Pass {
     std::vector<uint32_t> entries;
     std::vector<uint8_t> starts;  // per class: a match may start with it
+    std::vector<int32_t> loops;   // per row: where in `stays` its bytes are, or -1
+    std::vector<uint8_t> stays;   // per ASCII byte: the match goes on, in the same state
   };
   struct Work;
 
+  void find_loops(Pass& pass) const;
   static void add(Trie& trie, std::string_view content, int32_t token);
   int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
   uint8_t class_at(const char* at, size_t& size) const;
@@ -87,6 +91,7 @@ class TextEncoder {
   void split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const;
   void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
   void word(size_t begin, size_t end, Work& work) const;
+  void flush(Work& work) const;
   void merge(std::string_view word, std::vector<uint32_t>& ids) const;
   void merge_short(std::vector<uint32_t>& symbols) const;
   void merge_long(std::vector<uint32_t>& symbols) const;
@@ -103,7 +108,7 @@ class TextEncoder {
   std::vector<uint8_t> ascii_joints_;  // 128 * 128, the space as U+2581
   bool all_inert_;
   Trie plain_, normalized_;
-  std::vector<Merge> merges_;
+  Zeroed<Merge> merges_;
   size_t merge_mask_ = 0;
   mutable std::atomic<bool> refuted_ = false;
   mutable std::shared_mutex words_lock_;

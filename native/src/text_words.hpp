@@ -1,35 +1,54 @@
 // Known words and their token ids: a bounded table of fixed size, written over when full.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <string_view>
 #include <vector>
 
 #include "xxh3.hpp"
+#include "zeroed.hpp"
 
 namespace kvindex {
 
-// Not synchronised. `find` appends the ids of a known word; `insert` may displace another word of the same set.
+// Not synchronised. `want`, then `find`, which appends the ids of a known word; `insert` may displace another word of
+// the same set.
 class Words {
  public:
   // `slots` short words, a power of two; an eighth as many long ones.
   explicit Words(size_t slots)
-      : short_mask_(slots / kWays - 1),
-        long_mask_(slots / 8 / kWays - 1),
-        short_(static_cast<Short*>(std::calloc(slots, sizeof(Short)))),
-        long_(static_cast<Long*>(std::calloc(slots / 8, sizeof(Long)))) {
-    if (!short_ || !long_) throw std::bad_alloc();
-  }
+      : short_mask_(slots / kWays - 1), long_mask_(slots / 8 / kWays - 1), short_(slots), long_(slots / 8) {}
 
-  static size_t bytes(size_t slots) { return slots * sizeof(Short) + slots / 8 * sizeof(Long); }
+  // A word on its way to be looked up: where to look is known, and being fetched, before it is needed.
+  struct Wanted {
+    std::string_view word;
+    uint64_t lo, hi;  // of a short word
+    const void* set;
+  };
 
   // `readable` bytes from `word` on may be read.
-  bool find(std::string_view word, size_t readable, std::vector<uint32_t>& ids) const {
+  Wanted want(std::string_view word, size_t readable) const {
+    Wanted wanted{word, 0, 0, nullptr};
     if (word.size() <= kShortText) {
       const Name name = name_of(word, readable);
-      const Short* set = short_.get() + short_set(name);
+      wanted.lo = name.lo;
+      wanted.hi = name.hi;
+      wanted.set = short_.get() + short_set(name);
+      __builtin_prefetch(wanted.set);
+      __builtin_prefetch(static_cast<const char*>(wanted.set) + 64);
+    } else if (word.size() <= kLongText) {
+      wanted.set = long_.get() + long_set(word);
+      __builtin_prefetch(wanted.set);
+    }
+    return wanted;
+  }
+
+  bool find(const Wanted& wanted, std::vector<uint32_t>& ids) const {
+    const std::string_view word = wanted.word;
+    if (word.size() <= kShortText) {
+      const Name name{wanted.lo, wanted.hi};
+      const auto* set = static_cast<const Short*>(wanted.set);
       for (size_t way = 0; way < kWays; ++way)
         if (set[way].name.lo == name.lo && set[way].name.hi == name.hi) {
           if (set[way].count == 1)
@@ -38,10 +57,10 @@ class Words {
             ids.insert(ids.end(), set[way].ids, set[way].ids + set[way].count);
           return true;
         }
-      return false;
     }
     if (word.size() > kLongText) return false;
-    const Long* set = long_.get() + long_set(word);
+    // A short word of many tokens lies among the long ones.
+    const Long* set = word.size() <= kShortText ? long_.get() + long_set(word) : static_cast<const Long*>(wanted.set);
     for (size_t way = 0; way < kWays; ++way)
       if (set[way].size == word.size() && std::memcmp(set[way].text, word.data(), word.size()) == 0) {
         ids.insert(ids.end(), set[way].ids, set[way].ids + set[way].count);
@@ -62,7 +81,7 @@ class Words {
       slot.name = name;
       slot.count = static_cast<uint32_t>(count);
       std::memcpy(slot.ids, ids, count * 4);
-    } else if (word.size() > kShortText && word.size() <= kLongText && count <= kLongIds) {
+    } else if (word.size() <= kLongText && count <= kLongIds) {
       Long* set = long_.get() + long_set(word);
       Long& slot = *free_of(set, [&](const Long& each) {
         return each.count == 0 || (each.size == word.size() && std::memcmp(each.text, word.data(), each.size) == 0);
@@ -91,25 +110,21 @@ class Words {
     char text[kLongText];
     uint32_t ids[kLongIds];
   };
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
+  // Bits of the first `size` bytes of sixteen; a table, as the branches would be guessed wrong.
+  static constexpr auto kBits = [] {
+    std::array<Name, kShortText + 1> bits{};
+    for (size_t size = 0; size <= kShortText; ++size) {
+      bits[size].lo = size >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * size)) - 1;
+      bits[size].hi = size <= 8 ? 0 : (uint64_t{1} << (8 * (size - 8))) - 1;
+    }
+    return bits;
+  }();
 
   static Name name_of(std::string_view word, size_t readable) {
     uint64_t part[2] = {0, 0};
-    const size_t size = word.size();
-    if (readable >= 16) {
-      std::memcpy(part, word.data(), 16);
-      if (size < 8) {
-        part[0] &= ~uint64_t{0} >> (64 - 8 * size);
-        part[1] = 0;
-      } else {
-        part[1] = size == 8 ? 0 : part[1] & (~uint64_t{0} >> (128 - 8 * size));
-      }
-    } else {
-      std::memcpy(part, word.data(), size);
-    }
-    return {part[0], part[1] | static_cast<uint64_t>(size) << 56};
+    std::memcpy(part, word.data(), readable >= 16 ? 16 : word.size());
+    const Name& bits = kBits[word.size()];
+    return {part[0] & bits.lo, (part[1] & bits.hi) | static_cast<uint64_t>(word.size()) << 56};
   }
   size_t short_set(const Name& name) const {
     return (xxh3_detail::mul_fold(name.lo ^ 0x9E3779B97F4A7C15ULL, name.hi ^ 0xD6E8FEB86659FD93ULL) & short_mask_) *
@@ -126,8 +141,8 @@ class Words {
 
   size_t short_mask_, long_mask_;
   uint64_t turn_ = 0;
-  std::unique_ptr<Short, Free> short_;  // pages are taken as they are written
-  std::unique_ptr<Long, Free> long_;
+  Zeroed<Short> short_;
+  Zeroed<Long> long_;
 };
 
 }  // namespace kvindex
