@@ -71,7 +71,7 @@ def server(directory: Path, *flags: str) -> Iterator[tuple[grpc.Channel, int]]:
     """A server of its own process with one model; the channel and the process id."""
     command = [sys.executable, "-m", "kvindex_server", "serve", "--listen", "127.0.0.1:0"]
     command += ["--metrics-listen", "127.0.0.1:0", "--tokenizer", f"m={directory}", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().split("grpc=")[1].split()[0]

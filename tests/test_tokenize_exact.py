@@ -17,7 +17,7 @@ from kvindex_server.tokenize import selftest
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.tokenizer import Tokenizer
 
-TEXTS = int(os.environ.get("KVINDEX_TOKENIZER_TEXTS", "1500"))
+TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "1500"))
 REAL = real()
 ROUNDS = ("cold", "warm")
 

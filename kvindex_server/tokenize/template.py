@@ -18,7 +18,7 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from kvindex_server.errors import InvalidArgument, KvindexError
+from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError
 
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
 MAX_RENDER_SECONDS = 5.0
@@ -73,6 +73,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _check_deadline() -> None:
     if time.monotonic() > getattr(_deadline, "at", float("inf")):
+        if _deadline.is_callers:
+            raise DeadlineExceeded("the deadline passed while the chat template was rendered")
         raise InvalidArgument("chat", "the chat template takes too long to render")
 
 
@@ -124,11 +126,16 @@ class ChatTemplate:
         *,
         max_chars: int = MAX_RENDERED_CHARS,
         max_seconds: float = MAX_RENDER_SECONDS,
+        seconds: float = float("inf"),
     ) -> str:
-        """The text, or InvalidArgument that names the cause but nothing of the conversation."""
+        """The text, or InvalidArgument that names the cause but nothing of the conversation.
+
+        `seconds` is what the caller's deadline leaves; DeadlineExceeded when they pass first.
+        """
         chunks: list[str] = []
         size = 0
-        _deadline.at = time.monotonic() + min(max_seconds, MAX_RENDER_SECONDS)
+        _deadline.at = time.monotonic() + min(max_seconds, seconds)
+        _deadline.is_callers = seconds < max_seconds
         try:
             for chunk in self._template.generate(dict(variables)):
                 _check_deadline()
