@@ -124,7 +124,7 @@ class Text:
     """One tokenizer before the cache. Texts of different roots share nothing; roots are below 2**32.
 
     `reference(text, seconds_left)` gives ids as u32 LE; it may raise. Answers are (bytes, tokens), or
-    "too_many_tokens" or "too_late".
+    "too_many_tokens", "too_late", or "too_long" for what the reference may be given of one text.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class Text:
         prefix: Sequence[int],
         suffix: Sequence[int],
         reference: Callable[[str, float], bytes],
+        max_reference_bytes: int = ...,  # of one text
     ) -> None: ...
     def ids(self, text: str, max_tokens: int, seconds: float) -> tuple[bytes, int] | str: ...
     def keys(

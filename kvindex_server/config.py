@@ -65,6 +65,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value
+
+
 def _no_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number, not a boolean")
@@ -91,6 +97,7 @@ def _tier_weights(weights: dict[str, float]) -> dict[str, float]:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Url = Annotated[str, AfterValidator(_url)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
@@ -109,9 +116,8 @@ class ModelSettings(_Section):
         default=None,
         description="Directory with the model's tokenizer files; without it text cannot be scored",
     )
-    tokenize_url: str | None = Field(
+    tokenize_url: Url | None = Field(
         default=None,
-        pattern=r"^https?://",
         description="An engine's `/tokenize` endpoint, asked when the model has no tokenizer here",
     )
     block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
@@ -186,7 +192,7 @@ class TextSettings(_Section):
         description="Of the pieces of text encoded natively, every so many-th is compared with the reference; 0 = none",
     )
     max_reference_bytes: Integer = Field(
-        default=4 * MIB, ge=1, description="Bytes of a text for a tokenizer that has to encode texts whole"
+        default=4 * MIB, ge=1, description="Bytes of one text that may be encoded by the reference library"
     )
     tokenizer_dirs: tuple[str, ...] = Field(
         default=(), description="Where tokenizers are looked for by the model's name: plain directories or hub caches"

@@ -202,8 +202,8 @@ class Lookup:
 def _tokenizer_of(model: Model) -> AnyTokenizer:
     if model.tokenizer is None:
         raise FailedPrecondition(
-            f"model {model.name!r} has no tokenizer: start the server with --tokenizer MODEL=DIR, "
-            "or send tokens or keys"
+            f"model {model.name!r} has no tokenizer: start the server with --tokenizer MODEL=DIR, set "
+            "text.tokenizer_dirs or the model's tokenize_url, or send tokens or keys"
         )
     return model.tokenizer
 

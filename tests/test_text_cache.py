@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from tokenizers_at_hand import byte_level
 
 from kvindex_server import _core
@@ -166,6 +167,21 @@ def test_counting_stops_at_the_limit() -> None:
     assert closed.ids("the fox", exact + 1, FOREVER) == "too_many_tokens"
 
 
+def test_what_the_reference_may_be_given_of_one_text_is_bounded() -> None:
+    encoder, calls = native(normalizer=normalizers.NFC())
+    cache = _core.TextCache(0, 0, 64)
+    text = _core.Text(cache, encoder, 1, (), (), letters(calls), 1000)
+    marks = "e\u0301 e\u0323 " * 50
+    assert text.ids(WORDS * 100 + marks, 10**6, FOREVER) != "too_long"  # the words go another way
+    assert 0 < sum(len(each.encode()) for each in calls) <= 1000
+    calls.clear()
+    assert text.ids(marks * 10, 10**6, FOREVER) == "too_long"
+    assert sum(len(each.encode()) for each in calls) <= 1000
+    whole = _core.Text(cache, None, 2, (), (), letters(calls), 10)
+    calls.clear()
+    assert whole.ids("x" * 11, 10**6, FOREVER) == "too_long" and calls == []
+
+
 def test_a_deadline_that_has_passed_is_told() -> None:
     encoder, _ = native()
     text = _core.Text(_core.TextCache(0), encoder, 1, (), (), letters([]))
@@ -222,7 +238,7 @@ def test_a_long_text_for_whole_encoding_is_refused_before_work(monkeypatch: pyte
     assert tested.mode == "reference" and tested.reason == "ByteLevel with add_prefix_space"
     error = raised(lambda: tested.encode_prompt("a" * 6000))
     assert isinstance(error, InvalidArgument)
-    assert error.field == "prompt" and "5000" in error.reason
+    assert error.field == "prompt" and "max_reference_bytes" in error.reason
     assert tested.encode_prompt("a" * 900)
     tested.encode_prompt("b" * 4000)  # gives the rate
     error = raised(lambda: tested.encode_prompt("c" * 4000, seconds=1e-6))

@@ -95,19 +95,19 @@ class Tokenizer:
         self._chat = chat
         cache = _core.TextCache(64 << 20) if cache is None else cache
         self._encoder, self._reason = _native(fast, word_slots, self_test_texts)
-        reference = _Reference(fast, max_reference_bytes)
+        reference = _Reference(fast)
         plain, added = next_root(), next_root()
         affixes = _affixes(fast, self_test_texts) if self._encoder else None
         if self._encoder and affixes is None:
             self._encoder, self._reason = None, "the post-processor does more than add tokens around a text"
-        self._plain = _core.Text(cache, self._encoder, plain, (), (), reference.plain)
+        self._plain = _core.Text(cache, self._encoder, plain, (), (), reference.plain, max_reference_bytes)
         if affixes is None:
-            self._added = _core.Text(cache, None, added, (), (), reference.added)
+            self._added = _core.Text(cache, None, added, (), (), reference.added, max_reference_bytes)
         else:
             prefix, suffix = affixes
             # What lies before the first token decides every key; without it both may share what they know.
             root = added if prefix else plain
-            self._added = _core.Text(cache, self._encoder, root, prefix, suffix, reference.plain)
+            self._added = _core.Text(cache, self._encoder, root, prefix, suffix, reference.plain, max_reference_bytes)
 
     @property
     def mode(self) -> Mode:
@@ -186,23 +186,15 @@ def checked(ask: Callable[[], tuple[bytes, int] | str], field: str, max_tokens: 
     """What the text cache answers, with its refusals as errors that name `field`."""
     try:
         answer = ask()
-    except _TooLong as error:
-        raise InvalidArgument(field, error.reason) from None
     except (TypeError, UnicodeError):
         raise InvalidArgument(field, "the text is not valid Unicode") from None
     if answer == "too_many_tokens":
         raise InvalidArgument(field, f"its tokens exceed the limit of {max_tokens}")
+    if answer == "too_long":
+        raise InvalidArgument(field, "too many of its bytes cannot be encoded natively (text.max_reference_bytes)")
     if isinstance(answer, str):
         raise DeadlineExceeded("the deadline passed while the text was tokenized")
     return answer
-
-
-class _TooLong(Exception):
-    """The text is longer than what the reference may be given."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class _Reference:
@@ -210,9 +202,8 @@ class _Reference:
 
     _long = threading.BoundedSemaphore(LONG_AT_ONCE)
 
-    def __init__(self, fast: FastTokenizer, max_bytes: int) -> None:
+    def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
-        self._max_bytes = max_bytes
         self._bytes_per_second = 0.0
 
     def plain(self, text: str, seconds: float) -> bytes:
@@ -225,10 +216,6 @@ class _Reference:
         size = len(text) if text.isascii() else len(text.encode())
         if size < LONG_BYTES:
             return _reference_ids(self._fast, text, add_special_tokens)
-        if size > self._max_bytes:
-            raise _TooLong(
-                f"its {size} bytes exceed the limit of {self._max_bytes} for a tokenizer that encodes texts whole"
-            )
         if self._bytes_per_second and size / self._bytes_per_second > seconds:
             raise DeadlineExceeded("the text cannot be tokenized before the deadline")
         if not self._long.acquire(blocking=False):

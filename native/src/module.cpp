@@ -110,6 +110,7 @@ struct BoundText {
   uint64_t root;
   std::vector<uint32_t> prefix, suffix;
   nb::callable reference;
+  size_t max_reference_bytes;
 
   TextRequest request(std::string_view text, size_t max_tokens, double seconds) const {
     TextRequest out;
@@ -119,6 +120,7 @@ struct BoundText {
     out.prefix = prefix;
     out.suffix = suffix;
     out.max_tokens = max_tokens;
+    out.max_reference_bytes = max_reference_bytes;
     if (seconds < 1e6) {
       const std::chrono::duration<double> left(seconds);
       out.deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(left);
@@ -136,6 +138,7 @@ nb::object result_of(const TextAnswer& answer, nb::bytes&& data) {
   switch (answer.outcome) {
     case TextOutcome::kDone: return nb::make_tuple(data, answer.tokens);
     case TextOutcome::kTooManyTokens: return nb::str("too_many_tokens");
+    case TextOutcome::kTooLong: return nb::str("too_long");
     case TextOutcome::kTooLate: break;
   }
   return nb::str("too_late");
@@ -367,12 +370,13 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](BoundText* self, std::shared_ptr<TextCache> cache, std::shared_ptr<TextEncoder> encoder, uint64_t root,
-             std::vector<uint32_t> prefix, std::vector<uint32_t> suffix, nb::callable reference) {
-            new (self) BoundText{std::move(cache),  std::move(encoder), root,
-                                 std::move(prefix), std::move(suffix),  std::move(reference)};
+             std::vector<uint32_t> prefix, std::vector<uint32_t> suffix, nb::callable reference,
+             size_t max_reference_bytes) {
+            new (self) BoundText{std::move(cache),     std::move(encoder), root, std::move(prefix), std::move(suffix),
+                                 std::move(reference), max_reference_bytes};
           },
           nb::arg("cache"), nb::arg("encoder").none(), nb::arg("root"), nb::arg("prefix"), nb::arg("suffix"),
-          nb::arg("reference"))
+          nb::arg("reference"), nb::arg("max_reference_bytes") = SIZE_MAX)
       .def(
           "ids",
           [](const BoundText& self, std::string_view text, size_t max_tokens, double seconds) {

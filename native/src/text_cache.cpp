@@ -25,9 +25,19 @@ class TextCache::Turn {
   const Name name_;
 };
 
-TextAnswer TextCache::ids(const TextRequest& request) { return walk(request, nullptr); }
+TextAnswer TextCache::ids(const TextRequest& request) { return answer(request, nullptr); }
 
-TextAnswer TextCache::keys(const TextRequest& request, const KeyContext& context) { return walk(request, &context); }
+TextAnswer TextCache::keys(const TextRequest& request, const KeyContext& context) { return answer(request, &context); }
+
+TextAnswer TextCache::answer(const TextRequest& request, const KeyContext* context) {
+  try {
+    return walk(request, context);
+  } catch (const TooLong&) {
+    TextAnswer refused;
+    refused.outcome = TextOutcome::kTooLong;
+    return refused;
+  }
+}
 
 TextCacheStats TextCache::stats() const {
   const std::lock_guard lock(lock_);
@@ -92,6 +102,7 @@ TextAnswer TextCache::walk(const TextRequest& request, const KeyContext* context
   growth.add(request.prefix);
   std::vector<ChunkPtr> path;
   uint64_t parent = request.root;
+  size_t referred = 0;
   const std::string_view text = request.text;
   // The reference may have something to say of an empty text too.
   const bool whole = request.encoder == nullptr;
@@ -100,7 +111,7 @@ TextAnswer TextCache::walk(const TextRequest& request, const KeyContext* context
     if (!whole && end - begin > chunk_bytes_) end = begin + request.encoder->next_cut(text.substr(begin), chunk_bytes_);
     const bool late = std::chrono::steady_clock::now() > request.deadline;
     const ChunkPtr chunk =
-        late ? nullptr : obtain(request, parent, text.substr(begin, end - begin), end == text.size());
+        late ? nullptr : obtain(request, parent, text.substr(begin, end - begin), end == text.size(), referred);
     if (!chunk) {
       answer.outcome = TextOutcome::kTooLate;
       return answer;
@@ -133,7 +144,8 @@ std::shared_ptr<const TextCache::Keys> TextCache::keys_of(const ChunkPtr& chunk,
   return chunk->keys && chunk->keys->context == context ? chunk->keys : nullptr;
 }
 
-TextCache::ChunkPtr TextCache::obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last) {
+TextCache::ChunkPtr TextCache::obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last,
+                                      size_t& referred) {
   const uint64_t hash = xxh3_64(text.data(), text.size(), parent * 2 + (last ? 1 : 0));
   const Name name{parent, hash, text.size()};
   uint64_t generation = 0;
@@ -161,20 +173,22 @@ TextCache::ChunkPtr TextCache::obtain(const TextRequest& request, uint64_t paren
   chunk->parent = parent;
   chunk->hash = hash;
   chunk->last = last;
-  chunk->ids = encode(request, text);
+  chunk->ids = encode(request, text, referred);
   chunk->ids.shrink_to_fit();
   chunk->text = text;
   keep(chunk, generation);
   return chunk;
 }
 
-std::vector<uint32_t> TextCache::encode(const TextRequest& request, std::string_view text) {
+std::vector<uint32_t> TextCache::encode(const TextRequest& request, std::string_view text, size_t& referred) {
   const auto refer = [&] {
     const std::chrono::duration<double> left = request.deadline - std::chrono::steady_clock::now();
     return request.reference(text, left.count());
   };
   std::vector<uint32_t> ids;
   const bool native = request.encoder != nullptr && request.encoder->encode(text, ids);
+  if (!native) referred += text.size();
+  if (referred > request.max_reference_bytes) throw TooLong();
   bool verify = false;
   {
     const std::lock_guard lock(lock_);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <list>
 #include <memory>
@@ -30,6 +31,7 @@ struct TextRequest {
   std::vector<uint32_t> prefix, suffix;  // what the tokenizer adds before and behind
   ReferenceEncoder reference;
   size_t max_tokens = SIZE_MAX;
+  size_t max_reference_bytes = SIZE_MAX;  // of this text
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
 };
 
@@ -41,7 +43,7 @@ struct KeyContext {
   bool operator==(const KeyContext&) const = default;
 };
 
-enum class TextOutcome { kDone, kTooManyTokens, kTooLate };
+enum class TextOutcome { kDone, kTooManyTokens, kTooLate, kTooLong };
 
 struct TextAnswer {
   TextOutcome outcome = TextOutcome::kDone;
@@ -91,13 +93,15 @@ class TextCache {
   };
   class Turn;
   class Growth;
+  struct TooLong : std::exception {};
 
+  TextAnswer answer(const TextRequest& request, const KeyContext* context);
   TextAnswer walk(const TextRequest& request, const KeyContext* context);
-  // None when the deadline passes while another call encodes the chunk.
-  ChunkPtr obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last);
+  // None when the deadline passes while another call encodes the chunk. `referred` counts the reference's bytes.
+  ChunkPtr obtain(const TextRequest& request, uint64_t parent, std::string_view text, bool last, size_t& referred);
   ChunkPtr find(uint64_t parent, uint64_t hash, std::string_view text, bool last) const;  // under the lock
   std::shared_ptr<const Keys> keys_of(const ChunkPtr& chunk, const KeyContext& context) const;
-  std::vector<uint32_t> encode(const TextRequest& request, std::string_view text);
+  std::vector<uint32_t> encode(const TextRequest& request, std::string_view text, size_t& referred);
   void keep(const ChunkPtr& chunk, uint64_t generation);
   void keep_keys(const ChunkPtr& chunk, std::shared_ptr<const Keys> keys);
   void drop_oldest();  // under the lock
