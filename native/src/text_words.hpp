@@ -16,9 +16,9 @@ namespace kvindex {
 // the same set.
 class Words {
  public:
-  // `slots` short words, a power of two; an eighth as many long ones.
+  // `slots` short words, a power of two; a sixteenth as many long ones.
   explicit Words(size_t slots)
-      : short_mask_(slots / kWays - 1), long_mask_(slots / 8 / kWays - 1), short_(slots), long_(slots / 8) {}
+      : short_mask_(slots / kWays - 1), long_mask_(slots / 16 / kWays - 1), short_(slots), long_(slots / 16) {}
 
   // A word on its way to be looked up: where to look is known, and being fetched, before it is needed.
   struct Wanted {
@@ -94,7 +94,7 @@ class Words {
   }
 
  private:
-  static constexpr size_t kWays = 4, kShortText = 15, kShortIds = 3, kLongText = 62, kLongIds = 16;
+  static constexpr size_t kWays = 4, kShortText = 15, kShortIds = 3, kLongText = 118, kLongIds = 34;
 
   // The word itself, zero padded, its length in the last byte.
   struct Name {
