@@ -1,8 +1,8 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
 import enum
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 _Bytes: TypeAlias = bytes  # `bytes` is a property of Index
 
@@ -175,3 +175,49 @@ class Stream:
     def unresolved(self) -> int: ...  # claims whose key is not known
     @property
     def closed(self) -> bool: ...
+
+class TextEncoder:
+    """A byte-level BPE tokenizer; the plan comes from tokenize/plan.py. ValueError for a malformed one."""
+
+    def __init__(self, plan: dict[str, Any]) -> None: ...
+    def encode(self, text: str) -> bytes | None:
+        """Ids as u32 LE without the tokens a post-processor adds; None when the normalizer may change the text."""
+
+    def next_cut(self, text: str, start: int) -> int: ...  # byte offsets; the text's size when there is none
+    @property
+    def refuted(self) -> bool: ...  # found to differ from the reference in service
+
+class TextCache:
+    """What was tokenized before, bounded in bytes, shared by all tokenizers and threads."""
+
+    def __init__(self, max_bytes: int, verify_every: int = 0, chunk_bytes: int = 4096) -> None: ...
+    def stats(self) -> dict[str, int]: ...
+
+class Text:
+    """One tokenizer before the cache. Texts of different roots share nothing; roots are below 2**32.
+
+    `reference(text, seconds_left)` gives ids as u32 LE; it may raise. Answers are (bytes, tokens), or
+    "too_many_tokens", "too_late", or "too_long" for what the reference may be given of one text.
+    """
+
+    def __init__(
+        self,
+        cache: TextCache,
+        encoder: TextEncoder | None,  # None: a text is one piece, encoded by the reference
+        root: int,
+        prefix: Sequence[int],
+        suffix: Sequence[int],
+        reference: Callable[[str, float], bytes],
+        max_reference_bytes: int = ...,  # of one text
+    ) -> None: ...
+    def ids(self, text: str, max_tokens: int, seconds: float) -> tuple[bytes, int] | str: ...
+    def keys(
+        self,
+        text: str,
+        block_size: int,
+        seed: int,
+        lora_name: str,
+        cache_salt: str,
+        max_tokens: int,
+        seconds: float,
+    ) -> tuple[bytes, int] | str: ...

@@ -65,6 +65,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value
+
+
 def _no_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number, not a boolean")
@@ -91,6 +97,7 @@ def _tier_weights(weights: dict[str, float]) -> dict[str, float]:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Url = Annotated[str, AfterValidator(_url)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
@@ -108,6 +115,10 @@ class ModelSettings(_Section):
     tokenizer: str | None = Field(
         default=None,
         description="Directory with the model's tokenizer files; without it text cannot be scored",
+    )
+    tokenize_url: Url | None = Field(
+        default=None,
+        description="An engine's `/tokenize` endpoint, asked when the model has no tokenizer here",
     )
     block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
     aliases: tuple[Name, ...] = Field(default=(), description="Other names requests may use for the model")
@@ -190,6 +201,37 @@ class PlacementSettings(_Section):
         return self
 
 
+class TextSettings(_Section):
+    """How text becomes tokens, and what is remembered of it."""
+
+    cache_bytes: Integer = Field(
+        default=256 * MIB, ge=0, description="Memory for texts seen before, their tokens and keys, over all models"
+    )
+    known_words: Integer = Field(
+        default=131_072, ge=1024, le=2**26, description="Words remembered per tokenizer, 48 bytes each; a power of two"
+    )
+    verify_every: Integer = Field(
+        default=1024,
+        ge=0,
+        description="Of the pieces of text encoded natively, every so many-th is compared with the reference; 0 = none",
+    )
+    max_reference_bytes: Integer = Field(
+        default=4 * MIB, ge=1, description="Bytes of one text that may be encoded by the reference library"
+    )
+    tokenizer_dirs: tuple[str, ...] = Field(
+        default=(), description="Where tokenizers are looked for by the model's name: plain directories or hub caches"
+    )
+    hub_download: bool = Field(
+        default=False, description="Fetch tokenizers that are not found from the Hugging Face hub"
+    )
+
+    @model_validator(mode="after")
+    def _valid(self) -> "TextSettings":
+        if self.known_words & (self.known_words - 1):
+            raise _WrongField("known_words", "must be a power of two")
+        return self
+
+
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
@@ -238,6 +280,7 @@ class Settings(_Section):
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
+    text: TextSettings = Field(default=TextSettings(), description="Tokenizing")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 
@@ -325,6 +368,9 @@ def load_settings(
     for index, model in enumerate(settings.models):
         if model.tokenizer is not None and not Path(model.tokenizer).is_dir():
             raise ConfigError(f"models[{index}].tokenizer", f"{model.tokenizer} is not a directory")
+    for index, directory in enumerate(settings.text.tokenizer_dirs):
+        if not Path(directory).is_dir():
+            raise ConfigError(f"text.tokenizer_dirs[{index}]", f"{directory} is not a directory")
     return settings
 
 

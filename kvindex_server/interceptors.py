@@ -178,6 +178,7 @@ def _checker(context: grpc.ServicerContext) -> Check:
         if not context.is_active():
             raise _Cancelled("the caller cancelled")
 
+    check.remaining = context.time_remaining  # type: ignore[attr-defined]
     return check
 
 

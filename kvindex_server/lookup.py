@@ -10,9 +10,13 @@ from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound,
 from kvindex_server.models import Model, Models
 from kvindex_server.score import PodScore, Weights, ranked
 from kvindex_server.stream import Trust
+from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer
 
 Check = Callable[[], None]
-"""Called between stages; raises when the caller's deadline has passed or the caller is gone."""
+"""Called between stages; raises when the caller's deadline has passed or the caller is gone.
+
+Its attribute `remaining`, if it has one, gives the seconds that are left, or None without a deadline.
+"""
 
 Kind = Literal["prompt", "chat", "tokens", "keys", "engine_hashes"]
 Located = tuple[str, int, int, int, bool]
@@ -177,7 +181,9 @@ class Lookup:
         block_size = model.index.block_size
         if query.kind == "keys":  # made by the caller: LoRA, salt and media are in them already
             return query.keys, block_size, len(query.keys) // 8 * block_size
-        tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query)
+        if query.kind in ("prompt", "chat") and block_size and not query.mm_features:
+            return self._keys_of_text(model, lora, query, check)
+        tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query, check)
         check()
         total = len(tokens) // 4
         for _, offset, length in query.mm_features:
@@ -198,16 +204,45 @@ class Lookup:
         check()
         return keys, block_size, total
 
-    def _tokenize(self, model: Model, query: Query) -> bytes:
-        if model.tokenizer is None:
-            raise FailedPrecondition(
-                f"model {model.name!r} has no tokenizer: start the server with --tokenizer MODEL=DIR, "
-                "or send tokens or keys"
-            )
+    def _keys_of_text(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
+        """Straight from text to keys, so that what was seen before is neither encoded nor hashed again."""
+        tokenizer = _tokenizer_of(model)
         started = time.perf_counter()
-        encode = model.tokenizer.encode_chat if query.kind == "chat" else model.tokenizer.encode_prompt
-        tokens = encode(query.text)
+        block_size = model.index.block_size
+        keyed = tokenizer.keys(
+            "chat" if query.kind == "chat" else "prompt",
+            query.text,
+            block_size,
+            model.index.seed,
+            query.lora_name or lora,
+            query.cache_salt,
+            max_tokens=self._max_tokens,
+            seconds=_seconds_left(check),
+        )
         self._metrics.observe_stage("tokenize", time.perf_counter() - started)
-        if len(tokens) > self._max_tokens * 4:
-            raise InvalidArgument(query.kind, f"its {len(tokens) // 4} tokens exceed the limit of {self._max_tokens}")
+        check()
+        return keyed.keys, block_size, keyed.tokens
+
+    def _tokenize(self, model: Model, query: Query, check: Check) -> bytes:
+        tokenizer = _tokenizer_of(model)
+        started = time.perf_counter()
+        encode = tokenizer.encode_chat if query.kind == "chat" else tokenizer.encode_prompt
+        tokens = encode(query.text, max_tokens=self._max_tokens, seconds=_seconds_left(check))
+        self._metrics.observe_stage("tokenize", time.perf_counter() - started)
         return tokens
+
+
+def _tokenizer_of(model: Model) -> AnyTokenizer:
+    if model.tokenizer is None:
+        raise FailedPrecondition(
+            f"model {model.name!r} has no tokenizer: start the server with --tokenizer MODEL=DIR, set "
+            "text.tokenizer_dirs or the model's tokenize_url, or send tokens or keys"
+        )
+    return model.tokenizer
+
+
+def _seconds_left(check: Check) -> float:
+    """What the caller's deadline leaves; a check without a deadline has no end."""
+    remaining = getattr(check, "remaining", None)
+    left = remaining() if remaining is not None else None
+    return NO_DEADLINE if left is None else left

@@ -60,6 +60,20 @@ REQUESTS = (
     MetricName("kvindex_unknown_tier_total", "counter", ("model",), "Scores over a tier that has no weight"),
 )
 
+TEXT = (
+    MetricName("kvindex_text_chunk_hits_total", "counter", (), "Pieces of text that were known"),
+    MetricName("kvindex_text_chunk_misses_total", "counter", (), "Pieces of text that had to be encoded"),
+    MetricName("kvindex_text_tokens_saved_total", "counter", (), "Tokens of the known pieces"),
+    MetricName("kvindex_text_tokens_encoded_total", "counter", (), "Tokens of the encoded pieces"),
+    MetricName("kvindex_text_reference_chunks_total", "counter", (), "Pieces the reference library had to encode"),
+    MetricName("kvindex_text_verified_chunks_total", "counter", (), "Pieces encoded twice to compare"),
+    MetricName("kvindex_text_waits_total", "counter", (), "Calls that waited for another's encoding of a piece"),
+    MetricName("kvindex_text_evictions_total", "counter", (), "Pieces forgotten for want of memory"),
+    MetricName("kvindex_text_cache_bytes", "gauge", (), "Memory of the known pieces"),
+    MetricName("kvindex_text_cache_chunks", "gauge", (), "Known pieces"),
+    MetricName("kvindex_tokenizer_native", "gauge", ("model",), "1 native, 0 when texts are encoded whole"),
+)
+
 STREAMS = (
     MetricName("kvindex_stream_messages_total", "counter", _STREAM, "Messages applied"),
     MetricName("kvindex_stream_events_total", "counter", _STREAM, "Events applied"),
@@ -108,7 +122,7 @@ STREAMS = (
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *STREAMS):
+    for row in (*REQUESTS, *TEXT, *STREAMS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -225,6 +239,10 @@ class Metrics:
         """Show the fleet's streams and models in every scrape from now on."""
         self.registry.register(FleetCollector(statuses, models))
 
+    def watch_text(self, stats: Callable[[], Mapping[str, int]], native: Callable[[], Mapping[str, bool]]) -> None:
+        """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
+        self.registry.register(TextCollector(stats, native))
+
     def serve(self, host: str, port: int) -> "MetricsServer":
         """Answer HTTP on this address; port 0 picks a free one."""
         return MetricsServer(self, host, port)
@@ -254,9 +272,31 @@ class FleetCollector(Collector):
         yield from families.values()
 
 
-def _families() -> dict[str, Metric]:
+class TextCollector(Collector):
+    """The text cache's own counters, read at scrape."""
+
+    def __init__(self, stats: Callable[[], Mapping[str, int]], native: Callable[[], Mapping[str, bool]]) -> None:
+        self._stats = stats
+        self._native = native
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples."""
+        return list(_families(TEXT).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families = _families(TEXT)
+        for what, value in self._stats().items():
+            name = f"kvindex_text_cache_{what}" if what in ("bytes", "chunks") else f"kvindex_text_{what}_total"
+            _add(families, name, (), value)
+        for model, native in self._native().items():
+            _add(families, "kvindex_tokenizer_native", (model,), native)
+        yield from families.values()
+
+
+def _families(rows: Sequence[MetricName] = STREAMS) -> dict[str, Metric]:
     kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
-    return {row.name: kinds[row.kind](row.name, row.meaning, labels=row.labels) for row in STREAMS}
+    return {row.name: kinds[row.kind](row.name, row.meaning, labels=row.labels) for row in rows}
 
 
 def _add(families: dict[str, Metric], name: str, labels: Sequence[str], value: float) -> None:

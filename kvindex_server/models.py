@@ -1,15 +1,15 @@
 """The models known to the server: by configuration, or because a pod was registered for one."""
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvindex_server._core import Index
 from kvindex_server.errors import NotFound
 
 if TYPE_CHECKING:
-    from kvindex_server.tokenize.registry import Tokenizer
+    from kvindex_server.tokenize.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Model:
 
     name: str
     index: Index
-    tokenizer: "Tokenizer | None" = None
+    tokenizer: "AnyTokenizer | None" = None
     aliases: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
 
@@ -33,8 +33,11 @@ class Models:
         hash_seed: int = 1337,
         max_claims: int = 0,
         max_placements: int = 1_048_576,
+        discover: "Callable[[str], AnyTokenizer | None] | None" = None,
     ) -> None:
+        """`discover` finds the tokenizer of a model that is known only by name; it may take seconds."""
         self._lock = threading.Lock()
+        self._discover = discover
         self._hash_seed = hash_seed
         self._max_claims = max_claims
         self._max_placements = max_placements
@@ -59,14 +62,31 @@ class Models:
             if known is not None:
                 return known[0]
             model = Model(name, Index(block_size, self._hash_seed, self._max_claims, self._max_placements))
-            models = [*self._models.values(), model]
-            self._models = {each.name: each for each in models}
-            self._names = _names(models)
-            return model
+            self._put(model)
+        if self._discover is not None:
+            # The registration must not wait for it.
+            threading.Thread(target=self._find_tokenizer, args=(name,), name="tokenizer", daemon=True).start()
+        return model
+
+    def _find_tokenizer(self, name: str) -> None:
+        assert self._discover is not None
+        tokenizer = self._discover(name)
+        if tokenizer is not None:
+            with self._lock:
+                self._put(replace(self._models[name], tokenizer=tokenizer))
+
+    def _put(self, model: Model) -> None:
+        models = {**self._models, model.name: model}
+        self._models = models
+        self._names = _names(list(models.values()))
 
     def all(self) -> list[Model]:
         """Every model, in the order they became known."""
         return list(self._models.values())
+
+    def native(self) -> dict[str, bool]:
+        """Of every model with a tokenizer: whether it is encoded natively."""
+        return {each.name: each.tokenizer.mode == "native" for each in self.all() if each.tokenizer is not None}
 
 
 def _names(models: Sequence[Model]) -> dict[str, tuple[Model, str]]:

@@ -14,7 +14,7 @@ from types import FrameType
 import grpc
 
 from kvindex_server import admin, compat, health, reflection, service
-from kvindex_server._core import Index
+from kvindex_server._core import Index, TextCache
 from kvindex_server.config import ConfigError, Settings
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
@@ -24,7 +24,7 @@ from kvindex_server.interceptors import Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
-from kvindex_server.tokenize.registry import load_tokenizer
+from kvindex_server.tokenize.sources import Sources
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
-        self.models = _models(settings)
+        self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
+        self.models = _models(settings, self.texts)
         self.fleet = _fleet(settings, self.models)
         self._guards: list[Guard] = []
         self._ready = threading.Event()
@@ -93,6 +94,7 @@ class Server:
             else self.grpc_address
         )
         self.metrics.watch(self.fleet.statuses, self._sizes)
+        self.metrics.watch_text(self.texts.stats, self.models.native)
         host, _, port = settings.metrics_listen.rpartition(":")
         try:
             self._metrics_server = self.metrics.serve(host.strip("[]"), int(port))
@@ -198,7 +200,14 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _models(settings: Settings) -> Models:
+def _models(settings: Settings, texts: TextCache) -> Models:
+    sources = Sources(
+        texts,
+        directories=tuple(map(Path, settings.text.tokenizer_dirs)),
+        download=settings.text.hub_download,
+        word_slots=settings.text.known_words,
+        max_reference_bytes=settings.text.max_reference_bytes,
+    )
     models = []
     for each in settings.models:
         index = Index(
@@ -207,18 +216,17 @@ def _models(settings: Settings) -> Models:
             settings.limits.max_claims_per_model,
             settings.placement.max_blocks,
         )
-        tokenizer = None
-        if each.tokenizer:
-            try:
-                tokenizer = load_tokenizer(Path(each.tokenizer))
-            except InvalidArgument as error:
-                raise ConfigError(f"models: {each.name}: tokenizer", error.reason) from error
+        try:
+            tokenizer = sources.configured(each.name, each.tokenizer, each.tokenize_url)
+        except InvalidArgument as error:
+            raise ConfigError(f"models: {each.name}: tokenizer", error.reason) from error
         models.append(Model(each.name, index, tokenizer, each.aliases, each.loras))
     return Models(
         models,
         hash_seed=settings.hash_seed,
         max_claims=settings.limits.max_claims_per_model,
         max_placements=settings.placement.max_blocks,
+        discover=sources.discover,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvindex_server.errors import FailedPrecondition, InvalidArgument
+from kvindex_server.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.template import ChatTemplate
 
@@ -250,3 +250,28 @@ def test_a_template_that_does_not_compile_fails_at_load() -> None:
     with pytest.raises(InvalidArgument, match="does not compile") as caught:
         ChatTemplates({"default": "{% for %}"}, {})
     assert caught.value.field == "tokenizer"
+
+
+def test_cheap_attribute_reads_are_those_of_the_sandbox() -> None:
+    """Loop and namespace variables, and keys that are also methods of dict, come as the sandbox gives them."""
+    source = (
+        "{% set ns = namespace(last='', n=0) %}"
+        "{% for m in messages %}{{ loop.index0 }}{{ loop.first }}{{ loop.nextitem is defined }}{{ loop.nosuch }}"
+        "{% set ns.last = m.role %}{% set ns.n = ns.n + 1 %}{{ m.nosuch is defined }}{{ m.items is callable }}"
+        "{% endfor %}{{ ns.last }}{{ ns.n }}{{ ns.nosuch is defined }}"
+    )
+    body = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert render(source, body) == "0TrueTrueFalseTrue1FalseFalseFalseTrueassistant2False"
+    for private in ("loop._iterable", "loop.__class__", "ns.__class__", "m.__class__", "loop.cycle.__globals__"):
+        hidden = "{% set ns = namespace(n=0) %}{% for m in messages %}{{ " + private + ".x }}{% endfor %}"
+        with pytest.raises(InvalidArgument, match=r"SecurityError|UndefinedError"):
+            render(hidden, body)
+
+
+def test_the_callers_deadline_ends_rendering() -> None:
+    loops = "{% for a in range(9999) %}{% for b in range(9999) %}{{ a.real }}{% endfor %}{% endfor %}"
+    templates = ChatTemplates({"default": loops}, {})
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        templates.render(json.dumps(user()), 0.05)
+    assert time.monotonic() - started < 2

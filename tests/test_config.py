@@ -136,6 +136,10 @@ def test_kubernetes_service_links_are_ignored() -> None:
         ("tier_weights: {gpu: 1, GPU: 2}", "tier_weights.GPU: is given twice"),
         ("models: [{name: a}, {name: a}]", "models[1].name: the name 'a' is already used by models[0].name"),
         ("models: [{name: a, loras: [b]}, {name: c, aliases: [b]}]", "models[1].aliases[0]: the name 'b'"),
+        ("models: [{name: a, tokenize_url: 'ftp://x'}]", "models[0].tokenize_url: must"),
+        ("text: {known_words: 3000}", "text.known_words: must be a power of two"),
+        ("text: {cache_bytes: -1}", "text.cache_bytes: must be greater than or equal to 0"),
+        ("text: {tokenizer_dirs: [/nowhere]}", "text.tokenizer_dirs[0]: /nowhere is not a directory"),
         ("models: [{name: a, tokenizer: /nowhere}]", "models[0].tokenizer: /nowhere is not a directory"),
         (
             "pods: [{pod: p, model: m, endpoint: 'p:1'}]",

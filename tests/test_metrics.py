@@ -13,11 +13,12 @@ from prometheus_client import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from kvindex_server import __version__
+from kvindex_server import __version__, _core
 from kvindex_server.metrics import (
     MAX_METHODS,
     REQUESTS,
     STREAMS,
+    TEXT,
     Metrics,
     MetricsServer,
     metrics_table,
@@ -268,11 +269,12 @@ def test_taken_port_fails_at_once() -> None:
 def test_every_name_exists_and_none_is_undeclared() -> None:
     metrics = Metrics()
     metrics.watch(list, list)
+    metrics.watch_text(_core.TextCache(1 << 20).stats, dict)
     exposed = set()
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *STREAMS)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -283,7 +285,8 @@ def test_labels_are_as_declared() -> None:
     metrics.observe_rpc("method", "OK", 1.0)
     metrics.unknown_tier("m", "t")
     metrics.watch(lambda: [status()], lambda: [Stats()])
-    declared = {row.name: set(row.labels) for row in (*REQUESTS, *STREAMS)}
+    metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
+    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS)}
     seen = set()
     for name, labels in samples(metrics):
         base = name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -300,6 +303,27 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *STREAMS)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_bucket$", "", name) for name in named} - {"kvindex_server"} <= declared
+
+
+def test_the_text_cache_is_read_at_scrape() -> None:
+    metrics = Metrics()
+    cache = _core.TextCache(1 << 20)
+    metrics.watch_text(cache.stats, lambda: {"m": True, "n": False})
+    text = _core.Text(cache, None, 1, (), (), lambda text, left: b"\1\0\0\0")
+    text.ids("a", 9, 1e9)
+    text.ids("a", 9, 1e9)
+    samples = scrape(metrics)
+    assert samples["kvindex_text_chunk_hits_total"] == samples["kvindex_text_chunk_misses_total"] == 1
+    assert samples["kvindex_text_tokens_saved_total"] == samples["kvindex_text_tokens_encoded_total"] == 1
+    assert samples["kvindex_text_cache_bytes"] == cache.stats()["bytes"] > 0
+    assert samples['kvindex_tokenizer_native{model="m"}'] == 1
+    assert samples['kvindex_tokenizer_native{model="n"}'] == 0
+
+
+def scrape(metrics: Metrics) -> dict[str, float]:
+    """Samples by name and labels as they are printed."""
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}

@@ -15,6 +15,7 @@ import grpc
 import msgpack
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers_at_hand import byte_level
 
 from kvindex_server import _core, admin, compat, health, reflection, service
 from kvindex_server._core import Index
@@ -30,6 +31,9 @@ from kvindex_server.pb.indexer.v1.indexer_pb2_grpc import IndexerServiceStub
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub, KVIndexStub
 from kvindex_server.stream import Trust
+from kvindex_server.tokenize import tokenizer as tokenizer_module
+from kvindex_server.tokenize.chat import ChatTemplates
+from kvindex_server.tokenize.tokenizer import Keyed, Tokenizer
 
 TIER_WEIGHTS = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5}
 LIMITS = LimitSettings(max_tokens=1000, max_pods=8, max_keys=100, max_prompt_bytes=1000)
@@ -38,14 +42,24 @@ LIMITS = LimitSettings(max_tokens=1000, max_pods=8, max_keys=100, max_prompt_byt
 class FakeTokenizer:
     """One token per byte."""
 
-    def encode_prompt(self, text: str) -> bytes:
-        return struct.pack(f"<{len(text)}I", *text.encode())
+    def encode_prompt(self, text: str, *, max_tokens: int, seconds: float) -> bytes:
+        return self.limited("prompt", text, max_tokens)
 
-    def encode_chat(self, body: str) -> bytes:
+    def encode_chat(self, body: str, *, max_tokens: int, seconds: float) -> bytes:
         try:
-            return self.encode_prompt(json.loads(body)["messages"][0]["content"])
+            return self.limited("chat", json.loads(body)["messages"][0]["content"], max_tokens)
         except ValueError:
             raise InvalidArgument("chat", "is not valid JSON") from None
+
+    def keys(self, kind: str, body: str, *context: object, max_tokens: int, seconds: float) -> Keyed:
+        encode = self.encode_chat if kind == "chat" else self.encode_prompt
+        ids = encode(body, max_tokens=max_tokens, seconds=seconds)
+        return Keyed(_core.block_keys(ids, *context), len(ids) // 4)  # type: ignore[arg-type]
+
+    def limited(self, field: str, text: str, max_tokens: int) -> bytes:
+        if len(text) > max_tokens:
+            raise InvalidArgument(field, f"its tokens exceed the limit of {max_tokens}")
+        return struct.pack(f"<{len(text)}I", *text.encode())
 
 
 @dataclass
@@ -393,11 +407,34 @@ def test_a_deadline_that_passed_while_waiting_costs_no_work() -> None:
         served.close()
 
 
+def test_a_text_that_cannot_be_tokenized_in_time_is_refused_at_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call's own deadline reaches the reference encoder, which knows how fast it is."""
+    monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 100)
+    tokenizer = Tokenizer(byte_level(add_prefix_space=True), ChatTemplates({}, {}), self_test_texts=10)
+    assert tokenizer.mode == "reference"
+    served.lookup._models = Models([Model("slow", Index(4), tokenizer)])
+    request = pb.ScoreRequest(model="slow", prompt="a " * 200)
+    assert served.kv.Score(request, timeout=5).total_tokens > 100
+    started = time.monotonic()
+    monkeypatch.setattr(tokenizer_module, "_reference_ids", lambda *_: time.sleep(3))
+    reference = tokenizer_module._Reference(byte_level())
+    reference._bytes_per_second = 100.0
+    text = _core.Text(_core.TextCache(1 << 20), None, 1, (), (), reference.plain)
+    monkeypatch.setattr(tokenizer, "_added", text)
+    request = pb.ScoreRequest(model="slow", prompt="b " * 200)
+    code, message = refused(lambda: served.kv.Score(request, timeout=2))
+    assert (code, "cannot be tokenized" in message) == (grpc.StatusCode.DEADLINE_EXCEEDED, True)
+    assert time.monotonic() - started < 1
+
+
 def test_a_deadline_is_honoured_between_stages(served: Served) -> None:
     class Slow(FakeTokenizer):
-        def encode_prompt(self, text: str) -> bytes:
+        def encode_prompt(self, text: str, *, max_tokens: int, seconds: float) -> bytes:
+            assert 0 < seconds <= 5
             time.sleep(0.15)
-            return super().encode_prompt(text)
+            return super().encode_prompt(text, max_tokens=max_tokens, seconds=seconds)
 
     model = Model("slow", Index(4), Slow())  # type: ignore[arg-type]
     served.lookup._models = Models([model])

@@ -21,8 +21,16 @@ class ChatTemplates:
         self._templates = {name: ChatTemplate(source) for name, source in sources.items()}
         self._special_tokens = dict(special_tokens)
 
-    def render(self, body: str | bytes) -> str:
-        """The prompt text of a chat-completions body. InvalidArgument never quotes the body."""
+    @property
+    def available(self) -> bool:
+        """Whether there is a template at all."""
+        return bool(self._templates)
+
+    def render(self, body: str | bytes, seconds: float = float("inf")) -> str:
+        """The prompt text of a chat-completions body. InvalidArgument never quotes the body.
+
+        DeadlineExceeded when `seconds` pass, which are what the caller's deadline leaves.
+        """
         request = _parse(body)
         if request.get("chat_template") is not None:
             raise InvalidArgument("chat", "chat_template in a request is not accepted")
@@ -46,8 +54,8 @@ class ChatTemplates:
         # The engine gives the template `documents` in any case, and the body's win over the kwargs'.
         variables["documents"] = documents if documents is not None else variables.get("documents")
         if not resume:
-            return template.render(variables)
-        return _render_resumed(template, variables, messages[-1])
+            return template.render(variables, seconds=seconds)
+        return _render_resumed(template, variables, messages[-1], seconds)
 
     def _choose(self, *, has_tools: bool) -> ChatTemplate:
         if not self._templates:
@@ -103,7 +111,7 @@ def _template_kwargs(request: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _render_resumed(template: ChatTemplate, variables: dict[str, Any], final: dict[str, Any]) -> str:
+def _render_resumed(template: ChatTemplate, variables: dict[str, Any], final: dict[str, Any], seconds: float) -> str:
     """The text up to the end of the final message: a tag marks the place, and is cut with what follows."""
     if "content" not in template.source:
         raise InvalidArgument("chat", "the chat template cannot continue a message")
@@ -117,7 +125,7 @@ def _render_resumed(template: ChatTemplate, variables: dict[str, Any], final: di
             raise InvalidArgument("chat", "the final message has no text to continue")
         text = part["text"]
         part["text"] = text + _CONTINUE_TAG
-    rendered = template.render(variables)
+    rendered = template.render(variables, seconds=seconds)
     at = rendered.rfind(_CONTINUE_TAG.strip())
     if at < 0 or text.strip() not in rendered:
         raise InvalidArgument("chat", "the chat template does not keep the final message to continue")

@@ -1,15 +1,17 @@
-"""Loads a model's tokenizer directory, and encodes text to token ids exactly as the engine does."""
+"""Loads a model's tokenizer directory: tokenizer.json, its config and the chat templates."""
 
+import ctypes
+import ctypes.util
 import json
-import sys
-from array import array
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from kvindex_server import _core
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.tokenize.chat import ChatTemplates
+from kvindex_server.tokenize.tokenizer import UNLIMITED, Tokenizer
 
 # The named tokens that transformers gives to a chat template.
 _SPECIAL_TOKENS = (
@@ -23,42 +25,13 @@ _SPECIAL_TOKENS = (
 )
 
 
-class Tokenizer:
-    """One model's tokenizer and chat templates; safe from many threads."""
-
-    def __init__(self, fast: FastTokenizer, chat: ChatTemplates) -> None:
-        # A prompt is encoded whole and alone: what the file says for training batches must not apply.
-        fast.no_truncation()
-        fast.no_padding()
-        self._fast = fast
-        self._chat = chat
-
-    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> bytes:
-        """Token ids as little-endian u32; `field` is the request's field that an error names."""
-        try:
-            # The batch call releases the GIL, which encode() holds for the whole text.
-            encoding = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
-        except (TypeError, UnicodeError):
-            raise InvalidArgument(field, "the text is not valid Unicode") from None
-        ids = array("I", encoding.ids)
-        if sys.byteorder == "big":
-            ids.byteswap()
-        return ids.tobytes()
-
-    def encode_prompt(self, text: str) -> bytes:
-        """Ids of a completions prompt: with the special tokens of the tokenizer's own post-processor."""
-        return self.encode(text, add_special_tokens=True)
-
-    def render_chat(self, body: str | bytes) -> str:
-        """The prompt text of an OpenAI chat-completions body."""
-        return self._chat.render(body)
-
-    def encode_chat(self, body: str | bytes) -> bytes:
-        """Ids of a chat-completions body: the template writes the special tokens, none are added."""
-        return self.encode(self.render_chat(body), add_special_tokens=False, field="chat")
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(
+    directory: Path,
+    cache: _core.TextCache | None = None,
+    *,
+    word_slots: int = 1 << 17,
+    max_reference_bytes: int = UNLIMITED,
+) -> Tokenizer:
     """Reads tokenizer.json, its config and the chat templates. InvalidArgument when one is broken."""
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -69,7 +42,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InvalidArgument("tokenizer", f"{path} cannot be loaded: {error}") from None
     config = _read_object(directory / "tokenizer_config.json")
     special = _special_tokens(_read_object(directory / "special_tokens_map.json")) | _special_tokens(config)
-    return Tokenizer(fast, ChatTemplates(_chat_templates(directory, config), special))
+    templates = ChatTemplates(_chat_templates(directory, config), special)
+    tokenizer = Tokenizer(fast, templates, cache, word_slots=word_slots, max_reference_bytes=max_reference_bytes)
+    _give_back_memory()
+    return tokenizer
+
+
+def _give_back_memory() -> None:
+    """Taking a definition over needs ten times its size for a moment, and glibc would keep it (measured: 240 MiB)."""
+    libc = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None
+    if trim is not None:
+        trim(0)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

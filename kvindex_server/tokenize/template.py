@@ -14,15 +14,19 @@ from typing import Any, Literal, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-from kvindex_server.errors import InvalidArgument, KvindexError
+from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError
 
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
 MAX_RENDER_SECONDS = 5.0
 
 ContentFormat = Literal["string", "openai"]
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_TEMPLATE_OBJECTS = (LoopContext, Namespace)
 
 _deadline = threading.local()
 
@@ -51,6 +55,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         _check_deadline()
+        # What the sandbox comes to for these after a long search; they are nearly all that a template reads.
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES and attribute in obj:
+            return obj[attribute]
+        if kind in _TEMPLATE_OBJECTS and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                pass
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -60,6 +73,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _check_deadline() -> None:
     if time.monotonic() > getattr(_deadline, "at", float("inf")):
+        if _deadline.is_callers:
+            raise DeadlineExceeded("the deadline passed while the chat template was rendered")
         raise InvalidArgument("chat", "the chat template takes too long to render")
 
 
@@ -111,11 +126,16 @@ class ChatTemplate:
         *,
         max_chars: int = MAX_RENDERED_CHARS,
         max_seconds: float = MAX_RENDER_SECONDS,
+        seconds: float = float("inf"),
     ) -> str:
-        """The text, or InvalidArgument that names the cause but nothing of the conversation."""
+        """The text, or InvalidArgument that names the cause but nothing of the conversation.
+
+        `seconds` is what the caller's deadline leaves; DeadlineExceeded when they pass first.
+        """
         chunks: list[str] = []
         size = 0
-        _deadline.at = time.monotonic() + max_seconds
+        _deadline.at = time.monotonic() + min(max_seconds, seconds)
+        _deadline.is_callers = seconds < max_seconds
         try:
             for chunk in self._template.generate(dict(variables)):
                 _check_deadline()

@@ -12,6 +12,8 @@
 
 #include "drain.hpp"
 #include "index.hpp"
+#include "module_text.hpp"
+#include "numbers.hpp"
 #include "order.hpp"
 #include "scan.hpp"
 #include "stream.hpp"
@@ -31,27 +33,6 @@ QueryExtras extras_of(std::string lora_name, std::string cache_salt, const Featu
                    [](const MmFeature& a, const MmFeature& b) { return a.offset < b.offset; });
   return extras;
 }
-
-// Bytes as whole numbers, in place; a copy only where they are not aligned for them.
-template <typename T>
-class Numbers {
- public:
-  Numbers(const nb::bytes& bytes, const char* name)
-      : data_(static_cast<const T*>(bytes.data())), size_(bytes.size() / sizeof(T)) {
-    if (bytes.size() % sizeof(T) != 0) throw nb::value_error(name);
-    if (reinterpret_cast<uintptr_t>(data_) % alignof(T) == 0) return;
-    copy_.resize(size_);
-    std::memcpy(copy_.data(), bytes.data(), bytes.size());
-    data_ = copy_.data();
-  }
-  const T* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  const T* data_;
-  size_t size_;
-  std::vector<T> copy_;
-};
 
 nb::bytes bytes_of(const std::vector<uint64_t>& keys) {
   return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * 8);
@@ -393,4 +374,6 @@ NB_MODULE(_core, m) {
             return holders_of(self, values, pods);
           },
           nb::arg("hashes"), nb::arg("pods"));
+
+  bind_text(m);
 }

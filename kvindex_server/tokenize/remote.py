@@ -1,0 +1,94 @@
+"""The fallback for a model without a tokenizer here: the engine that serves it is asked over HTTP."""
+
+import json
+import sys
+import time
+import urllib.request
+from array import array
+from typing import Any, Literal
+
+from kvindex_server import _core
+from kvindex_server.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from kvindex_server.tokenize.tokenizer import NO_DEADLINE, UNLIMITED, Keyed, checked, next_root
+
+MAX_SECONDS = 10.0
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+
+class RemoteTokenizer:
+    """Asks `POST {url}` as vLLM's `/tokenize` understands it; whole texts, and whole chats, are remembered."""
+
+    mode: Literal["remote"] = "remote"
+    reason = "the engine is asked for every new text"
+    has_chat_template = True
+
+    def __init__(self, url: str, model: str, cache: _core.TextCache) -> None:
+        engine = _Engine(url, model)
+        self._prompts = _core.Text(cache, None, next_root(), (), (), engine.prompt)
+        self._chats = _core.Text(cache, None, next_root(), (), (), engine.chat)
+
+    def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
+        """As Tokenizer.encode_prompt."""
+        return checked(lambda: self._prompts.ids(text, max_tokens, seconds), "prompt", max_tokens)[0]
+
+    def encode_chat(self, body: str | bytes, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
+        """As Tokenizer.encode_chat."""
+        text = body.decode() if isinstance(body, bytes) else body
+        return checked(lambda: self._chats.ids(text, max_tokens, seconds), "chat", max_tokens)[0]
+
+    def keys(
+        self,
+        kind: Literal["prompt", "chat"],
+        body: str,
+        block_size: int,
+        seed: int,
+        lora_name: str = "",
+        cache_salt: str = "",
+        *,
+        max_tokens: int = UNLIMITED,
+        seconds: float = NO_DEADLINE,
+    ) -> Keyed:
+        """As Tokenizer.keys."""
+        text_of = self._prompts if kind == "prompt" else self._chats
+        ask = lambda: text_of.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
+        return Keyed(*checked(ask, kind, max_tokens))
+
+
+class _Engine:
+    """The endpoint, apart from the tokenizer that remembers its answers."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self._url = url
+        self._model = model
+
+    def prompt(self, text: str, seconds: float) -> bytes:
+        return self._ask({"model": self._model, "prompt": text, "add_special_tokens": True}, seconds)
+
+    def chat(self, body: str, seconds: float) -> bytes:
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            raise InvalidArgument("chat", "not valid JSON") from None
+        if not isinstance(request, dict):
+            raise InvalidArgument("chat", "not a JSON object")
+        if request.get("chat_template") is not None:
+            raise InvalidArgument("chat", "chat_template in a request is not accepted")
+        return self._ask({**request, "model": self._model, "add_special_tokens": False}, seconds)
+
+    def _ask(self, body: dict[str, Any], seconds: float) -> bytes:
+        started = time.monotonic()
+        request = urllib.request.Request(
+            self._url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=max(0.001, min(seconds, MAX_SECONDS))) as answer:
+                data = answer.read(MAX_ANSWER_BYTES + 1)
+            tokens = json.loads(data)["tokens"]
+            ids = array("I", tokens)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            if time.monotonic() - started >= seconds:
+                raise DeadlineExceeded("the engine did not tokenize the text before the deadline") from None
+            raise Unavailable("the engine's tokenize endpoint gives no tokens for this text") from None
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()

@@ -1,0 +1,459 @@
+#include "text_encoder.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <mutex>
+#include <queue>
+#include <stdexcept>
+
+namespace kvindex {
+
+namespace {
+
+constexpr uint16_t kPlanMatch = 0x8000;
+constexpr uint32_t kMatch = 0x80000000;
+constexpr size_t kWordsAhead = 16;  // looked up together, so that their memory is fetched together
+constexpr size_t kShortWord = 48;   // symbols up to which a scan beats a queue
+constexpr uint32_t kSpaceSign = 0x2581;
+constexpr uint64_t kNoPair = 0;
+
+uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
+size_t place(uint64_t pair) { return xxh3_detail::mul_fold(pair ^ 0x9E3779B97F4A7C15ULL, 0xD6E8FEB86659FD93ULL); }
+
+}  // namespace
+
+// One text on its way: where it is, what came out, and the words met for the first time.
+struct TextEncoder::Work {
+  std::string_view text;
+  std::vector<uint32_t>& ids;
+  std::vector<Fresh> fresh;
+  Words::Wanted wanted[kWordsAhead];
+  size_t waiting = 0;
+};
+
+TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan_.word_slots) {
+  const size_t classes = plan_.class_count;
+  if (plan_.classes.size() != 0x110000 || plan_.byte_ids.size() != 256 || plan_.inert.size() != classes ||
+      plan_.space.size() != classes || plan_.cuts.size() != classes * classes || plan_.merges.size() % 3 != 0 ||
+      plan_.passes.empty() == plan_.char_ids.empty() || plan_.char_ids.size() % 2 != 0 || plan_.joints.size() % 2 != 0)
+    throw std::invalid_argument("malformed encoder plan");
+  for (const char each : plan_.classes)
+    if (static_cast<uint8_t>(each) >= classes) throw std::invalid_argument("a class out of range");
+  for (const auto& pass : plan_.passes) {
+    if (pass.size() < 2 * (classes + 1) || pass.size() % (classes + 1) != 0)
+      throw std::invalid_argument("malformed table of states");
+    Pass& table = passes_.emplace_back();
+    for (const uint16_t entry : pass) {
+      const uint32_t state = entry & static_cast<uint16_t>(~kPlanMatch);
+      if (state >= pass.size() / (classes + 1)) throw std::invalid_argument("a state out of range");
+      // The row of the next state, so that a step needs no multiplication.
+      table.entries.push_back(state * static_cast<uint32_t>(classes + 1) | ((entry & kPlanMatch) != 0 ? kMatch : 0));
+    }
+    for (size_t of = 0; of < classes; ++of) table.starts.push_back(table.entries[classes + 1 + of] != 0);
+  }
+  std::map<std::string, uint16_t> known;
+  for (size_t page = 0; page < 0x1100; ++page) {
+    const std::string content = plan_.classes.substr(page * 256, 256);
+    const auto [found, is_new] = known.try_emplace(content, static_cast<uint16_t>(known.size()));
+    if (is_new) pages_.insert(pages_.end(), content.begin(), content.end());
+    page_of_.push_back(found->second);
+  }
+  std::memcpy(ascii_, plan_.classes.data(), sizeof ascii_);
+  for (Pass& pass : passes_) find_loops(pass);
+  plan_.classes = std::string();
+  all_inert_ = std::find(plan_.inert.begin(), plan_.inert.end(), 0) == plan_.inert.end();
+  for (size_t i = 0; i < plan_.added.size(); ++i)
+    if (!plan_.added[i].content.empty())
+      add(plan_.added[i].normalized ? normalized_ : plain_, plan_.added[i].content, static_cast<int32_t>(i));
+  const size_t count = plan_.merges.size() / 3;
+  merge_mask_ = std::bit_ceil(std::max<size_t>(count * 2, 16)) - 1;
+  merges_ = Zeroed<Merge>(merge_mask_ + 1);
+  for (size_t rank = 0; rank < count; ++rank) {
+    const uint64_t pair = pair_of(plan_.merges[rank * 3], plan_.merges[rank * 3 + 1]) + 1;
+    size_t at = place(pair) & merge_mask_;
+    while (merges_[at].pair != kNoPair && merges_[at].pair != pair) at = (at + 1) & merge_mask_;
+    merges_[at] = {pair, static_cast<uint32_t>(rank), plan_.merges[rank * 3 + 2]};  // the last one of a pair holds
+  }
+  plan_.merges = {};
+  by_character_ = passes_.empty();
+  if (!by_character_) return;
+  for (size_t i = 0; i < plan_.char_ids.size(); i += 2) char_ids_[plan_.char_ids[i]] = plan_.char_ids[i + 1];
+  for (size_t i = 0; i < plan_.joints.size(); i += 2) joints_.insert(pair_of(plan_.joints[i], plan_.joints[i + 1]));
+  for (uint32_t left = 0; left < 128; ++left)
+    for (uint32_t right = 0; right < 128; ++right)
+      ascii_joints_.push_back(
+          joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right)));
+  plan_.char_ids = plan_.joints = {};
+}
+
+// States that a run of letters or spaces does not leave: their characters need no step each.
+void TextEncoder::find_loops(Pass& pass) const {
+  const size_t columns = plan_.class_count + 1;
+  pass.loops.assign(pass.entries.size(), -1);
+  for (size_t row = columns; row < pass.entries.size(); row += columns) {
+    std::vector<uint8_t> stay(128);
+    for (size_t byte = 0; byte < 128; ++byte) stay[byte] = pass.entries[row + ascii_[byte]] == (row | kMatch);
+    if (std::find(stay.begin(), stay.end(), 1) == stay.end()) continue;
+    pass.loops[row] = static_cast<int32_t>(pass.stays.size());
+    pass.stays.insert(pass.stays.end(), stay.begin(), stay.end());
+  }
+}
+
+void TextEncoder::add(Trie& trie, std::string_view content, int32_t token) {
+  const auto first = static_cast<uint8_t>(content[0]);
+  trie.only = trie.empty() || trie.only == first ? first : -1;
+  int32_t* link = &trie.roots[first];
+  int32_t at = -1;
+  for (const char each : content) {
+    const auto byte = static_cast<uint8_t>(each);
+    while (*link >= 0 && trie.nodes[*link].byte != byte) link = &trie.nodes[*link].sibling;
+    at = *link;
+    if (at < 0) {
+      *link = at = static_cast<int32_t>(trie.nodes.size());
+      trie.nodes.push_back({-1, -1, -1, byte});  // moves what `link` points to
+    }
+    link = &trie.nodes[at].child;
+  }
+  trie.nodes[at].token = token;
+}
+
+int32_t TextEncoder::longest(const Trie& trie, std::string_view text, size_t at) const {
+  int32_t node = trie.roots[static_cast<uint8_t>(text[at])], found = -1;
+  while (node >= 0) {
+    if (trie.nodes[node].token >= 0) found = trie.nodes[node].token;
+    if (++at == text.size()) break;
+    const auto byte = static_cast<uint8_t>(text[at]);
+    node = trie.nodes[node].child;
+    while (node >= 0 && trie.nodes[node].byte != byte) node = trie.nodes[node].sibling;
+  }
+  return found;
+}
+
+namespace {
+
+// The character that starts at `at`, and its size in bytes. The text is valid UTF-8.
+inline uint32_t point_at(const char* at, size_t& size) {
+  const auto* byte = reinterpret_cast<const uint8_t*>(at);
+  const uint32_t first = byte[0];
+  if (first < 0x80) {
+    size = 1;
+    return first;
+  }
+  if (first < 0xE0) {
+    size = 2;
+    return (first & 0x1F) << 6 | (byte[1] & 0x3F);
+  }
+  if (first < 0xF0) {
+    size = 3;
+    return (first & 0x0F) << 12 | (byte[1] & 0x3F) << 6 | (byte[2] & 0x3F);
+  }
+  size = 4;
+  return (first & 0x07) << 18 | (byte[1] & 0x3F) << 12 | (byte[2] & 0x3F) << 6 | (byte[3] & 0x3F);
+}
+
+// The start of the last character before `at`, which is not the text's start.
+size_t before(std::string_view text, size_t at) {
+  --at;
+  while (at > 0 && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) --at;
+  return at;
+}
+
+}  // namespace
+
+inline uint8_t TextEncoder::class_at(const char* at, size_t& size) const {
+  const uint32_t point = point_at(at, size);
+  if (size == 1) return ascii_[point];
+  return pages_[static_cast<size_t>(page_of_[point >> 8]) << 8 | (point & 0xFF)];
+}
+
+inline bool TextEncoder::joined(uint32_t left, uint32_t right) const {
+  if ((left | right) < 128) return ascii_joints_[left * 128 + right] != 0;
+  return joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right));
+}
+
+bool TextEncoder::is_inert(std::string_view text) const {
+  if (all_inert_) return true;
+  size_t at = 0, size = 0;
+  while (at < text.size()) {
+    uint64_t eight = 0;
+    if (at + 8 <= text.size()) std::memcpy(&eight, text.data() + at, 8);
+    if (at + 8 <= text.size() && (eight & 0x8080808080808080ULL) == 0) {
+      at += 8;
+    } else {
+      if (plan_.inert[class_at(text.data() + at, size)] == 0) return false;
+      at += size;
+    }
+  }
+  return true;
+}
+
+size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
+  if (from == 0 || from >= text.size()) from = std::min(std::max<size_t>(from, 1), text.size());
+  if (text.empty()) return 0;
+  size_t at = from;
+  while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) ++at;
+  size_t size = 0, left = before(text, at);
+  for (size_t next = 0; at < text.size(); left = at, at = next) {
+    const uint8_t left_class = class_at(text.data() + left, size), right_class = class_at(text.data() + at, size);
+    next = at + size;
+    if (plan_.cuts[left_class * plan_.class_count + right_class] == 0) continue;
+    if (!by_character_ || !joined(point_at(text.data() + left, size), point_at(text.data() + at, size))) return at;
+  }
+  return text.size();
+}
+
+bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) const {
+  if (text.empty()) return true;
+  if (refuted_ || !is_inert(text)) return false;
+  Work work{text, ids, {}, {}, 0};
+  ids.reserve(ids.size() + text.size() / 3 + 8);
+  {
+    const std::shared_lock lock(words_lock_);
+    if (plain_.empty())
+      split_added(normalized_, 0, text.size(), true, work);
+    else
+      split_added(plain_, 0, text.size(), false, work);
+    flush(work);
+  }
+  if (!work.fresh.empty()) {
+    const std::unique_lock lock(words_lock_);
+    for (const Fresh& each : work.fresh)
+      words_.insert(text.substr(each.offset, each.size), ids.data() + each.id_offset, each.id_count);
+  }
+  return true;
+}
+
+// Leftmost, and of those the longest; the text between goes on to the second set, or to the pre-tokenizer.
+void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const {
+  const auto go_on = [&](size_t from, size_t to) {
+    if (from == to) return;
+    if (!last && !normalized_.empty())
+      split_added(normalized_, from, to, true, work);
+    else if (by_character_)
+      split_joints(from, to, work);
+    else
+      split_pass(0, from, to, work);
+  };
+  if (trie.empty()) return go_on(begin, end);
+  const std::string_view text = work.text.substr(0, end);
+  size_t start = begin;  // of the text that no token has taken yet
+  for (size_t at = begin; at < end;) {
+    if (trie.only >= 0) {
+      const void* found = std::memchr(text.data() + at, trie.only, end - at);
+      if (found == nullptr) break;
+      at = static_cast<size_t>(static_cast<const char*>(found) - text.data());
+    }
+    const int32_t token = trie.roots[static_cast<uint8_t>(text[at])] < 0 ? -1 : longest(trie, text, at);
+    if (token < 0) {
+      ++at;
+      continue;
+    }
+    const AddedToken& added = plan_.added[token];
+    size_t from = at, to = at + added.content.size(), size = 0;
+    at = to;  // the next search starts behind the token itself
+    if (added.lstrip)
+      while (from > start) {
+        const size_t left = before(text, from);
+        if (plan_.space[class_at(text.data() + left, size)] == 0) break;
+        from = left;
+      }
+    if (added.rstrip)
+      while (to < end && plan_.space[class_at(text.data() + to, size)] != 0) to += size;
+    from = std::max(from, start);
+    go_on(start, from);
+    flush(work);
+    work.ids.push_back(added.id);
+    start = to;
+  }
+  go_on(start, end);
+}
+
+void TextEncoder::split_pass(size_t pass, size_t begin, size_t end, Work& work) const {
+  const bool last = pass + 1 == passes_.size();
+  const uint32_t* const table = passes_[pass].entries.data();
+  const uint8_t* const starts = passes_[pass].starts.data();
+  const size_t classes = plan_.class_count;
+  const char* const text = work.text.data();
+  const auto piece = [&](size_t from, size_t to) {
+    if (last)
+      word(from, to, work);
+    else
+      split_pass(pass + 1, from, to, work);
+  };
+  size_t start = begin;  // of the text that no match has taken yet
+  for (size_t at = begin; at < end;) {
+    size_t size = 0;
+    uint8_t of = class_at(text + at, size);
+    if (starts[of] == 0) {
+      at += size;
+      continue;
+    }
+    const size_t first = size;
+    size_t matched = at;
+    uint32_t row = table[classes + 1 + of];  // from the start's row
+    for (size_t next = at + size; row != 0;) {
+      if (const int32_t loop = passes_[pass].loops[row]; loop >= 0) {
+        const uint8_t* const stay = passes_[pass].stays.data() + loop;
+        const size_t from = next;
+        while (next < end && static_cast<uint8_t>(text[next]) < 0x80 && stay[static_cast<uint8_t>(text[next])] != 0)
+          ++next;
+        if (next > from) matched = next - 1;
+      }
+      uint32_t entry;
+      if (next < end) {
+        of = class_at(text + next, size);
+        entry = table[row + of];
+      } else {
+        entry = table[row + classes] & kMatch;
+      }
+      if ((entry & kMatch) != 0) matched = next;
+      row = entry & ~kMatch;
+      next += size;
+    }
+    if (matched == at) {
+      at += first;
+      continue;
+    }
+    if (start < at) piece(start, at);
+    piece(at, matched);
+    start = at = matched;
+  }
+  if (start < end) piece(start, end);
+}
+
+void TextEncoder::split_joints(size_t begin, size_t end, Work& work) const {
+  const char* const text = work.text.data();
+  size_t start = begin, size = 0;
+  uint32_t left = point_at(text + begin, size);
+  for (size_t at = begin + size; at < end; at += size) {
+    const uint32_t right = point_at(text + at, size);
+    if (!joined(left, right)) {
+      word(start, at, work);
+      start = at;
+    }
+    left = right;
+  }
+  word(start, end, work);
+}
+
+void TextEncoder::word(size_t begin, size_t end, Work& work) const {
+  work.wanted[work.waiting++] = words_.want(work.text.substr(begin, end - begin), work.text.size() - begin);
+  if (work.waiting == kWordsAhead) flush(work);
+}
+
+void TextEncoder::flush(Work& work) const {
+  for (size_t i = 0; i < work.waiting; ++i) {
+    const Words::Wanted& wanted = work.wanted[i];
+    if (words_.find(wanted, work.ids)) continue;
+    const size_t begin = work.ids.size();
+    merge(wanted.word, work.ids);
+    work.fresh.push_back({static_cast<size_t>(wanted.word.data() - work.text.data()), wanted.word.size(), begin,
+                          work.ids.size() - begin});
+  }
+  work.waiting = 0;
+}
+
+void TextEncoder::merge(std::string_view text, std::vector<uint32_t>& ids) const {
+  if (!plan_.whole_words.empty()) {
+    const auto found = plan_.whole_words.find(std::string(text));
+    if (found != plan_.whole_words.end()) return ids.push_back(found->second);
+  }
+  std::vector<uint32_t> symbols;
+  symbols_of(text, symbols);
+  if (symbols.size() <= kShortWord)
+    merge_short(symbols);
+  else
+    merge_long(symbols);
+  ids.insert(ids.end(), symbols.begin(), symbols.end());
+}
+
+void TextEncoder::symbols_of(std::string_view text, std::vector<uint32_t>& symbols) const {
+  symbols.reserve(text.size());
+  size_t size = 1;
+  for (size_t at = 0; at < text.size(); at += size) {
+    if (by_character_) {
+      const uint32_t point = point_at(text.data() + at, size);
+      const auto found = char_ids_.find(point == ' ' ? kSpaceSign : point);
+      if (found != char_ids_.end()) {
+        symbols.push_back(found->second);
+        continue;
+      }
+    }
+    for (size_t i = at; i < at + size; ++i) symbols.push_back(plan_.byte_ids[static_cast<uint8_t>(text[i])]);
+  }
+}
+
+const TextEncoder::Merge* TextEncoder::find_merge(uint32_t left, uint32_t right) const {
+  const uint64_t pair = pair_of(left, right) + 1;
+  for (size_t at = place(pair) & merge_mask_; merges_[at].pair != kNoPair; at = (at + 1) & merge_mask_)
+    if (merges_[at].pair == pair) return &merges_[at];
+  return nullptr;
+}
+
+// The pair of lowest rank first, of equal ones the leftmost, until none is left.
+void TextEncoder::merge_short(std::vector<uint32_t>& symbols) const {
+  const Merge* of[kShortWord];
+  size_t size = symbols.size();
+  for (size_t i = 0; i + 1 < size; ++i) of[i] = find_merge(symbols[i], symbols[i + 1]);
+  while (size > 1) {
+    size_t best = size;
+    for (size_t i = 0; i + 1 < size; ++i)
+      if (of[i] != nullptr && (best == size || of[i]->rank < of[best]->rank)) best = i;
+    if (best == size) break;
+    symbols[best] = of[best]->product;
+    for (size_t i = best + 1; i + 1 < size; ++i) {
+      symbols[i] = symbols[i + 1];
+      of[i] = i + 2 < size ? of[i + 1] : nullptr;
+    }
+    --size;
+    if (best > 0) of[best - 1] = find_merge(symbols[best - 1], symbols[best]);
+    if (best + 1 < size) of[best] = find_merge(symbols[best], symbols[best + 1]);
+  }
+  symbols.resize(size);
+}
+
+// The same with a queue: a word of thousands of letters must not cost its square.
+void TextEncoder::merge_long(std::vector<uint32_t>& symbols) const {
+  struct Node {
+    uint32_t id;
+    int32_t previous, next;
+  };
+  struct Entry {
+    uint32_t rank;
+    int32_t at;
+    uint32_t left, right, product;
+    bool operator<(const Entry& other) const { return rank != other.rank ? rank > other.rank : at > other.at; }
+  };
+  std::vector<Node> nodes;
+  nodes.reserve(symbols.size());
+  const auto size = static_cast<int32_t>(symbols.size());
+  for (int32_t i = 0; i < size; ++i) nodes.push_back({symbols[i], i - 1, i + 1 < size ? i + 1 : -1});
+  std::vector<Entry> entries;
+  const auto entry_at = [&](int32_t at, auto&& take) {
+    const int32_t next = nodes[at].next;
+    if (next < 0) return;
+    if (const Merge* found = find_merge(nodes[at].id, nodes[next].id))
+      take(Entry{found->rank, at, nodes[at].id, nodes[next].id, found->product});
+  };
+  for (int32_t i = 0; i + 1 < size; ++i) entry_at(i, [&](const Entry& each) { entries.push_back(each); });
+  std::priority_queue<Entry> queue(std::less<Entry>(), std::move(entries));
+  constexpr int32_t kGone = -2;
+  while (!queue.empty()) {
+    const Entry top = queue.top();
+    queue.pop();
+    Node& left = nodes[top.at];
+    if (left.previous == kGone || left.id != top.left || left.next < 0 || nodes[left.next].id != top.right) continue;
+    Node& right = nodes[left.next];
+    left.id = top.product;
+    left.next = right.next;
+    right.previous = kGone;
+    if (left.next >= 0) nodes[left.next].previous = top.at;
+    entry_at(top.at, [&](const Entry& each) { queue.push(each); });
+    if (left.previous >= 0) entry_at(left.previous, [&](const Entry& each) { queue.push(each); });
+  }
+  symbols.clear();
+  for (int32_t at = 0; at >= 0; at = nodes[at].next) symbols.push_back(nodes[at].id);
+}
+
+}  // namespace kvindex

@@ -1,0 +1,143 @@
+"""Whatever the tokenizer and the state of the cache, a text gives the ids of one plain encoding."""
+
+import gc
+import os
+import random
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers_at_hand import NASTY, NATIVE, load, real
+
+from kvindex_server import _core
+from kvindex_server.tokenize import selftest
+from kvindex_server.tokenize.chat import ChatTemplates
+from kvindex_server.tokenize.tokenizer import Tokenizer
+
+TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "1500"))
+REAL = real()
+ROUNDS = ("cold", "warm")
+
+
+def tokenizer(fast: FastTokenizer, *, max_bytes: int = 64 << 20, chunk_bytes: int = 1) -> Tokenizer:
+    """Cut wherever it is safe, so that every boundary is tried."""
+    cache = _core.TextCache(max_bytes, 0, chunk_bytes)
+    return Tokenizer(fast, ChatTemplates({}, {}), cache, self_test_texts=300)
+
+
+def plain(fast: FastTokenizer, text: str, special: bool) -> bytes:
+    ids = fast.encode(text, add_special_tokens=special).ids
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def specials(fast: FastTokenizer) -> list[str]:
+    return [each.content for _, each in sorted(fast.get_added_tokens_decoder().items())]
+
+
+def samples(fast: FastTokenizer, count: int, seed: int = 7) -> Iterator[str]:
+    return selftest.texts(count, specials(fast), seed)
+
+
+@pytest.fixture(scope="module", params=[*NASTY, *REAL])
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, FastTokenizer, Tokenizer]]:
+    name = request.param
+    fast = load(REAL[name]) if name in REAL else NASTY[name]()
+    yield name, fast, tokenizer(fast)
+    gc.collect()
+
+
+Case = tuple[str, FastTokenizer, Tokenizer]
+
+
+def test_each_shape_is_native_or_says_why_not(case: Case) -> None:
+    name, _, tested = case
+    if name in NASTY:
+        assert (tested.mode == "native") == (name in NATIVE), tested.reason
+    assert (tested.reason == "") == (tested.mode == "native")
+
+
+def test_ids_equal_one_plain_encoding_cold_and_warm(case: Case) -> None:
+    _, fast, tested = case
+    for number, text in enumerate(samples(fast, TEXTS)):
+        for special in (False, True):
+            expected = plain(fast, text, special)
+            for state in ROUNDS:
+                assert tested.encode(text, special) == expected, (number, special, state)
+
+
+def test_long_texts_share_prefixes_and_stay_equal(case: Case) -> None:
+    """Grown, cut and changed in the middle: what is known of one text is not mistaken for another's."""
+    _, fast, _ = case
+    tested = tokenizer(fast, chunk_bytes=64)
+    rng = random.Random(3)
+    text = "".join(samples(fast, 150, 11))
+    for _ in range(25):
+        at = rng.randrange(len(text))
+        text = rng.choice((text[:at], text[:at] + "x" + text[at + 1 :], text + "".join(samples(fast, 30, at))))
+        text = text[:20_000]
+        assert tested.encode(text, False) == plain(fast, text, False)
+
+
+def test_every_place_around_a_boundary(case: Case) -> None:
+    """Prefixes of every length of a text full of boundaries, one after the other before the same cache."""
+    _, fast, tested = case
+    around = "".join((each + " ") for each in islice(specials(fast), 3))
+    text = "it's  the end\n\n of 1234 " + around + "\n  e\u0301\u0323 中文。\n👨‍👩‍👧 'LL\r\n ſ"
+    for end in range(len(text) + 1):
+        for special in (False, True):
+            assert tested.encode(text[:end], special) == plain(fast, text[:end], special), end
+            assert tested.encode(text[end:], special) == plain(fast, text[end:], special), end
+
+
+def test_keys_are_those_of_the_ids(case: Case) -> None:
+    _, fast, tested = case
+    text = "".join(samples(fast, 120, 5))
+    for context in ((4, 1337, "", ""), (16, 1337, "", ""), (16, 9, "lora", ""), (16, 9, "", "salt"), (4, 1337, "", "")):
+        for end in (len(text), len(text) // 2, len(text), 3):
+            ids = plain(fast, text[:end], True)
+            keyed = tested.keys("prompt", text[:end], *context)
+            assert keyed.tokens == len(ids) // 4
+            assert keyed.keys == _core.block_keys(ids, *context), (context, end)
+
+
+def test_threads_and_eviction_change_nothing(case: Case) -> None:
+    _, fast, _ = case
+    tested = tokenizer(fast, max_bytes=20_000, chunk_bytes=16)
+    texts = list(samples(fast, 120, 21))
+    expected = [plain(fast, text, True) for text in texts]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        order = list(range(len(texts)))
+        random.Random(seed).shuffle(order)
+        wrong.extend(number for number in order if tested.encode_prompt(texts[number]) != expected[number])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+
+
+def test_a_long_word_does_not_cost_its_square() -> None:
+    fast = NASTY["llama3"]()
+    tested = tokenizer(fast)
+    for text in ("a" * 100_000, "the" * 30_000, "中" * 30_000, " " * 50_000, "<" * 50_000):
+        assert tested.encode(text, False) == plain(fast, text, False)
+
+
+def ids_of(text: str, left: float) -> bytes:
+    """A reference that counts letters."""
+    return struct.pack("<I", len(text))
+
+
+def counting(calls: list[str]) -> Callable[[str, float], bytes]:
+    def reference(text: str, left: float) -> bytes:
+        calls.append(text)
+        return ids_of(text, left)
+
+    return reference
