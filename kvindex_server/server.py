@@ -1,20 +1,25 @@
 """The composition root: builds every part, starts them in order, drains and stops them in reverse."""
 
+import contextlib
+import gc
 import logging
+import os
 import resource
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import grpc
 
-from kvindex_server import admin, compat, health, reflection, service
+from kvindex_server import admin, compat, health, interceptors, reflection, service
 from kvindex_server._core import Index
-from kvindex_server.config import ConfigError, Settings
+from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
+from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
@@ -23,6 +28,7 @@ from kvindex_server.interceptors import Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
+from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.registry import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -52,7 +58,8 @@ class Server:
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._health = Health(READ_SERVICES, always=(ADMIN_SERVICE,))
-        guard = self._guard(settings)
+        gate = _gate(settings)
+        guard = self._guard(settings, gate)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
         service.register(self._public, lookup, guard, settings.limits)
@@ -61,30 +68,41 @@ class Server:
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:
             admin.register(self._public, self.fleet, self.models, guard)
-            reflection.register(self._public, (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE), guard)
+            described: tuple[str, ...] = (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE)
         else:
-            reflection.register(self._public, (*READ_SERVICES, health.SERVICE), guard)
-            behind = self._guard(settings)
+            described = (*READ_SERVICES, health.SERVICE)
+            behind = self._guard(settings, gate)
             self._admin = _grpc_server(settings, behind)
             admin.register(self._admin, self.fleet, self.models, behind)
             self._health.register(self._admin, behind)
-            reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
+            if settings.server.reflection:
+                reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
+        if settings.server.reflection:
+            reflection.register(self._public, described, guard)
         self._metrics_server: MetricsServer | None = None
         self.grpc_address = ""
         self.metrics_address = ""
         self.admin_address = ""
 
-    def _guard(self, settings: Settings) -> Guard:
-        guard = Guard(self.metrics, self._ready.is_set, settings.server.workers, settings.limits.max_in_flight)
+    def _guard(self, settings: Settings, gate: Gate) -> Guard:
+        bounds = interceptors.Bounds(
+            workers=settings.server.workers,
+            max_in_flight=settings.limits.max_in_flight,
+            max_streams=settings.limits.max_streams,
+            message_seconds=settings.server.message_seconds,
+        )
+        guard = Guard(self.metrics, self._ready.is_set, bounds, gate)
         self._guards.append(guard)
         return guard
 
     def start(self) -> None:
         """Bind the ports and begin to listen to the configured pods. ConfigError when a port cannot be bound."""
         settings = self._settings
-        self.grpc_address = _bind(self._public, settings.listen, "listen")
+        tls = settings.tls
+        self.grpc_address = _bind(self._public, settings.listen, "listen", tls, tls.client_ca_file)
+        admin_ca = tls.admin_client_ca_file or tls.client_ca_file
         self.admin_address = (
-            _bind(self._admin, settings.admin_listen, "admin_listen")
+            _bind(self._admin, settings.admin_listen, "admin_listen", tls, admin_ca)
             if self._admin is not None and settings.admin_listen
             else self.grpc_address
         )
@@ -126,9 +144,11 @@ class Server:
         self._stopping.set()
         self._health.stop()
         self.metrics.ready(False)
-        draining = [server.stop(grace) for server in (self._public, self._admin) if server is not None]
-        for each in draining:
-            each.wait()
+        servers = [server for server in (self._public, self._admin) if server is not None]
+        draining = [(guard, server.stop(grace)) for guard, server in zip(self._guards, servers, strict=True)]
+        for guard, stopped in draining:
+            guard.drain(grace, stopped)
+            stopped.wait()
         for guard in self._guards:
             guard.close()
         self.fleet.stop()
@@ -165,6 +185,9 @@ def run(settings: Settings) -> int:
             line += f" admin={server.admin_address}"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+        # What was built so far lives as long as the process: no collection need look at it again.
+        gc.collect()
+        gc.freeze()
         done.wait()
         _log.info("draining")
     except ConfigError as error:
@@ -220,18 +243,85 @@ def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", settings.limits.max_calls_per_connection),
+            ("grpc.max_metadata_size", settings.limits.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", settings.limits.max_metadata_bytes),
+            ("grpc.server_handshake_timeout_ms", 5000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ],
     )
 
 
-def _bind(server: grpc.Server, address: str, key: str) -> str:
-    host, _, _ = address.rpartition(":")
+def _gate(settings: Settings) -> Gate:
+    auth, review, revoked = settings.auth, settings.auth.review, settings.tls.revoked_file
+
+    def tokens(path: str, key: str) -> TokenFile | None:
+        if not path:
+            return None
+        with _config_errors(key):
+            return TokenFile(Path(path))
+
+    judge = None
+    if review.url:
+        with _config_errors("auth.review"):
+            judge = TokenReview(
+                ReviewSettings(
+                    url=review.url,
+                    ca_file=Path(review.ca_file) if review.ca_file else None,
+                    token_file=Path(review.token_file) if review.token_file else None,
+                    audiences=review.audiences,
+                    users=review.users,
+                    admin_users=review.admin_users,
+                    timeout_seconds=review.timeout_seconds,
+                )
+            )
+    with _config_errors("tls.revoked_file"):
+        return Gate(
+            tokens(auth.tokens_file, "auth.tokens_file"),
+            tokens(auth.admin_tokens_file, "auth.admin_tokens_file"),
+            judge,
+            Revoked(Path(revoked)) if revoked else None,
+        )
+
+
+@contextlib.contextmanager
+def _config_errors(key: str) -> Iterator[None]:
     try:
-        port = server.add_insecure_port(address)
+        yield
+    except OSError as error:
+        raise ConfigError(key, f"{error.filename or ''}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from error
+
+
+def _bind(server: grpc.Server, address: str, key: str, tls: TlsSettings, client_ca: str) -> str:
+    if address.startswith("unix:"):
+        return _bind_unix(server, address, key)
+    host, _, _ = address.rpartition(":")
+    credentials = None
+    if tls.cert_file:
+        files = TlsFiles(Path(tls.cert_file), Path(tls.key_file), Path(client_ca) if client_ca else None)
+        with _config_errors("tls"):
+            credentials = server_credentials(files)
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(key, f"{address} cannot be bound: in use, or no address of this machine")
     return f"{host}:{port}"
+
+
+def _bind_unix(server: grpc.Server, address: str, key: str) -> str:
+    """The file's permissions say who may connect, so there is no TLS: owner and group only."""
+    mask = os.umask(0o117)
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    finally:
+        os.umask(mask)
+    if not bound:
+        raise ConfigError(key, f"{address} cannot be bound: no such directory, or no right to write there")
+    return address

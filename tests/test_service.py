@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import msgpack
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_server import _core, admin, compat, health, reflection, service
@@ -22,7 +23,7 @@ from kvindex_server.config import LimitSettings
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
-from kvindex_server.interceptors import MAX_MESSAGE, Guard
+from kvindex_server.interceptors import MAX_MESSAGE, Bounds, Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.models import Model, Models
 from kvindex_server.pb.indexer.v1 import indexer_pb2
@@ -73,10 +74,18 @@ class Recorder:
     stages: list[str] = field(default_factory=list)
     lookups: list[tuple[str, int, int]] = field(default_factory=list)
     tiers: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    in_flight: dict[str, Callable[[], int]] = field(default_factory=dict)
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         assert seconds >= 0
         self.rpcs.append((method, code))
+
+    def shed(self, method: str, reason: str) -> None:
+        self.refused.append((method, reason))
+
+    def watch_in_flight(self, method: str, read: Callable[[], int]) -> None:
+        self.in_flight[method] = read
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         assert seconds >= 0
@@ -92,7 +101,7 @@ class Recorder:
 class Served:
     """Every service on one real server; the index knows pod a (3 blocks) and b (rank 1: 1 block)."""
 
-    def __init__(self, **guard: int) -> None:
+    def __init__(self, **bounds: float) -> None:
         self.index = Index(4)
         self.streams: list[_core.Stream] = []  # a stream that nobody keeps takes its claims with it
         self.stored("a", 0, list(range(12)))
@@ -108,7 +117,7 @@ class Served:
         self.metrics = Recorder()
         self.fleet = FakeFleet()
         self.admin_fleet = Fleet(self.models, max_pods=3)
-        self.guard = Guard(self.metrics, lambda: self.ready, **guard)
+        self.guard = Guard(self.metrics, lambda: self.ready, Bounds(**bounds))  # type: ignore[arg-type]
         self.lookup = Lookup(self.models, self.fleet, TIER_WEIGHTS, self.metrics, LIMITS.max_tokens)
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
@@ -298,7 +307,7 @@ def test_score_stream_goes_on_after_a_bad_request(served: Served) -> None:
 
 
 def test_idle_streams_do_not_use_up_the_workers() -> None:
-    served = Served(workers=1, max_in_flight=4)
+    served = Served(workers=1, max_streams=4)
     release = threading.Event()
 
     def quiet() -> Iterator[pb.ScoreRequest]:
@@ -311,7 +320,7 @@ def test_idle_streams_do_not_use_up_the_workers() -> None:
         assert served.score(tokens=tokens(*range(4))).total_blocks == 1
         assert refused(lambda: next(served.kv.ScoreStream(quiet(), timeout=5))) == (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "more than 4 streams",
+            "too many calls of this kind in flight",
         )
         streams[0].cancel()
         # Ended as OK or as CANCELLED: to the server, the end of the requests may come before the cancellation.
@@ -350,13 +359,22 @@ def test_too_many_in_flight_are_refused_and_operators_are_not() -> None:
         calls = [served.kv.Score.future(request, timeout=10)]
         assert entered.wait(5)
         calls += [served.kv.Score.future(request, timeout=10) for _ in range(5)]
-        eventually(lambda: served.guard.pool.in_flight == 6)
+        refusals = [call.exception(timeout=5) for call in calls[2:]]  # one works, one waits: these are refused at once
+        assert {each.code() for each in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        trailers = dict(refusals[0].trailing_metadata())
+        assert trailers["grpc-retry-pushback-ms"] == "100"
+        status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+        info = error_details_pb2.RetryInfo()
+        assert status.details[0].Unpack(info) and info.retry_delay.ToMilliseconds() == 100
+        assert (status.code, status.message) == (8, refusals[0].details())
+        assert served.metrics.refused == [("/kvindex.v1.KVIndex/Score", "in_flight")] * 4
+        assert served.metrics.in_flight["/kvindex.v1.KVIndex/Score"]() == 2
         served.admin.GetStats(pb.GetStatsRequest(), timeout=5)
         health_pb2_grpc.HealthStub(served.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        blocks = pb.GetPodsForBlocksRequest(model="m", keys=pb.Keys(values=[1]))
+        assert len(served.kv.GetPodsForBlocks(blocks, timeout=5).blocks) == 1  # permits are per RPC
         release.set()
-        codes = [call.exception(timeout=5).code() if call.exception(timeout=5) else None for call in calls]
-        assert codes.count(None) == 3  # the one at work, and as many of the waiting as may be in flight
-        assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 3
+        assert [call.result(timeout=5).total_blocks for call in calls[:2]] == [3, 3]
         assert served.score(tokens=tokens(*range(12))).total_blocks == 3
     finally:
         release.set()
