@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import grpc
 
@@ -164,12 +163,10 @@ class Server:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
-    done = threading.Event()
-
-    def finish(_signal: int, _frame: FrameType | None) -> None:
-        done.set()
-
-    previous = {each: signal.signal(each, finish) for each in (signal.SIGTERM, signal.SIGINT)}
+    # Blocked in every thread and waited for, instead of handled: a handler that sets an event can deadlock with the
+    # very wait for it, and one that only sets a flag wakes nobody.
+    ends = {signal.SIGTERM, signal.SIGINT}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
     sys.setswitchinterval(0.0005)
     # A stream needs some ten descriptors, and the soft limit is often 1,024.
@@ -188,7 +185,7 @@ def run(settings: Settings) -> int:
         # What was built so far lives as long as the process: no collection need look at it again.
         gc.collect()
         gc.freeze()
-        done.wait()
+        signal.sigwait(ends)
         _log.info("draining")
     except ConfigError as error:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
@@ -196,8 +193,7 @@ def run(settings: Settings) -> int:
     finally:
         if server is not None:
             server.stop()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return 0
 
 
