@@ -1,6 +1,6 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 _Bytes: TypeAlias = bytes  # `bytes` is a property of Index
@@ -19,6 +19,12 @@ def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) 
 
     width 4: packed (or unpacked) varint uint32 -> u32 LE bytes, ValueError for one above u32;
     width 8: packed or unpacked fixed64 -> u64 LE bytes. None when the outer field is absent.
+    """
+
+def scan_tags(message: bytes, outer_field: int = 0) -> list[int]:
+    """Distinct tags (field << 3 | wire type) of the message, or of all its submessages `outer_field`.
+
+    ValueError when it is malformed, holds a group, or has more than 256 different ones.
     """
 
 class Index:
@@ -102,3 +108,44 @@ class Stream:
     def unresolved(self) -> int: ...  # claims whose key is not known
     @property
     def closed(self) -> bool: ...
+
+class RequestLimits:
+    """Bounds that `read_score_request` keeps to."""
+
+    def __init__(self, max_tokens: int, max_pods: int, max_keys: int, max_prompt_bytes: int) -> None: ...
+
+class ScoreRequest:
+    """A read ScoreRequest."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def names_pods(self) -> bool: ...
+    @property
+    def is_prompt(self) -> bool: ...
+    @property
+    def is_chat(self) -> bool: ...
+    @property
+    def text(self) -> str: ...  # of a prompt or chat
+    @property
+    def media_fit(self) -> bool: ...  # every media item lies within the tokens
+    def set_tokens(self, tokens: _Bytes) -> None: ...  # u32 LE; those of a prompt or chat
+
+def read_score_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
+    """None when it is malformed, beyond a limit or unusual: codec.decode_score then says what it is."""
+
+class Scorer:
+    """Answers read requests over one index; safe from many threads."""
+
+    def __init__(self, index: Index, weights: Mapping[str, float]) -> None: ...
+    def answer(
+        self,
+        request: ScoreRequest,
+        lora: str,  # where the request names none
+        known: Sequence[str],  # distinct candidates when the request names none
+        refresh: Callable[[list[tuple[str, int]]], None],  # called with each (pod, rank) that is to be told anew
+    ) -> tuple[_Bytes, int, int, list[str]]:
+        """(encoded ScoreResponse, total blocks, blocks the best pod held, tiers in it without a weight)."""
+
+    def tell(self, pod: str, rank: int, trust: int, reason: str, age_seconds: float, asked_at: int) -> None:
+        """How far a stream can be believed, as it was at `asked_at` (time.monotonic_ns)."""

@@ -156,7 +156,7 @@ class LimitSettings(_Section):
     max_pods: Integer = Field(default=16_384, ge=1, description="Candidate pods in one request")
     max_keys: Integer = Field(default=262_144, ge=1, description="Keys or engine hashes in one request")
     max_prompt_bytes: Integer = Field(default=16 * MIB, ge=1, description="Bytes of a prompt or chat body")
-    max_message_bytes: Integer = Field(default=64 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message")
+    max_message_bytes: Integer = Field(default=20 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message")
     max_in_flight: Integer = Field(
         default=256, ge=1, description="Calls of one RPC at work or waiting; the rest are refused"
     )

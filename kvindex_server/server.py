@@ -19,6 +19,7 @@ from kvindex_server import admin, compat, health, interceptors, reflection, serv
 from kvindex_server._core import Index
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
 from kvindex_server.config import ConfigError, Settings, TlsSettings
+from kvindex_server.direct import Direct
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
@@ -61,7 +62,8 @@ class Server:
         guard = self._guard(settings, gate)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
-        service.register(self._public, lookup, guard, settings.limits)
+        direct = Direct(lookup, self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits)
+        service.register(self._public, lookup, direct, guard, settings.limits)
         compat.register(self._public, lookup, guard, settings.limits)
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None

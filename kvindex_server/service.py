@@ -3,24 +3,22 @@
 import grpc
 
 from kvindex_server import codec
+from kvindex_server.direct import Direct
 from kvindex_server.interceptors import Guard, service
 from kvindex_server.lookup import Check, Lookup
 
 SERVICE = "kvindex.v1.KVIndex"
 
 
-def register(server: grpc.Server, lookup: Lookup, guard: Guard, limits: codec.Limits) -> None:
+def register(server: grpc.Server, lookup: Lookup, direct: Direct, guard: Guard, limits: codec.Limits) -> None:
     """Serve Score, ScoreStream and GetPodsForBlocks."""
-
-    def score(data: bytes, check: Check) -> bytes:
-        return codec.encode_score(lookup.score(codec.decode_score(data, limits), check))
 
     def blocks(data: bytes, check: Check) -> bytes:
         return codec.encode_blocks(lookup.blocks(codec.decode_blocks(data, limits), check))
 
     handlers = {
-        "Score": guard.read(f"/{SERVICE}/Score", score),
-        "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", score, codec.encode_score_status),
+        "Score": guard.read(f"/{SERVICE}/Score", direct.score),
+        "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", direct.score, codec.encode_score_status),
         "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", blocks),
     }
     server.add_generic_rpc_handlers(service(SERVICE, handlers))

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvindex_server import _core, admin, compat, health, reflection, service
 from kvindex_server._core import Index
 from kvindex_server.config import LimitSettings
+from kvindex_server.direct import Direct
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
@@ -40,7 +41,8 @@ class FakeTokenizer:
     """One token per byte."""
 
     def encode_prompt(self, text: str) -> bytes:
-        return struct.pack(f"<{len(text)}I", *text.encode())
+        data = text.encode()
+        return struct.pack(f"<{len(data)}I", *data)
 
     def encode_chat(self, body: str) -> bytes:
         try:
@@ -119,9 +121,10 @@ class Served:
         self.admin_fleet = Fleet(self.models, max_pods=3)
         self.guard = Guard(self.metrics, lambda: self.ready, Bounds(**bounds))  # type: ignore[arg-type]
         self.lookup = Lookup(self.models, self.fleet, TIER_WEIGHTS, self.metrics, LIMITS.max_tokens)
+        self.direct = Direct(self.lookup, self.models, self.fleet, TIER_WEIGHTS, self.metrics, LIMITS)
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
-        service.register(self.server, self.lookup, self.guard, LIMITS)
+        service.register(self.server, self.lookup, self.direct, self.guard, LIMITS)
         compat.register(self.server, self.lookup, self.guard, LIMITS)
         admin.register(self.server, self.admin_fleet, self.models, self.guard)
         self.health.register(self.server, self.guard)
@@ -174,14 +177,14 @@ def test_score_by_tokens(served: Served) -> None:
     assert [each.pod for each in answer.scores] == ["a", "b", "c"]
     a, b, c = answer.scores
     assert (a.score, a.matched_blocks, a.matched_tokens, a.rank) == (3.0, 3, 12, 0)
-    assert (a.trust, a.trust_reason, a.age_seconds) == (pb.TRUST_EXACT, "every event applied", 1.5)
+    assert (a.trust, a.trust_reason) == (pb.TRUST_EXACT, "every event applied")
+    assert a.age_seconds == pytest.approx(1.5, abs=0.1)
     assert dict(a.tier_blocks) == {"gpu": 3}
     assert (b.score, b.matched_blocks, b.rank, dict(b.tier_blocks)) == (0.8, 1, 1, {"cpu": 1})
     assert (c.score, c.matched_blocks, c.trust, c.age_seconds) == (0.0, 0, pb.TRUST_COLD, -1.0)
-    # The rank that matched is asked for its trust; without a match the pod as a whole.
-    assert served.fleet.asked == [("a", 0), ("b", 1), ("c", None)]
+    assert served.fleet.asked == [("a", 0), ("b", 1)]  # c has no stream
     assert served.metrics.lookups == [("m", 3, 3)]
-    assert served.metrics.stages == ["hash", "match", "total"]
+    assert served.metrics.stages == ["match", "total"]
     assert served.metrics.rpcs == [("/kvindex.v1.KVIndex/Score", "OK")]
 
 

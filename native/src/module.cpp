@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bound_index.hpp"
 #include "index.hpp"
+#include "module_score.hpp"
 #include "scan.hpp"
 #include "stream.hpp"
 #include "xxh3.hpp"
@@ -73,6 +75,7 @@ nb::list holders_of(const Index& index, const std::vector<uint64_t>& hashes, con
 struct BoundStream {
   std::shared_ptr<Stream> stream;
   uint32_t rank;
+  std::shared_ptr<Standing> standing;
 };
 
 }  // namespace
@@ -121,6 +124,21 @@ NB_MODULE(_core, m) {
       },
       nb::arg("message"), nb::arg("outer_field"), nb::arg("inner_field"), nb::arg("width"));
 
+  m.def(
+      "scan_tags",
+      [](nb::bytes message, uint32_t outer_field) {
+        std::vector<uint32_t> tags;
+        bool well_formed;
+        const std::string_view view(message.c_str(), message.size());
+        {
+          nb::gil_scoped_release release;
+          well_formed = scan_tags(view, outer_field, tags);
+        }
+        if (!well_formed) throw nb::value_error("malformed message");
+        return tags;
+      },
+      nb::arg("message"), nb::arg("outer_field") = 0);
+
   nb::class_<Applied>(m, "Applied")
       .def_ro("messages", &Applied::messages)
       .def_ro("events", &Applied::events)
@@ -146,13 +164,25 @@ NB_MODULE(_core, m) {
             Applied applied;
             nb::gil_scoped_release release;
             for (const auto& [data, size] : views) self.stream->apply(data, size, self.rank, applied);
+            self.standing->touch();
             return applied;
           },
           nb::arg("payloads"))
       .def(
-          "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
+          "clear",
+          [](BoundStream& self) {
+            const uint64_t claims = self.stream->clear();
+            self.standing->touch();
+            return claims;
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
-          "close", [](BoundStream& self) { return self.stream->close(); }, nb::call_guard<nb::gil_scoped_release>())
+          "close",
+          [](BoundStream& self) {
+            self.standing->close();
+            return self.stream->close();
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("claims",
                    [](const BoundStream& self) {
                      nb::gil_scoped_release release;
@@ -180,7 +210,7 @@ NB_MODULE(_core, m) {
 
   nb::class_<Index>(m, "Index")
       .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims) {
-             return std::make_shared<Index>(block_size, seed, max_claims);
+             return std::shared_ptr<Index>(std::make_shared<BoundIndex>(block_size, seed, max_claims));
            }),
            nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0)
       .def_prop_ro("block_size", &Index::block_size)
@@ -194,7 +224,8 @@ NB_MODULE(_core, m) {
           "add_stream",
           [](Index& self, const std::string& pod, uint32_t rank) {
             nb::gil_scoped_release release;
-            return BoundStream{self.add_stream(pod, rank), rank};
+            auto standing = static_cast<BoundIndex&>(self).standings->open(pod, rank);
+            return BoundStream{self.add_stream(pod, rank), rank, std::move(standing)};
           },
           nb::arg("pod"), nb::arg("rank"))
       .def(
@@ -252,4 +283,6 @@ NB_MODULE(_core, m) {
             return holders_of(self, values, pods);
           },
           nb::arg("hashes"), nb::arg("pods"));
+
+  bind_score(m);
 }

@@ -1,0 +1,118 @@
+"""Answers ordinary Score requests in the native core, bytes to bytes; every other request by the reference path."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from kvindex_server import _core, codec
+from kvindex_server.errors import InvalidArgument, NotFound
+from kvindex_server.lookup import Check, Lookup
+from kvindex_server.models import Model, Models
+from kvindex_server.stream import Trust
+
+
+class Fleet(Protocol):
+    """What is asked of the fleet."""
+
+    def pods(self, model: str) -> list[str]: ...
+    def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]: ...
+
+
+class Metrics(Protocol):
+    """What is measured."""
+
+    def observe_stage(self, stage: str, seconds: float) -> None: ...
+    def observe_lookup(self, model: str, blocks: int, best_match: int) -> None: ...
+    def unknown_tier(self, model: str, tier: str) -> None: ...
+
+
+class Direct:
+    """Score, from the request's bytes to the answer's.
+
+    The native core reads the request, matches, orders and writes the answer without the GIL and without a Python
+    object per token, key or pod. It takes only what is plainly good; whatever it does not take is answered, or
+    refused with its reason, by `codec` and `lookup`, which say the same of any request that both can answer.
+    """
+
+    def __init__(
+        self,
+        lookup: Lookup,
+        models: Models,
+        fleet: Fleet,
+        tier_weights: Mapping[str, float],
+        metrics: Metrics,
+        limits: codec.Limits,
+    ) -> None:
+        self._lookup = lookup
+        self._models = models
+        self._fleet = fleet
+        self._weights = dict(tier_weights)
+        self._metrics = metrics
+        self._limits = limits
+        self._native_limits = _core.RequestLimits(
+            limits.max_tokens, limits.max_pods, limits.max_keys, limits.max_prompt_bytes
+        )
+        self._scorers: dict[str, tuple[_core.Index, _core.Scorer, Callable[[list[tuple[str, int]]], None]]] = {}
+
+    def score(self, data: bytes, check: Check) -> bytes:
+        """An encoded ScoreResponse to an encoded ScoreRequest; KvindexError when there is none."""
+        return self._native(data, check) or self.reference(data, check)
+
+    def reference(self, data: bytes, check: Check) -> bytes:
+        """The same by protobuf messages and Python: slower, plainer, and right by definition."""
+        return codec.encode_score(self._lookup.score(codec.decode_score(data, self._limits), check))
+
+    def _native(self, data: bytes, check: Check) -> bytes:
+        """Empty when the request is not for the native core; no answer is."""
+        started = time.perf_counter()
+        request = _core.read_score_request(data, self._native_limits)
+        if request is None:
+            return b""
+        try:
+            model, lora = self._models.resolve(request.model)
+        except NotFound:
+            return b""
+        if (request.is_prompt or request.is_chat) and not self._tokenize(model, request):
+            return b""
+        if not request.media_fit:
+            return b""
+        check()
+        _, scorer, refresh = self._scorer(model)
+        known = () if request.names_pods else self._fleet.pods(model.name)
+        matching = time.perf_counter()
+        answer, blocks, best, unknown = scorer.answer(request, lora, known, refresh)
+        ended = time.perf_counter()
+        check()
+        for tier in unknown:
+            self._metrics.unknown_tier(model.name, tier)
+        self._metrics.observe_lookup(model.name, blocks, best)
+        self._metrics.observe_stage("match", ended - matching)
+        self._metrics.observe_stage("total", ended - started)
+        return answer
+
+    def _tokenize(self, model: Model, request: _core.ScoreRequest) -> bool:
+        if model.tokenizer is None:
+            return False
+        started = time.perf_counter()
+        encode = model.tokenizer.encode_chat if request.is_chat else model.tokenizer.encode_prompt
+        tokens = encode(request.text)
+        self._metrics.observe_stage("tokenize", time.perf_counter() - started)
+        if len(tokens) > self._limits.max_tokens * 4:
+            field = "chat" if request.is_chat else "prompt"
+            raise InvalidArgument(field, f"its {len(tokens) // 4} tokens exceed the limit of {self._limits.max_tokens}")
+        request.set_tokens(tokens)
+        return True
+
+    def _scorer(self, model: Model) -> tuple[_core.Index, _core.Scorer, Callable[[list[tuple[str, int]]], None]]:
+        found = self._scorers.get(model.name)
+        if found is None or found[0] is not model.index:
+            scorer = _core.Scorer(model.index, self._weights)
+
+            def refresh(outdated: list[tuple[str, int]]) -> None:
+                for pod, rank in outdated:
+                    asked_at = time.monotonic_ns()
+                    trust, reason, age = self._fleet.trust(model.name, pod, rank)
+                    scorer.tell(pod, rank, trust, reason, age, asked_at)
+
+            found = self._scorers[model.name] = (model.index, scorer, refresh)
+        return found
