@@ -193,6 +193,7 @@ def run(settings: Settings) -> int:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
         return 2
     finally:
+        gc.unfreeze()
         if server is not None:
             server.stop()
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
