@@ -12,14 +12,13 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
-from load import BLOCK_SIZE, Chains, batch, machine, stored
+from load import BLOCK_SIZE, Chains, machine, pack
 from raw_load import Grpc, Http, Result, closed_loop, open_loop
 
 from kvindex_server import _core, wire
@@ -40,7 +39,8 @@ def cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def process(*command: str) -> Iterator["subprocess.Popen[str]"]:
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     try:
         yield running
     finally:
@@ -49,13 +49,12 @@ def process(*command: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 class Publishers:
-    """Pods of the fleet, each with a publisher: the first 16 hold one chain, all others send what they are told."""
+    """The pods that hold one chain, each with a publisher."""
 
     def __init__(self) -> None:
         self.chain, self.hashes, self.tokens = Chains(9).payloads(TOKENS // BLOCK_SIZE, 128)
         self.holders = [wire.publisher("tcp://127.0.0.1:*") for _ in range(HOLDERS)]
-        self.writers = [wire.publisher("tcp://127.0.0.1:*") for _ in range(WRITERS)]
-        self._sequence = dict.fromkeys(self.holders + self.writers, 0)
+        self._sequence = dict.fromkeys(self.holders, 0)
 
     def send(self, publisher: wire.Socket, payload: bytes) -> None:
         sequence = self._sequence[publisher]
@@ -73,42 +72,23 @@ class Publishers:
             time.sleep(0.5)
 
 
-def writing(publishers: Publishers, rate: int, stop: threading.Event, sent: list[int]) -> None:
-    """So many blocks a second from 64 pods: 32-block events, each stored once and removed four events later."""
-    per_event, slots = 32, 8
-    messages = []
-    for number in range(WRITERS):
-        chains = Chains(100 + number)
-        events = [(chains.hashes(per_event), chains.tokens(per_event)) for _ in range(slots)]
-        removals = [{"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU"} for hashes, _ in events]
-        messages.append(
-            [
-                batch([stored(hashes, None, tokens), removals[(slot + 4) % slots]])
-                for slot, (hashes, tokens) in enumerate(events)
-            ]
-        )
-    begun = time.perf_counter()
-    count = 0
-    while not stop.is_set():
-        due = int((time.perf_counter() - begun) * rate / per_event)
-        while count < due:
-            publisher = publishers.writers[count % WRITERS]
-            publishers.send(publisher, messages[count % WRITERS][count // WRITERS % slots])
-            count += 1
-        sent[0] = count * per_event
-        time.sleep(0.002)
+class Writers:
+    """The pods that publish while answers are measured."""
 
+    def __init__(self, running: "subprocess.Popen[str]") -> None:
+        assert running.stdin is not None and running.stdout is not None
+        self._orders, self._answers = running.stdin, running.stdout
+        self.endpoints = self._answers.readline().split()
 
-@contextlib.contextmanager
-def ingest(publishers: Publishers) -> Iterator[list[int]]:
-    stop, sent = threading.Event(), [0]
-    thread = threading.Thread(target=writing, args=(publishers, INGEST, stop, sent))
-    thread.start()
-    try:
-        yield sent
-    finally:
-        stop.set()
-        thread.join()
+    def start(self, rate: int) -> None:
+        self._orders.write(f"start {rate}\n")
+        self._orders.flush()
+
+    def stop(self) -> int:
+        """Messages sent so far."""
+        self._orders.write("stop\n")
+        self._orders.flush()
+        return int(self._answers.readline())
 
 
 def median(rounds: int, run: Callable[[], Result], value: Callable[[Result], float]) -> float:
@@ -134,8 +114,9 @@ def main() -> None:
         channel = stack.enter_context(grpc.insecure_channel(address))
         admin = rpc.KVIndexAdminStub(channel)
         publishers = Publishers()
-        for number, each in enumerate(publishers.holders + publishers.writers):
-            admin.RegisterPod(pb.RegisterPodRequest(pod=f"pod-{number}", model="m", endpoint=each.endpoint))
+        writers = Writers(stack.enter_context(process(sys.executable, "benchmarks/writers.py", str(WRITERS))))
+        for number, endpoint in enumerate([each.endpoint for each in publishers.holders] + writers.endpoints):
+            admin.RegisterPod(pb.RegisterPodRequest(pod=f"pod-{number}", model="m", endpoint=endpoint))
         blocks = TOKENS // BLOCK_SIZE
 
         def filled() -> bool:
@@ -194,19 +175,17 @@ def main() -> None:
             print(f"| {name} | {p50:.2f} | {p99:.2f} | {share:.1%} |", flush=True)
 
         tail("idle ingest")
-        applied = messages(admin)
-        begun = time.monotonic()
-        with ingest(publishers) as sent:
-            tail(f"{INGEST // 1000}k blocks/s from {WRITERS} pods")
-            elapsed = time.monotonic() - begun
-        time.sleep(0.5)
-        print(f"\nsent {sent[0] / elapsed:,.0f} blocks/s; {messages(admin) - applied:,} messages applied of "
-              f"{sent[0] // 32:,} sent; worst lag {max(e.lag_seconds for e in streams(admin)) * 1000:.1f} ms at the end")
+        applied, begun = messages(admin), time.monotonic()
+        before = cpu_seconds(server.pid)
+        writers.start(INGEST)
+        tail(f"{INGEST // 1000}k blocks/s from {WRITERS} pods")
+        elapsed, sent = time.monotonic() - begun, writers.stop()
+        cores = (cpu_seconds(server.pid) - before) / elapsed
+        time.sleep(1)
+        print(
+            f"\n{sent * 128 / elapsed:,.0f} blocks/s sent, {messages(admin) - applied:,} of {sent:,} messages applied; server used {cores:.2f} cores"
+        )
         dynamo(args, publishers)
-
-
-def pack(tokens: list[int]) -> bytes:
-    return memoryview(__import__("array").array("I", tokens)).tobytes()
 
 
 def streams(admin: rpc.KVIndexAdminStub) -> list[pb.StreamInfo]:
@@ -230,12 +209,14 @@ def dynamo(args: argparse.Namespace, publishers: Publishers) -> None:
         by_tokens = json.dumps({"token_ids": publishers.tokens, "model_name": "m"}).encode()
 
         def matched() -> bool:
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(
                     urllib.request.Request(f"http://{address}/query", by_tokens, {"Content-Type": "application/json"}),
                     timeout=2,
-                ) as answer:
-                    return str(TOKENS // BLOCK_SIZE) in answer.read().decode() or str(TOKENS) in answer.read().decode()
+                ) as answer,
+            ):
+                return str(TOKENS // BLOCK_SIZE) in answer.read().decode() or str(TOKENS) in answer.read().decode()
             return False
 
         publishers.fill(matched)
@@ -261,7 +242,8 @@ def hashes_of(publishers: Publishers) -> list[int]:
     """Unchained block hashes, as that interface wants them."""
     tokens = pack(publishers.tokens)
     size = BLOCK_SIZE * 4
-    return [_core.xxh3_64(tokens[at : at + size], 1337) for at in range(0, len(tokens), size)]
+    hashes = [_core.xxh3_64(tokens[at : at + size], 1337) for at in range(0, len(tokens), size)]
+    return [each - (1 << 64) if each >> 63 else each for each in hashes]
 
 
 def free_port() -> int:

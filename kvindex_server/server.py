@@ -170,7 +170,7 @@ def run(settings: Settings) -> int:
     ends = {signal.SIGTERM, signal.SIGINT}
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.00005)
     # A stream needs some ten descriptors, and the soft limit is often 1,024.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
