@@ -185,6 +185,10 @@ class StreamSettings(_Section):
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
+    transport: Literal["grpcio", "native"] = Field(
+        default="grpcio",
+        description="`native`: Score through the optional package pygrpc-native; only among trusted clients",
+    )
     workers: Integer = Field(default=4, ge=1, le=1024, description="Calls of one RPC worked on at once")
     message_seconds: Seconds = Field(
         default=10.0, gt=0, description="Time for a call's message to come; then the call is ended"
@@ -294,6 +298,7 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         self._check_addresses()
+        self._check_transport()
         self._check_names()
         self._check_pods()
         return self
@@ -313,6 +318,12 @@ class Settings(_Section):
                 if port and port == other_port and same_host:
                     raise _WrongField(key, f"is the same address as {other}")
             taken.append((key, host, port))
+
+    def _check_transport(self) -> None:
+        if self.server.transport == "native":
+            for key, given in (("tls.cert_file", self.tls.cert_file), ("auth.review.url", self.auth.review.url)):
+                if given:
+                    raise _WrongField("server.transport", f"native does not go with {key}")
 
     def _check_names(self) -> None:
         seen: dict[str, str] = {}

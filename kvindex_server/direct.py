@@ -58,6 +58,11 @@ class Direct:
         """An encoded ScoreResponse to an encoded ScoreRequest; KvindexError when there is none."""
         return self._native(data, check) or self.reference(data, check)
 
+    def takes_long(self, data: bytes) -> bool:
+        """Text is tokenized first, and what the native core does not take is worked on in Python."""
+        request = _core.read_score_request(data, self._native_limits)
+        return request is None or request.is_prompt or request.is_chat
+
     def reference(self, data: bytes, check: Check) -> bytes:
         """The same by protobuf messages and Python: slower, plainer, and right by definition."""
         return codec.encode_score(self._lookup.score(codec.decode_score(data, self._limits), check))

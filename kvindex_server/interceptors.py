@@ -134,7 +134,7 @@ class Guard:
                 error = _Cancelled("")
                 raise
             finally:
-                self._observe(method, error.code if error else grpc.StatusCode.OK, started)
+                self.observe(method, error.code if error else grpc.StatusCode.OK, started)
             if error is not None:
                 _abort(context, error)
 
@@ -186,6 +186,37 @@ class Guard:
         for lane in self._lanes:
             lane.close()
 
+    # --- for another transport ---
+
+    def lane(self, name: str, permits: int) -> Lane:
+        """Threads for calls that do not come by gRPC's own pool."""
+        return self._lane(name, self._bounds.workers, permits)
+
+    def at_arrival(
+        self, method: str, role: Role, metadata: Sequence[tuple[str, str | bytes]] | None
+    ) -> KvindexError | None:
+        """What turns a call away by its metadata alone; counted."""
+        error = self._gate.at_arrival(role, metadata)
+        if error is not None:
+            self._count_refusal(method, error)
+        return error
+
+    def answer(self, method: str, handler: Unary, data: bytes, check: Check) -> bytes:
+        """The handler's answer while ready; every error as a KvindexError that is fit to be sent."""
+        self._check_ready(method)
+        try:
+            return handler(data, check)
+        except Exception as caught:  # noqa: BLE001 - see _unary
+            raise _safe(method, caught) from None
+
+    def shed(self, method: str, reason: Shed) -> None:
+        """Count a call turned away."""
+        self._metrics.shed(method, reason)
+
+    def observe(self, method: str, code: grpc.StatusCode, started: float) -> None:
+        """Count a finished call; `started` by time.perf_counter."""
+        self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+
     # --- arrival ---
 
     def _lane(self, name: str, threads: int, permits: int) -> Lane:
@@ -200,12 +231,10 @@ class Guard:
         def arrive(details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
             error: KvindexError | None = None
             if role is not None:
-                error = self._gate.at_arrival(role, details.invocation_metadata)
-            if error is not None:
-                self._count_refusal(method, error)
-            elif lane.full:
+                error = self.at_arrival(method, role, details.invocation_metadata)
+            if error is None and lane.full:
                 error = Overloaded("too many calls of this kind in flight")
-                self._metrics.shed(method, "in_flight")
+                self.shed(method, "in_flight")
             return handler if error is None else self._refuse(method, error)
 
         return arrive
@@ -215,7 +244,7 @@ class Guard:
 
         # A streaming handler, for any method: it is run without waiting for the message.
         def behaviour(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            self._observe(method, error.code, started)
+            self.observe(method, error.code, started)
             _abort(context, error)
             return iter(())
 
@@ -224,9 +253,9 @@ class Guard:
 
     def _count_refusal(self, method: str, error: KvindexError) -> None:
         if isinstance(error, Unauthenticated):
-            self._metrics.shed(method, "unauthenticated")
+            self.shed(method, "unauthenticated")
         elif isinstance(error, PermissionDenied):
-            self._metrics.shed(method, "permission_denied")
+            self.shed(method, "permission_denied")
 
     def _identify(self, method: str, role: Role, context: grpc.ServicerContext) -> None:
         error = self._gate.in_call(role, context)
@@ -253,9 +282,9 @@ class Guard:
             except Exception as caught:  # noqa: BLE001 - nothing a request does may end a worker or leak
                 error = _safe(method, caught)
             else:
-                self._observe(method, grpc.StatusCode.OK, started)
+                self.observe(method, grpc.StatusCode.OK, started)
                 return answer
-            self._observe(method, error.code, started)
+            self.observe(method, error.code, started)
             _abort(context, error)
             raise AssertionError("abort always raises")
 
@@ -274,22 +303,19 @@ class Guard:
 
     def _check_ready(self, method: str) -> None:
         if not self._ready():
-            self._metrics.shed(method, "not_ready")
+            self.shed(method, "not_ready")
             raise Unavailable("not ready: the first synchronisation with the configured pods is not over")
 
     def _checker(self, method: str, context: grpc.ServicerContext) -> Check:
         def check() -> None:
             remaining = context.time_remaining()
             if remaining is not None and remaining <= 0:
-                self._metrics.shed(method, "deadline")
+                self.shed(method, "deadline")
                 raise DeadlineExceeded("the deadline passed before the answer was ready")
             if not context.is_active():
                 raise _Cancelled("the caller cancelled")
 
         return check
-
-    def _observe(self, method: str, code: grpc.StatusCode, started: float) -> None:
-        self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
 
 
 class _Service(grpc.ServiceRpcHandler):  # type: ignore[misc]

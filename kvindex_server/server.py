@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.direct import Direct
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
+from kvindex_server.front import Front, TransportMissing
 from kvindex_server.health import Health
 from kvindex_server.ingest import Bounds
 from kvindex_server.interceptors import Guard
@@ -62,8 +64,11 @@ class Server:
         guard = self._guard(settings, gate)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
-        direct = Direct(lookup, self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits)
-        service.register(self._public, lookup, direct, guard, settings.limits)
+        self._front: Front | None = None
+        self._behind_front: tempfile.TemporaryDirectory[str] | None = None
+        weights, limits = settings.tier_weights, settings.limits
+        self._direct = Direct(lookup, self.models, self.fleet, weights, self.metrics, limits)
+        service.register(self._public, lookup, self._direct, guard, limits)
         compat.register(self._public, lookup, guard, settings.limits)
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
@@ -100,7 +105,10 @@ class Server:
         """Bind the ports and begin to listen to the configured pods. ConfigError when a port cannot be bound."""
         settings = self._settings
         tls = settings.tls
-        self.grpc_address = _bind(self._public, settings.listen, "listen", tls, tls.client_ca_file)
+        if settings.server.transport == "native":
+            self.grpc_address = self._bind_front()
+        else:
+            self.grpc_address = _bind(self._public, settings.listen, "listen", tls, tls.client_ca_file)
         admin_ca = tls.admin_client_ca_file or tls.client_ca_file
         self.admin_address = (
             _bind(self._admin, settings.admin_listen, "admin_listen", tls, admin_ca)
@@ -119,6 +127,8 @@ class Server:
         except InvalidArgument as error:
             raise ConfigError(f"pods: {error.field}", error.reason) from error
         self._public.start()
+        if self._front is not None:
+            self._front.start()
         if self._admin is not None:
             self._admin.start()
         threading.Thread(target=self._become_ready, name="ready", daemon=True).start()
@@ -150,11 +160,42 @@ class Server:
         for guard, stopped in draining:
             guard.drain(grace, stopped)
             stopped.wait()
+        if self._front is not None:
+            self._front.stop()
+        if self._behind_front is not None:
+            self._behind_front.cleanup()
         for guard in self._guards:
             guard.close()
         self.fleet.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
+
+    def _bind_front(self) -> str:
+        settings, limits = self._settings, self._settings.limits
+        self._behind_front = tempfile.TemporaryDirectory(prefix="kvindex-")
+        socket_path = f"{self._behind_front.name}/grpcio.sock"
+        _bind_unix(self._public, f"unix:{socket_path}", "listen")
+        try:
+            self._front = Front(
+                settings.listen,
+                socket_path,
+                self._guards[0],
+                f"/{service.SERVICE}/Score",
+                self._direct.score,
+                self._direct.takes_long,
+                max_message_bytes=limits.max_message_bytes,
+                max_calls_per_connection=limits.max_calls_per_connection,
+                max_metadata_bytes=limits.max_metadata_bytes,
+                max_in_flight=limits.max_in_flight,
+            )
+        except TransportMissing as error:
+            raise ConfigError("server.transport", str(error)) from error
+        except OSError as error:
+            raise ConfigError("listen", f"{settings.listen} cannot be bound: {error.strerror or error}") from error
+        if settings.listen.startswith("unix:"):
+            os.chmod(settings.listen.removeprefix("unix:"), 0o660)
+            return settings.listen
+        return f"{settings.listen.rpartition(':')[0]}:{self._front.port}"
 
     def _sizes(self) -> list[_ModelSize]:
         return [

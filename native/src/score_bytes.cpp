@@ -104,12 +104,14 @@ ScoreBytes score_bytes(const Index& index, const Standings& standings, const Tie
   std::array<bool, kMaxTiers> used{};
   const int64_t now = now_ns();
   std::string score, entry;
+  Believed believed;
   Writer write{result.response};
   result.response.reserve(ranked.size() * 80 + 32);
   for (const Ranked& each : ranked) {
     const int64_t rank = each.match == nullptr ? int64_t{-1} : int64_t{each.match->rank};
     score.clear();
-    write_score(each, standings.of(*each.pod, rank, now), tiers, block_size, score, entry);
+    standings.of(*each.pod, rank, now, believed);
+    write_score(each, believed, tiers, block_size, score, entry);
     write.message(1, score);
     if (each.match != nullptr)
       for (size_t tier = 0; tier < kMaxTiers; ++tier) used[tier] = used[tier] || each.match->tier_blocks[tier] != 0;

@@ -1,7 +1,8 @@
 #include "score_request.hpp"
 
 #include <algorithm>
-#include <unordered_set>
+#include <bit>
+#include <functional>
 
 #include "protobuf.hpp"
 
@@ -44,6 +45,21 @@ bool is_utf8(std::string_view text) {
     }
   }
   return true;
+}
+
+// Keeps the first of equal names. An open-addressing table of positions: a set would allocate once per name.
+void drop_repeated(std::vector<std::string>& names) {
+  const size_t mask = std::bit_ceil(names.size() * 2 + 1) - 1;
+  std::vector<uint32_t> places(mask + 1, 0);  // position + 1
+  size_t kept = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    size_t at = std::hash<std::string_view>{}(names[i]) & mask;
+    while (places[at] != 0 && names[places[at] - 1] != names[i]) at = (at + 1) & mask;
+    if (places[at] != 0) continue;
+    if (kept != i) names[kept] = std::move(names[i]);
+    places[at] = static_cast<uint32_t>(++kept);
+  }
+  names.resize(kept);
 }
 
 bool name(std::string_view value, std::string& out) {
@@ -168,13 +184,7 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   if (request.model.empty()) return std::nullopt;
   if (request.input == ScoreRequest::Input::kTokens && request.tokens.empty()) return std::nullopt;
   if (request.input == ScoreRequest::Input::kKeys && request.keys.empty()) return std::nullopt;
-  std::unordered_set<std::string_view> seen;
-  seen.reserve(request.pods.size());
-  std::vector<std::string> distinct;
-  distinct.reserve(request.pods.size());
-  for (std::string& pod : request.pods)
-    if (seen.insert(pod).second) distinct.push_back(pod);
-  request.pods = std::move(distinct);
+  drop_repeated(request.pods);
   std::stable_sort(request.extras.mm_features.begin(), request.extras.mm_features.end(),
                    [](const MmFeature& a, const MmFeature& b) { return a.offset < b.offset; });
   return request;

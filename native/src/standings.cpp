@@ -85,19 +85,20 @@ std::vector<std::pair<std::string, uint32_t>> Standings::outdated(const std::vec
   return result;
 }
 
-Believed Standings::of(const std::string& pod, int64_t rank, int64_t now) const {
-  Believed result{Trust::kCold, "pod is not registered", -1};
+void Standings::of(const std::string& pod, int64_t rank, int64_t now, Believed& out) const {
+  out.trust = Trust::kCold;
+  out.reason.assign("pod is not registered");
+  out.age_seconds = -1;
   std::shared_lock lock(mutex_);
   const auto found = of_pod_.find(pod);
-  if (found == of_pod_.end()) return result;
+  if (found == of_pod_.end()) return;
   bool first = true;
   for (const auto& each : found->second) {
     const auto standing = each.lock();
     if (standing == nullptr || standing->closed() || (rank >= 0 && standing->rank != rank)) continue;
-    standing->doubt(now, result, first);
+    standing->doubt(now, out, first);
     first = false;
   }
-  return result;
 }
 
 }  // namespace kvindex

@@ -60,7 +60,7 @@ class Standings {
   // (pod, rank) of these pods whose standing has to be told anew.
   std::vector<std::pair<std::string, uint32_t>> outdated(const std::vector<std::string>& pods, int64_t now) const;
   // Of one rank, or (rank < 0) of the pod's least trusted one.
-  Believed of(const std::string& pod, int64_t rank, int64_t now) const;
+  void of(const std::string& pod, int64_t rank, int64_t now, Believed& out) const;
 
  private:
   mutable std::shared_mutex mutex_;
