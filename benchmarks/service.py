@@ -183,7 +183,8 @@ def main() -> None:
         cores = (cpu_seconds(server.pid) - before) / elapsed
         time.sleep(1)
         print(
-            f"\n{sent * 128 / elapsed:,.0f} blocks/s sent, {messages(admin) - applied:,} of {sent:,} messages applied; server used {cores:.2f} cores"
+            f"\n{sent * 128 / elapsed:,.0f} blocks/s sent, {messages(admin) - applied:,} of {sent:,} messages applied; "
+            f"server used {cores:.2f} cores"
         )
         dynamo(args, publishers)
 

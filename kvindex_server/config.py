@@ -179,6 +179,10 @@ class StreamSettings(_Section):
     buffer_bytes: Integer = Field(default=256 * MIB, ge=1, description="Bytes buffered per stream during a replay")
     buffer_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to buffer during a replay")
     replay_timeout_seconds: Seconds = Field(default=5.0, gt=0, description="Wait for a replay's next message")
+    curve_keys_file: str = Field(
+        default="",
+        description="ZMQ CURVE keys, `server=`, `public=` and `secret=` one a line in Z85; empty = plain text",
+    )
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from kvindex_server import admin, compat, health, interceptors, reflection, service
+from kvindex_server import admin, compat, health, interceptors, reflection, service, wire
 from kvindex_server._core import Index
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
 from kvindex_server.config import ConfigError, Settings, TlsSettings
@@ -54,6 +54,9 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
+        if settings.stream.curve_keys_file:
+            with _config_errors("stream.curve_keys_file"):
+                wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
         self.models = _models(settings)
         self.fleet = _fleet(settings, self.models)
         self._guards: list[Guard] = []
@@ -212,6 +215,8 @@ def run(settings: Settings) -> int:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
     sys.setswitchinterval(0.00005)
+    # It logs a traceback for every header that is not UTF-8: any stranger could fill the log with them.
+    logging.getLogger("grpc._cython").setLevel(logging.CRITICAL)
     # A stream needs some ten descriptors, and the soft limit is often 1,024.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
@@ -323,6 +328,18 @@ def _gate(settings: Settings) -> Gate:
             judge,
             Revoked(Path(revoked)) if revoked else None,
         )
+
+
+def _curve_keys(path: Path) -> tuple[bytes, bytes, bytes]:
+    """Keys for the engines' sockets; a message about them never quotes one."""
+    found = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        name, equals, key = line.strip().partition("=")
+        if equals:
+            found[name.strip()] = key.strip().encode()
+    if set(found) != {"server", "public", "secret"}:
+        raise ValueError("must have one line each of server=, public=, secret=")
+    return found["server"], found["public"], found["secret"]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import json
 import os
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgpack
 import pytest
 import trustme
+import zmq
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -273,6 +277,46 @@ def test_a_unix_socket_for_a_sidecar(tmp_path: Path) -> None:
             assert stat.S_IMODE(os.stat(each).st_mode) == 0o660
         with grpc.insecure_channel(server.grpc_address) as channel, grpc.insecure_channel(f"unix:{admin}") as other:
             assert (score(channel), stats(channel), stats(other)) == ("NOT_FOUND", "UNIMPLEMENTED", "OK")
+
+
+@pytest.mark.parametrize("key", ["right", "wrong"])
+def test_events_over_curve(tmp_path: Path, key: str) -> None:
+    """An engine with CURVE is heard with the right keys; with a wrong server key it is not, and nothing is believed."""
+    engine_public, engine_secret = zmq.curve_keypair()
+    own_public, own_secret = zmq.curve_keypair()
+    keys = {"server": engine_public if key == "right" else zmq.curve_keypair()[0]}
+    keys |= {"public": own_public, "secret": own_secret}
+    (tmp_path / "curve").write_text("".join(f"{name}={value.decode()}\n" for name, value in keys.items()))
+    socket = zmq.Context.instance().socket(zmq.PUB)
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = engine_public, engine_secret
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    pod = {"pod": "p", "model": "m", "endpoint": f"tcp://127.0.0.1:{port}"}
+    settings = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "pods": [pod]}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings | {"stream": {"curve_keys_file": str(tmp_path / "curve")}}))
+    # A process of its own: the keys are those of the whole process.
+    command = [sys.executable, "-m", "kvindex_server", "serve", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split("grpc=")[1].split()[0]
+        event = {"type": "BlockStored", "block_hashes": [1], "parent_block_hash": None, "token_ids": list(range(16))}
+        payload = msgpack.packb([1.0, [event | {"block_size": 16, "medium": "GPU"}]])
+        with grpc.insecure_channel(address) as channel:
+            admin = KVIndexAdminStub(channel)
+            blocks = 0
+            for sequence in range(60 if key == "right" else 10):
+                socket.send_multipart([b"", sequence.to_bytes(8, "big"), payload])
+                time.sleep(0.1)
+                blocks = next(iter(admin.ListPods(pb.ListPodsRequest(), timeout=5).streams)).blocks
+                if blocks:
+                    break
+        assert blocks == (key == "right")
+    finally:
+        process.terminate()
+        process.wait(20)
+        socket.close(linger=0)
 
 
 def test_reflection_can_be_switched_off() -> None:
