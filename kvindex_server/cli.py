@@ -60,8 +60,6 @@ def _serve(args: argparse.Namespace) -> int:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
         return CONFIG_ERROR
     logs.configure(settings.log.format, settings.log.level)
-    # gRPC writes its own lines to stderr, also for every failed handshake; what matters of them is our own error.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from kvindex_server import server  # noqa: PLC0415  heavy; --help, --version and config errors do without
 
     return server.run(settings)

@@ -1,16 +1,20 @@
 """The optional transport: Score through pygrpc-native, every other RPC through the grpcio server behind it."""
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
+from kvindex_server import logs
 from kvindex_server.auth import Role
 from kvindex_server.errors import DeadlineExceeded, KvindexError, Overloaded, ResourceExhausted
 from kvindex_server.interceptors import MAX_MESSAGE, Guard, Unary, retry_trailers
 from kvindex_server.lookup import Check
+
+_logger = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024
 """Bytes of a request that is worked on by a thread of its own, so that small ones do not wait for it."""
@@ -79,20 +83,23 @@ class Front:
     def _serve(self) -> None:
         while (events := self._front.recv_batch_details(_BATCH)) is not None:
             calls = [each for each in events if each[0] == self._call_event]  # others say that a caller went away
-            for _, call, _, _, _, _ in calls[self._max_in_flight :]:
-                self._guard.shed(self._method, "in_flight")
-                self._fail(call, Overloaded("too many calls of this kind in flight"), time.perf_counter())
-            for _, call, _, message, _, details in calls[: self._max_in_flight]:
-                arrived = time.perf_counter()
-                payload = message or b""
-                if len(payload) > _LARGE or self._takes_long(payload):
-                    if self._lane.full:
-                        self._guard.shed(self._method, "in_flight")
-                        self._fail(call, Overloaded("too many calls of this kind in flight"), arrived)
-                    else:
-                        self._lane.submit(self._turn, call, payload, details, arrived)
-                else:
-                    self._one(call, payload, details, arrived)
+            for position in (*range(self._max_in_flight, len(calls)), *range(min(self._max_in_flight, len(calls)))):
+                _, call, _, message, _, details = calls[position]
+                try:
+                    self._take(call, message or b"", details, refused=position >= self._max_in_flight)
+                except Exception as error:  # noqa: BLE001 - this thread answers everybody
+                    logs.event(_logger, logging.ERROR, "call lost", error=type(error).__name__)
+
+    def _take(self, call: int, payload: bytes, details: Any, *, refused: bool) -> None:
+        arrived = time.perf_counter()
+        at_length = not refused and (len(payload) > _LARGE or self._takes_long(payload))
+        if refused or (at_length and self._lane.full):
+            self._guard.shed(self._method, "in_flight")
+            self._fail(call, Overloaded("too many calls of this kind in flight"), arrived)
+        elif at_length:
+            self._lane.submit(self._turn, call, payload, details, arrived)
+        else:
+            self._one(call, payload, details, arrived)
 
     def _turn(self, call: int, payload: bytes, details: Any, arrived: float) -> None:
         with self._lane.turn():
@@ -117,9 +124,10 @@ class Front:
 
     def _fail(self, call: int, error: KvindexError, arrived: float) -> None:
         message = error.message[:MAX_MESSAGE]
-        trailers: Sequence[tuple[str, str | bytes]] | None = None
+        trailers = None
         if error.retry_seconds:
-            trailers = retry_trailers(error.code, message, error.retry_seconds)
+            # Of the two ways to say it only the standard's own is let through: the other's name is reserved here.
+            trailers = retry_trailers(error.code, message, error.retry_seconds)[:1]
         self._front.fail(call, error.code.value[0], message, trailers)
         self._guard.observe(self._method, error.code, arrived)
 
