@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint native-test bench soak proto image chart clean
+.PHONY: help setup run test lint native-test bench bench-service soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -65,8 +65,16 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, a
 bench: setup ## Run every benchmark, one after another
 	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
+# Dynamo takes part where it can be installed; the table says so when it does not.
+bench-service: setup ## Measure the service under load, once per transport, with Dynamo's indexer beside it
+	-test -x build/peers-venv/bin/python || { $(PYTHON) -m venv build/peers-venv \
+	  && build/peers-venv/bin/pip install -q ai-dynamo-runtime==1.6.1; }
+	$(BIN)/python benchmarks/service.py --transport grpcio
+	$(BIN)/python benchmarks/service.py --transport native
+
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+	KVINDEX_SOAK=1 $(BIN)/python -m pytest tests/test_chaos.py --timeout 3600
 
 proto: setup ## Generate kvindex_server/pb from proto/
 	scripts/proto.sh

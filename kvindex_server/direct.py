@@ -56,23 +56,24 @@ class Direct:
 
     def score(self, data: bytes, check: Check) -> bytes:
         """An encoded ScoreResponse to an encoded ScoreRequest; KvindexError when there is none."""
-        return self._native(data, check) or self.reference(data, check)
+        return self.answer(data, self.read(data), check)
 
-    def takes_long(self, data: bytes) -> bool:
-        """Text is tokenized first, and what the native core does not take is worked on in Python."""
-        request = _core.read_score_request(data, self._native_limits)
-        return request is None or request.is_prompt or request.is_chat
+    def read(self, data: bytes) -> _core.ScoreRequest | None:
+        """The request, for `answer`; None when it is not for the native core."""
+        return _core.read_score_request(data, self._native_limits)
+
+    def answer(self, data: bytes, request: _core.ScoreRequest | None, check: Check) -> bytes:
+        """The second half of `score`."""
+        answer = b"" if request is None else self._native(request, check)
+        return answer or self.reference(data, check)
 
     def reference(self, data: bytes, check: Check) -> bytes:
         """The same by protobuf messages and Python: slower, plainer, and right by definition."""
         return codec.encode_score(self._lookup.score(codec.decode_score(data, self._limits), check))
 
-    def _native(self, data: bytes, check: Check) -> bytes:
-        """Empty when the request is not for the native core; no answer is."""
+    def _native(self, request: _core.ScoreRequest, check: Check) -> bytes:
+        """Empty when the request is not for the native core after all; no answer is."""
         started = time.perf_counter()
-        request = _core.read_score_request(data, self._native_limits)
-        if request is None:
-            return b""
         try:
             model, lora = self._models.resolve(request.model)
         except NotFound:

@@ -3,15 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc
 
 from kvindex_server import logs
+from kvindex_server._core import ScoreRequest
 from kvindex_server.auth import Role
+from kvindex_server.direct import Direct
 from kvindex_server.errors import DeadlineExceeded, KvindexError, Overloaded, ResourceExhausted
-from kvindex_server.interceptors import MAX_MESSAGE, Guard, Unary, retry_trailers
+from kvindex_server.interceptors import MAX_MESSAGE, Guard, retry_trailers
 from kvindex_server.lookup import Check
 
 _logger = logging.getLogger(__name__)
@@ -38,8 +39,7 @@ class Front:
         fallback: str,
         guard: Guard,
         method: str,
-        handler: Unary,
-        takes_long: Callable[[bytes], bool],
+        direct: Direct,
         *,
         max_message_bytes: int,
         max_calls_per_connection: int,
@@ -54,8 +54,7 @@ class Front:
         self._call_event = pygrpc_native.EVENT_CALL
         self._guard = guard
         self._method = method
-        self._handler = handler
-        self._takes_long = takes_long
+        self._direct = direct
         self._max_message_bytes = max_message_bytes
         self._max_in_flight = max_in_flight
         self._lane = guard.lane("front", max_in_flight)
@@ -92,20 +91,22 @@ class Front:
 
     def _take(self, call: int, payload: bytes, details: Any, *, refused: bool) -> None:
         arrived = time.perf_counter()
-        at_length = not refused and (len(payload) > _LARGE or self._takes_long(payload))
+        request = None if refused else self._direct.read(payload)
+        # Text is tokenized, and what the native core does not take is worked on in Python.
+        at_length = not refused and (request is None or request.is_prompt or request.is_chat or len(payload) > _LARGE)
         if refused or (at_length and self._lane.full):
             self._guard.shed(self._method, "in_flight")
             self._fail(call, Overloaded("too many calls of this kind in flight"), arrived)
         elif at_length:
-            self._lane.submit(self._turn, call, payload, details, arrived)
+            self._lane.submit(self._turn, call, payload, request, details, arrived)
         else:
-            self._one(call, payload, details, arrived)
+            self._one(call, payload, request, details, arrived)
 
-    def _turn(self, call: int, payload: bytes, details: Any, arrived: float) -> None:
+    def _turn(self, call: int, payload: bytes, request: ScoreRequest | None, details: Any, arrived: float) -> None:
         with self._lane.turn():
-            self._one(call, payload, details, arrived)
+            self._one(call, payload, request, details, arrived)
 
-    def _one(self, call: int, payload: bytes, details: Any, arrived: float) -> None:
+    def _one(self, call: int, payload: bytes, request: ScoreRequest | None, details: Any, arrived: float) -> None:
         metadata, _, remaining = details
         try:
             refusal = self._guard.at_arrival(self._method, Role.READ, metadata)
@@ -115,7 +116,7 @@ class Front:
                 raise ResourceExhausted(f"the message is larger than {self._max_message_bytes} bytes")
             check = self._checker(arrived, remaining)
             check()
-            answer = self._guard.answer(self._method, self._handler, payload, check)
+            answer = self._guard.answer(self._method, lambda: self._direct.answer(payload, request, check))
         except KvindexError as error:
             self._fail(call, error, arrived)
             return

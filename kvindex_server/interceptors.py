@@ -201,11 +201,11 @@ class Guard:
             self._count_refusal(method, error)
         return error
 
-    def answer(self, method: str, handler: Unary, data: bytes, check: Check) -> bytes:
-        """The handler's answer while ready; every error as a KvindexError that is fit to be sent."""
+    def answer(self, method: str, work: Callable[[], bytes]) -> bytes:
+        """Its answer while ready; every error as a KvindexError that is fit to be sent."""
         self._check_ready(method)
         try:
-            return handler(data, check)
+            return work()
         except Exception as caught:  # noqa: BLE001 - see _unary
             raise _safe(method, caught) from None
 

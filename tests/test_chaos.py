@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -251,6 +252,8 @@ def test_garbage_and_half_open_connections(target: Target) -> None:
 
 def test_many_connections(target: Target) -> None:
     """Thousands of open connections are carried, and the next client is still served."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     kept = []
     try:
         for _ in range(CONNECTIONS):
@@ -259,6 +262,7 @@ def test_many_connections(target: Target) -> None:
     finally:
         for each in kept:
             each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_client_that_cancels_everything(target: Target) -> None:

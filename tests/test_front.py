@@ -97,14 +97,14 @@ def test_overload_and_deadlines(server: Server, monkeypatch: pytest.MonkeyPatch)
     assert front is not None
     monkeypatch.setattr(front, "_max_in_flight", 4)
     worked = []
-    handler = front._handler
+    answer = front._direct.answer
 
-    def slow(data: bytes, check: Any) -> bytes:
+    def slow(data: bytes, request: Any, check: Any) -> bytes:
         worked.append(1)
         time.sleep(0.3)
-        return handler(data, check)
+        return answer(data, request, check)
 
-    monkeypatch.setattr(front, "_handler", slow)
+    monkeypatch.setattr(front._direct, "answer", slow)
     with grpc.insecure_channel(server.grpc_address) as channel:
         stub = KVIndexStub(channel)
         calls = [stub.Score.future(request(), timeout=10)]

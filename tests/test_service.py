@@ -47,7 +47,7 @@ class FakeTokenizer:
     def encode_chat(self, body: str) -> bytes:
         try:
             return self.encode_prompt(json.loads(body)["messages"][0]["content"])
-        except ValueError:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise InvalidArgument("chat", "is not valid JSON") from None
 
 
