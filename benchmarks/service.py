@@ -186,7 +186,8 @@ def main() -> None:
             f"\n{sent * 128 / elapsed:,.0f} blocks/s sent, {messages(admin) - applied:,} of {sent:,} messages applied; "
             f"server used {cores:.2f} cores"
         )
-        dynamo(args, publishers)
+        server.terminate()  # it must not take part any more
+        dynamo(args, Publishers())
 
 
 def streams(admin: rpc.KVIndexAdminStub) -> list[pb.StreamInfo]:
