@@ -38,8 +38,8 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def process(*command: str) -> Iterator["subprocess.Popen[str]"]:
-    pipe = subprocess.PIPE
+def process(*command: str, talks: bool = True) -> Iterator["subprocess.Popen[str]"]:
+    pipe = subprocess.PIPE if talks else subprocess.DEVNULL  # a pipe that nobody reads would fill up
     running = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     try:
         yield running
@@ -206,7 +206,8 @@ def dynamo(args: argparse.Namespace, publishers: Publishers) -> None:
     workers = ",".join(f"{number}={each.endpoint}" for number, each in enumerate(publishers.holders))
     port = free_port()
     command = (str(DYNAMO), "-m", "dynamo.indexer", "--block-size", str(BLOCK_SIZE), "--port", str(port))
-    with process(*command, "--threads", "4", "--model-name", "m", "--workers", workers) as running:
+    command = (*command, "--threads", "4", "--model-name", "m", "--workers", workers)
+    with process(*command, talks=False) as running:
         address = f"127.0.0.1:{port}"
         by_tokens = json.dumps({"token_ids": publishers.tokens, "model_name": "m"}).encode()
 
@@ -218,7 +219,7 @@ def dynamo(args: argparse.Namespace, publishers: Publishers) -> None:
                     timeout=2,
                 ) as answer,
             ):
-                return str(TOKENS // BLOCK_SIZE) in answer.read().decode() or str(TOKENS) in answer.read().decode()
+                return f":{TOKENS}" in answer.read().decode()
             return False
 
         publishers.fill(matched)
