@@ -175,7 +175,8 @@ class Server:
 
     def _bind_front(self) -> str:
         settings, limits = self._settings, self._settings.limits
-        self._behind_front = tempfile.TemporaryDirectory(prefix="kvindex-")
+        with _config_errors("server.transport: native needs a writable TMPDIR"):
+            self._behind_front = tempfile.TemporaryDirectory(prefix="kvindex-")
         socket_path = f"{self._behind_front.name}/grpcio.sock"
         _bind_unix(self._public, f"unix:{socket_path}", "listen")
         try:
