@@ -54,7 +54,9 @@ class Target:
         file.write_text(json.dumps(config))
         command = [sys.executable, "-m", "kvindex_server", "serve", "--config", str(file)]
         with log.open("wb") as err:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+            # The tests' own KVINDEX_SOAK is no setting of the server.
+            env = {name: value for name, value in os.environ.items() if not name.startswith("KVINDEX_")}
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=env)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("listening"), log.read_text()
