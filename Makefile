@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test bench bench-peers soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test bench bench-peers bench-service soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -65,8 +65,8 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, a
 	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
 	done
 
-bench: setup ## Run every benchmark, one after another
-	@set -e; for script in $$(grep -l '__main__' benchmarks/*.py | grep -v peers.py); do echo "== $$script"; $(BIN)/python $$script; done
+bench: setup ## Run the benchmarks of the index, one after another
+	@set -e; for name in core ingest sockets match memory hostile placements; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 # TRACE=FILE adds a trace of requests with hash_ids, one JSON object a line.
 bench-peers: setup build/peers-venv/.installed ## Compare with Dynamo's indexer and a plain Python index in one run
@@ -77,8 +77,15 @@ build/peers-venv/.installed: benchmarks/contenders/requirements.txt
 	build/peers-venv/bin/pip install -q -r $<
 	@touch $@
 
+# Dynamo takes part where it can be installed; the table says so when it does not.
+bench-service: setup ## Measure the service under load, once per transport, with Dynamo's indexer beside it
+	-$(MAKE) build/peers-venv/.installed
+	$(BIN)/python benchmarks/service.py --transport grpcio
+	$(BIN)/python benchmarks/service.py --transport native
+
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+	KVINDEX_SOAK=1 $(BIN)/python -m pytest tests/test_chaos.py --timeout 3600
 
 proto: setup ## Generate kvindex_server/pb from proto/
 	scripts/proto.sh

@@ -1,7 +1,7 @@
 """Native core: hashing, event decoding and the sharded block index. All calls release the GIL."""
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 _Bytes: TypeAlias = bytes  # `bytes` is a property of Index
@@ -20,6 +20,12 @@ def scan_packed(message: bytes, outer_field: int, inner_field: int, width: int) 
 
     width 4: packed (or unpacked) varint uint32 -> u32 LE bytes, ValueError for one above u32;
     width 8: packed or unpacked fixed64 -> u64 LE bytes. None when the outer field is absent.
+    """
+
+def scan_tags(message: bytes, outer_field: int = 0) -> list[int]:
+    """Distinct tags (field << 3 | wire type) of the message, or of all its submessages `outer_field`.
+
+    ValueError when it is malformed, holds a group, or has more than 256 different ones.
     """
 
 class Index:
@@ -164,6 +170,7 @@ class Stream:
         """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one."""
 
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
+    def touch(self) -> None: ...  # what is known of the stream beside its claims has changed
     def close(self) -> int: ...  # the same, and the stream is gone from answers
     @property
     def claims(self) -> int: ...
@@ -221,3 +228,52 @@ class Text:
         max_tokens: int,
         seconds: float,
     ) -> tuple[bytes, int] | str: ...
+
+class RequestLimits:
+    """Bounds that `read_score_request` keeps to."""
+
+    def __init__(self, max_tokens: int, max_pods: int, max_keys: int, max_prompt_bytes: int) -> None: ...
+
+class ScoreRequest:
+    """A read ScoreRequest."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def names_pods(self) -> bool: ...
+    @property
+    def is_prompt(self) -> bool: ...
+    @property
+    def is_chat(self) -> bool: ...
+    @property
+    def text(self) -> str: ...  # of a prompt or chat
+    @property
+    def media_fit(self) -> bool: ...  # every media item lies within the tokens
+    @property
+    def lora_name(self) -> str: ...
+    @property
+    def cache_salt(self) -> str: ...
+    @property
+    def has_media(self) -> bool: ...
+    def set_keys(
+        self, keys: _Bytes, tokens: int
+    ) -> None: ...  # of a prompt or chat: u64 LE, and how many tokens it has
+
+def read_score_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
+    """None when it is malformed, beyond a limit or unusual: codec.decode_score then says what it is."""
+
+class Scorer:
+    """Answers read requests over one index; safe from many threads."""
+
+    def __init__(self, index: Index, weights: Mapping[str, float]) -> None: ...
+    def answer(
+        self,
+        request: ScoreRequest,
+        lora: str,  # where the request names none
+        known: Sequence[str],  # distinct candidates when the request names none
+        refresh: Callable[[list[tuple[str, int]]], None],  # called with each (pod, rank) that is to be told anew
+    ) -> tuple[_Bytes, int, int, list[str]]:
+        """(encoded ScoreResponse, total blocks, blocks the best pod held, tiers in it without a weight)."""
+
+    def tell(self, pod: str, rank: int, trust: int, reason: str, age_seconds: float, asked_at: int) -> None:
+        """How far a stream can be believed, as it was at `asked_at` (time.monotonic_ns)."""

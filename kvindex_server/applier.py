@@ -63,6 +63,11 @@ class Applier:
             self.counters.trust = trust
             self.counters.trust_cause = cause
             self.counters.trust_reason = reason
+        self.touch()
+
+    def touch(self) -> None:
+        """Answers that are written from the core's own knowledge ask for the stream's trust anew."""
+        self._stream.touch()
 
     def bad_message(self, reason: str) -> None:
         """Count a message that was not taken in because of what it is."""

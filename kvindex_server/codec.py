@@ -1,8 +1,9 @@
 """Decodes and checks what clients send to the read path, and encodes what they get back."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from kvindex_server import _core
@@ -77,7 +78,7 @@ def decode_score(data: bytes, limits: Limits) -> ScoreQuery:
         pods=tuple(message.pods),
         lora_name=message.lora_name,
         cache_salt=message.cache_salt,
-        mm_features=_mm_features(message),
+        mm_features=_mm_features(data, message),
         top_k=message.top_k,
     )
 
@@ -109,7 +110,7 @@ def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
         pods=tuple(message.pods),
         lora_name=message.lora_name,
         cache_salt=message.cache_salt,
-        mm_features=_mm_features(message),
+        mm_features=_mm_features(data, message),
         engine_ints=ints,
         engine_bytes=strings,
     )
@@ -132,7 +133,7 @@ def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) ->
         keys=_keys(data, kind, 5, limits),
         lora_name=message.lora_name,
         cache_salt=message.cache_salt,
-        mm_features=_mm_features(message),
+        mm_features=_mm_features(data, message),
         pod=message.pod,
         rank=message.rank if message.HasField("rank") else None,
         ttl=ttl,
@@ -142,6 +143,7 @@ def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) ->
 def decode_pod_scores(data: bytes, limits: Limits) -> ScoreQuery:
     """A checked indexer.v1 GetPodScoresRequest."""
     message = decode(indexer_pb2.GetPodScoresRequest, data)
+    _check_wires(data, indexer_pb2.GetPodScoresRequest)
     _check_name("model_name", message.model_name)
     _check_pods("pod_identifiers", message.pod_identifiers, limits)
     _check_prompt("prompt", message.prompt, limits)
@@ -251,7 +253,7 @@ def _check_prompt(field: str, text: str, limits: Limits) -> None:
 
 def _only_input(data: bytes, message: _Request, inputs: Mapping[int, Kind]) -> Kind:
     # A parser keeps the last member of a oneof without a word; only the bytes tell that there were two.
-    present = {inputs[number] for number in _field_numbers(data, type(message)) if number in inputs}
+    present = {inputs[number] for number in _check_wires(data, type(message)) if number in inputs}
     if not present:
         raise InvalidArgument("input", f"one of {', '.join(inputs.values())} is required")
     if len(present) > 1:
@@ -259,38 +261,31 @@ def _only_input(data: bytes, message: _Request, inputs: Mapping[int, Kind]) -> K
     return present.pop()
 
 
-def _field_numbers(data: bytes, of: type[Message]) -> Iterator[int]:
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            _, at = _varint(data, at)
-        elif wire == 2:
-            length, at = _varint(data, at)
-            at += length
-        elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        else:  # groups: no proto3 message has them
+def _check_wires(data: bytes, of: type[Message], inside: int = 0) -> set[int]:
+    """The fields that occur; one of a known number with another wire type than its own is malformed.
+
+    A parser would pass over such a field as if it were not there, and answer another question than was asked.
+    """
+    descriptor: Any = of.DESCRIPTOR
+    try:
+        tags = _core.scan_tags(data, inside)
+    except ValueError:
+        _malformed(of)
+    if inside:
+        descriptor = descriptor.fields_by_number[inside].message_type
+    for tag in tags:
+        field = descriptor.fields_by_number.get(tag >> 3)
+        if field is not None and tag & 7 != _WIRES[field.type]:
             _malformed(of)
-        yield tag >> 3
+    return {tag >> 3 for tag in tags}
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The value and the position after it, in bytes a parser has accepted already."""
-    value = data[at]
-    at += 1
-    if value < 0x80:
-        return value, at
-    value &= 0x7F
-    shift = 7
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
+_WIRES = {
+    FieldDescriptor.TYPE_STRING: 2,
+    FieldDescriptor.TYPE_MESSAGE: 2,
+    FieldDescriptor.TYPE_UINT32: 0,
+    FieldDescriptor.TYPE_DOUBLE: 1,
+}
 
 
 def _text(message: _Request, kind: Kind, limits: Limits) -> str:
@@ -314,15 +309,18 @@ def _packed(data: bytes, field: int, width: int, name: str, limit: int, what: st
     """Values straight from the request's bytes: no Python number is made of any of them."""
     try:
         values = _core.scan_packed(data, field, 1, width) or b""
-    except ValueError:  # the message has been parsed, so it is a value out of range
+    except ValueError as error:
+        if "malformed" in str(error):  # by its wire type: all else a parser has accepted
+            raise InvalidArgument(name, "has another wire type than its own") from None
         raise InvalidArgument(name, "value above 2^32-1") from None
     _check_count(name, len(values) // width, limit, what)
     return values
 
 
-def _mm_features(message: _Request) -> tuple[tuple[str, int, int], ...]:
+def _mm_features(data: bytes, message: _Request) -> tuple[tuple[str, int, int], ...]:
     if not message.mm_features:
         return ()
+    _check_wires(data, type(message), message.DESCRIPTOR.fields_by_name["mm_features"].number)
     _check_count("mm_features", len(message.mm_features), MAX_MM_FEATURES, "features")
     for index, feature in enumerate(message.mm_features):
         _check_name(f"mm_features[{index}].hash", feature.hash)

@@ -71,6 +71,14 @@ def _url(value: str) -> str:
     return value
 
 
+def _listen_address(value: str) -> str:
+    if value.startswith("unix:"):
+        if not value.startswith("unix:/") or len(value.encode()) > 100:
+            raise ValueError("must have the form unix:/absolute/path, of at most 100 bytes")
+        return value
+    return _address(value)
+
+
 def _no_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number, not a boolean")
@@ -98,6 +106,7 @@ def _tier_weights(weights: dict[str, float]) -> dict[str, float]:
 
 Address = Annotated[str, AfterValidator(_address)]
 Url = Annotated[str, AfterValidator(_url)]
+ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
@@ -159,8 +168,15 @@ class LimitSettings(_Section):
     max_pods: Integer = Field(default=16_384, ge=1, description="Candidate pods in one request")
     max_keys: Integer = Field(default=262_144, ge=1, description="Keys or engine hashes in one request")
     max_prompt_bytes: Integer = Field(default=16 * MIB, ge=1, description="Bytes of a prompt or chat body")
-    max_message_bytes: Integer = Field(default=64 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message")
-    max_in_flight: Integer = Field(default=256, ge=1, description="Requests at work at once; the rest are refused")
+    max_message_bytes: Integer = Field(default=20 * MIB, ge=1024, le=2**31 - 1, description="Bytes of one gRPC message")
+    max_in_flight: Integer = Field(
+        default=256, ge=1, description="Calls of one RPC at work or waiting; the rest are refused"
+    )
+    max_streams: Integer = Field(default=256, ge=1, le=4096, description="Open ScoreStreams; each has a thread")
+    max_calls_per_connection: Integer = Field(
+        default=128, ge=1, le=2**31 - 1, description="Calls one connection may have open; its client queues the rest"
+    )
+    max_metadata_bytes: Integer = Field(default=16_384, ge=1024, le=MIB, description="Bytes of one call's metadata")
     max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
     max_registered_pods: Integer = Field(default=4096, ge=1, description="Pods registered at once")
 
@@ -179,6 +195,10 @@ class StreamSettings(_Section):
     rearm_max_seconds: Seconds = Field(default=300.0, gt=0, description="Longest such wait; it doubles each time")
     disconnect_grace_seconds: Seconds = Field(
         default=10.0, description="A connection lost for longer makes the stream DOWN and its claims STALE"
+    )
+    curve_keys_file: str = Field(
+        default="",
+        description="ZMQ CURVE keys, `server=`, `public=` and `secret=` one a line in Z85; empty = plain text",
     )
     drain_messages: Integer = Field(default=512, ge=1, description="Messages taken from one stream per turn")
 
@@ -235,7 +255,15 @@ class TextSettings(_Section):
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
-    workers: Integer = Field(default=4, ge=1, le=1024, description="Threads that answer requests")
+    transport: Literal["grpcio", "native"] = Field(
+        default="grpcio",
+        description="`native`: Score through the optional package pygrpc-native; only among trusted clients",
+    )
+    workers: Integer = Field(default=4, ge=1, le=1024, description="Calls of one RPC worked on at once")
+    message_seconds: Seconds = Field(
+        default=10.0, gt=0, description="Time for a call's message to come; then the call is ended"
+    )
+    reflection: bool = Field(default=True, description="Describe the services to clients that ask")
     drain_seconds: Seconds = Field(default=10.0, description="Time for requests at work to end after SIGTERM")
     ready_timeout_seconds: Seconds = Field(
         default=30.0,
@@ -247,6 +275,63 @@ class ServerSettings(_Section):
         le=1,
         description="Share of the configured pods' streams that must be synchronised to be ready",
     )
+
+
+class TlsSettings(_Section):
+    """TLS of the gRPC ports; the files may be rotated while the server runs."""
+
+    cert_file: str = Field(default="", description="PEM certificate chain of the server; empty = no TLS")
+    key_file: str = Field(default="", description="PEM private key of the server, not encrypted")
+    client_ca_file: str = Field(default="", description="CAs of client certificates, which are required then (mTLS)")
+    admin_client_ca_file: str = Field(
+        default="", description="The same for `admin_listen`; empty = those of `client_ca_file`"
+    )
+    revoked_file: str = Field(
+        default="", description="SHA-256 fingerprints of client certificates to turn away, one a line"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TlsSettings":
+        if bool(self.cert_file) != bool(self.key_file):
+            raise _WrongField("key_file" if self.cert_file else "cert_file", "is required too")
+        for key in ("client_ca_file", "admin_client_ca_file"):
+            if getattr(self, key) and not self.cert_file:
+                raise _WrongField(key, "needs cert_file and key_file")
+        if self.revoked_file and not (self.client_ca_file or self.admin_client_ca_file):
+            raise _WrongField("revoked_file", "needs client_ca_file")
+        return self
+
+
+class ReviewSection(_Section):
+    """Kubernetes TokenReview of bearer tokens."""
+
+    url: str = Field(default="", description="API server, `https://...`; empty = tokens come from files only")
+    ca_file: str = Field(default="", description="CA of the API server; empty = the system's")
+    token_file: str = Field(default="", description="The server's own token for the API server")
+    audiences: tuple[Name, ...] = Field(default=(), description="Audiences of which a token must have one")
+    users: tuple[Name, ...] = Field(default=(), description="Users let in to read; empty = every authenticated one")
+    admin_users: tuple[Name, ...] = Field(default=(), description="Users let in to operate")
+    timeout_seconds: Seconds = Field(default=2.0, gt=0, description="Wait for the API server's answer")
+
+    @model_validator(mode="after")
+    def _https(self) -> "ReviewSection":
+        if self.url and not self.url.startswith("https://"):
+            raise _WrongField("url", "must start with https://")
+        return self
+
+
+class AuthSettings(_Section):
+    """Bearer tokens of callers; without any of these everybody who reaches a port may use it."""
+
+    tokens_file: str = Field(default="", description="Tokens that may read, one a line; may be rotated")
+    admin_tokens_file: str = Field(default="", description="Tokens that may read and operate, one a line")
+    review: ReviewSection = Field(default=ReviewSection(), description="Kubernetes TokenReview")
+
+    @model_validator(mode="after")
+    def _admins(self) -> "AuthSettings":
+        if self.tokens_file and not self.admin_tokens_file and not self.review.url:
+            raise _WrongField("admin_tokens_file", "is required with tokens_file, or nobody could operate the server")
+        return self
 
 
 class LogSettings(_Section):
@@ -263,8 +348,10 @@ class LogSettings(_Section):
 class Settings(_Section):
     """Everything that can be configured."""
 
-    listen: Address = Field(default="0.0.0.0:50051", description="gRPC address; port 0 picks a free one")
-    admin_listen: Address | None = Field(
+    listen: ListenAddress = Field(
+        default="0.0.0.0:50051", description="gRPC address, or `unix:/path`; port 0 picks a free one"
+    )
+    admin_listen: ListenAddress | None = Field(
         default=None, description="Separate address of the admin service; unset = it shares `listen`"
     )
     metrics_listen: Address = Field(
@@ -281,12 +368,15 @@ class Settings(_Section):
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
     text: TextSettings = Field(default=TextSettings(), description="Tokenizing")
+    tls: TlsSettings = Field(default=TlsSettings(), description="TLS of the gRPC ports")
+    auth: AuthSettings = Field(default=AuthSettings(), description="Who may call")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         self._check_addresses()
+        self._check_transport()
         self._check_names()
         self._check_pods()
         return self
@@ -296,12 +386,22 @@ class Settings(_Section):
         for key in ("listen", "metrics_listen", "admin_listen"):
             if getattr(self, key) is None:
                 continue
+            if getattr(self, key).startswith("unix:"):
+                if key == "admin_listen" and self.admin_listen == self.listen:
+                    raise _WrongField(key, "is the same address as listen")
+                continue
             host, port = split_address(getattr(self, key))
             for other, other_host, other_port in taken:
                 same_host = host == other_host or host in _WILDCARDS or other_host in _WILDCARDS
                 if port and port == other_port and same_host:
                     raise _WrongField(key, f"is the same address as {other}")
             taken.append((key, host, port))
+
+    def _check_transport(self) -> None:
+        if self.server.transport == "native":
+            for key, given in (("tls.cert_file", self.tls.cert_file), ("auth.review.url", self.auth.review.url)):
+                if given:
+                    raise _WrongField("server.transport", f"native does not go with {key}")
 
     def _check_names(self) -> None:
         seen: dict[str, str] = {}

@@ -4,9 +4,10 @@ import grpc
 
 
 class KvindexError(Exception):
-    """Base: `code` and `message` go to the client as they are."""
+    """Base: `code` and `message` go to the client as they are; `retry_seconds` > 0 tells when to try again."""
 
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    retry_seconds: float = 0.0
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -42,10 +43,29 @@ class ResourceExhausted(KvindexError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class Overloaded(ResourceExhausted):
+    """Too much at once; it passes by itself."""
+
+    retry_seconds = 0.1
+
+
 class Unavailable(KvindexError):
     """Not ready yet, or draining."""
 
     code = grpc.StatusCode.UNAVAILABLE
+    retry_seconds = 1.0
+
+
+class Unauthenticated(KvindexError):
+    """No credential, or none that is known."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(KvindexError):
+    """A known caller without the role that this RPC needs."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class DeadlineExceeded(KvindexError):

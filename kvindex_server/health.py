@@ -1,10 +1,12 @@
 """grpc.health.v1: per service, SERVING only while the server is ready."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import grpc
 from grpc_health.v1 import health, health_pb2
 
+from kvindex_server.codec import decode
+from kvindex_server.errors import InvalidArgument
 from kvindex_server.interceptors import Guard, service
 
 SERVICE = str(health.SERVICE_NAME)
@@ -17,6 +19,7 @@ class Health:
         """`read` services follow set_serving; those of `always` are answered from the start."""
         self._servicer = health.HealthServicer()
         self._read = ("", *read)
+        self._known = frozenset((*self._read, *always))
         self.set_serving(False)
         for name in always:
             self._servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -32,24 +35,37 @@ class Health:
         self._servicer.enter_graceful_shutdown()
 
     def register(self, server: grpc.Server, guard: Guard) -> None:
-        """Serve Check and Watch apart from the read path's threads, so that load is not ill health."""
+        """Serve Check and Watch, to everybody and apart from the read path, so that load is not ill health."""
         servicer = self._servicer
 
-        def check(
-            request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-        ) -> health_pb2.HealthCheckResponse:
-            return servicer.Check(request, context)
+        def check(data: bytes, context: grpc.ServicerContext) -> bytes:
+            guard.heard()
+            answer = servicer.Check(_request(data, context), context)
+            return bytes(answer.SerializeToString())
 
+        # It needs no thread while it waits, which gRPC asks the method.
+        def watch(data: bytes, context: grpc.ServicerContext, send: Callable[[object], None]) -> None:
+            guard.heard()
+            request = _request(data, context)
+            if request.service not in self._known:
+                request.service = "?"  # the servicer keeps every name it was ever asked for
+            guard.keep_idle(context)
+            servicer.Watch(request, context, send)
+
+        watch.experimental_non_blocking = True  # type: ignore[attr-defined]
         handlers = {
-            "Check": grpc.unary_unary_rpc_method_handler(
-                guard.beside(check),
-                request_deserializer=health_pb2.HealthCheckRequest.FromString,
-                response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-            ),
+            "Check": grpc.unary_unary_rpc_method_handler(check),
             "Watch": grpc.unary_stream_rpc_method_handler(
-                servicer.Watch,  # not wrapped: it needs no thread while it waits, which grpc asks the method
-                request_deserializer=health_pb2.HealthCheckRequest.FromString,
-                response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+                watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
             ),
         }
-        server.add_generic_rpc_handlers(service(SERVICE, handlers))
+        arrivals = {name: guard.open(f"/{SERVICE}/{name}", each, None) for name, each in handlers.items()}
+        server.add_generic_rpc_handlers(service(SERVICE, arrivals))
+
+
+def _request(data: bytes, context: grpc.ServicerContext) -> health_pb2.HealthCheckRequest:
+    try:
+        return decode(health_pb2.HealthCheckRequest, data)
+    except InvalidArgument as error:
+        context.abort(error.code, error.message)
+        raise

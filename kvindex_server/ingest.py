@@ -209,6 +209,7 @@ class Ingest:
                 self._doubt_identity("connection was lost, and no replay endpoint tells who came back")
             else:
                 self._stranger = "connection was lost, and the engine is being asked whether it is the same"
+                self._applier.touch()
         if self._ask_replay is not None and (was_lost or (last is None and not self._syncing)):
             self._sync()  # a question under way may have died with the old engine
 
@@ -482,6 +483,7 @@ class Ingest:
             # Built anew from a replay that covers the last of them, it does not matter what was wrong before.
             first = max(last, self._rearm.last)
             self._rearm.aim, self._rearm.first, self._rearm.last, self._rearm.start = Aim.REBUILD, first, first, first
+        self._applier.touch()
         self._drop_doubtful(reason)
 
     def _doubt_identity(self, reason: str) -> None:
@@ -489,6 +491,7 @@ class Ingest:
         self._stranger = reason
         if self._rearm is None and self._verify is not None:
             self._rearm = self._new_rearm(Aim.VERIFY, self._verify, self._verify)
+        self._applier.touch()
         self._drop_doubtful(reason)
 
     def _drop_doubtful(self, reason: str) -> None:
@@ -531,6 +534,7 @@ class Ingest:
         """The engine is the one that was followed before the connection was lost."""
         self._verify = None
         self._stranger = ""
+        self._applier.touch()
         if self._rearm is not None and self._rearm.aim is Aim.VERIFY:
             self._rearm = None
 

@@ -1,17 +1,28 @@
-"""Stands before every RPC: readiness, limits, deadlines, error codes and metrics, in one place."""
+"""Stands before every RPC: who may call, readiness, permits, deadlines, error codes and metrics, in one place."""
 
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
 
 from kvindex_server import logs
-from kvindex_server.errors import DeadlineExceeded, KvindexError, ResourceExhausted, Unavailable
+from kvindex_server.auth import Gate, Role
+from kvindex_server.errors import (
+    DeadlineExceeded,
+    KvindexError,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+from kvindex_server.lanes import Lane
 from kvindex_server.lookup import Check
 
 logger = logging.getLogger(__name__)
@@ -20,15 +31,36 @@ Unary = Callable[[bytes, Check], bytes]
 """A handler: the request's bytes and the deadline check in, the answer's bytes out."""
 Refusal = Callable[[int, str], bytes]
 """Makes the answer to one bad request of a stream, from status code and message."""
+Arrival = Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler]
+"""Decides on a call before its message is read, on gRPC's own thread: it must not wait for anything."""
+Shed = Literal["in_flight", "not_ready", "deadline", "unauthenticated", "permission_denied"]
+"""Why a call was turned away; a metric's label."""
 
 MAX_MESSAGE = 512
 """Characters of a status message; it travels in a header, whose size is bounded by every client."""
+IDLE_STREAM_SECONDS = 1.0
+"""While draining, a stream that is silent for so long is ended."""
+_UNBOUNDED = 1 << 30
+SPARE_THREADS = 28
+"""Per RPC, for calls whose message is still on the way: they work at nothing yet."""
 
 
 class RpcMetrics(Protocol):
     """What is measured of an RPC."""
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None: ...
+    def shed(self, method: str, reason: str) -> None: ...
+    def watch_in_flight(self, method: str, read: Callable[[], int]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much may be at work at once, per RPC."""
+
+    workers: int = 4
+    max_in_flight: int = 256
+    max_streams: int = 256
+    message_seconds: float = 10.0
 
 
 class _Cancelled(KvindexError):
@@ -37,154 +69,282 @@ class _Cancelled(KvindexError):
     code = grpc.StatusCode.CANCELLED
 
 
-class _CountingPool(ThreadPoolExecutor):
-    """A thread pool that knows how much it has to do: RPCs at work and those waiting for a thread."""
-
-    def __init__(self, workers: int, name: str) -> None:
-        super().__init__(workers, name)
-        self._counted = threading.Lock()
-        self.in_flight = 0
-
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(*args, **kwargs)
-        with self._counted:
-            self.in_flight += 1
-        future.add_done_callback(self._done)
-        return future
-
-    def _done(self, _: Future[Any]) -> None:
-        with self._counted:
-            self.in_flight -= 1
-
-
 class Guard:
-    """Makes gRPC handlers of plain functions. `pool` is for `grpc.server`; close() ends all threads."""
+    """Makes gRPC handlers of plain functions, for one `grpc.server`. close() ends all threads."""
 
     def __init__(
-        self, metrics: RpcMetrics, ready: Callable[[], bool], workers: int = 4, max_in_flight: int = 256
+        self,
+        metrics: RpcMetrics,
+        ready: Callable[[], bool],
+        bounds: Bounds | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._metrics = metrics
         self._ready = ready
-        self._max_in_flight = max_in_flight
-        self.pool = _CountingPool(workers, "rpc")
-        # A stream keeps its thread for as long as the client likes, and operators and probes must be answered
-        # when the read path is overloaded: neither may wait for, nor use up, the read path's few threads.
-        # The spare threads are there to refuse a stream too many.
-        self.aside = _CountingPool(max_in_flight + 8, "rpc-aside")
-        self._streams = threading.BoundedSemaphore(max_in_flight)
+        self._bounds = bounds or Bounds()
+        self._gate = gate or Gate()
+        self._lanes: list[Lane] = []
+        # Health and reflection: never shed for load, and never in the way of anything else.
+        self._aside = self._lane("aside", 64, _UNBOUNDED)
+        self._refusers = self._lane("refuse", 2, _UNBOUNDED)
+        self._idle: dict[grpc.ServicerContext, float] = {}
+        self._draining = False
 
-    def read(self, method: str, handler: Unary) -> grpc.RpcMethodHandler:
-        """A read RPC: only while ready, at most `max_in_flight` of them."""
+    @property
+    def pool(self) -> Lane:
+        """For `grpc.server`; every handler brings its own lane."""
+        return self._aside
 
-        def admitted(data: bytes, check: Check) -> bytes:
-            self._check_ready()
-            if self.pool.in_flight > self._max_in_flight:
-                raise ResourceExhausted(f"more than {self._max_in_flight} requests in flight")
+    def read(self, method: str, handler: Unary) -> Arrival:
+        """A read RPC: only while ready."""
+
+        def when_ready(data: bytes, check: Check) -> bytes:
+            self._check_ready(method)
             return handler(data, check)
 
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, admitted))
+        return self._unary(method, when_ready, Role.READ)
 
-    def admin(self, method: str, handler: Unary) -> grpc.RpcMethodHandler:
-        """An operator's RPC: answered also while not ready, and apart from the read path's load."""
-        return grpc.unary_unary_rpc_method_handler(self.beside(self._unary(method, handler)))
+    def admin(self, method: str, handler: Unary) -> Arrival:
+        """An operator's RPC: answered also while not ready."""
+        return self._unary(method, handler, Role.ADMIN)
 
-    def stream(self, method: str, handler: Unary, refusal: Refusal) -> grpc.RpcMethodHandler:
+    def stream(self, method: str, handler: Unary, refusal: Refusal) -> Arrival:
         """Many reads on one connection, answered in order; a bad request does not end the stream."""
+        # A stream keeps its thread for as long as the client likes.
+        lane = self._lane(_short(method), self._bounds.max_streams, self._bounds.max_streams)
 
         def behaviour(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             started = time.perf_counter()
-            code, message = grpc.StatusCode.OK, ""
-            if not self._streams.acquire(blocking=False):
-                error: KvindexError = ResourceExhausted(f"more than {self._max_in_flight} streams")
-                self._observe(method, error.code, started)
-                context.abort(error.code, error.message)
+            error: KvindexError | None = None
+            lane.heard()
             try:
-                check = _checker(context)
-                self._check_ready()
-                for data in requests:
+                check = self._checker(method, context)
+                self._identify(method, Role.READ, context)
+                self._check_ready(method)
+                for data in self.watched(requests, context):
                     check()
-                    yield self._one_of_stream(method, handler, refusal, data, check)
-            except KvindexError as error:
-                code, message = error.code, error.message
+                    with lane.turn():
+                        answer = self._one_of_stream(method, handler, refusal, data, check)
+                    yield answer
+            except KvindexError as caught:
+                error = caught
             except grpc.RpcError:  # the client went away while its next request was awaited
-                code = grpc.StatusCode.CANCELLED
+                error = _Cancelled("")
             except GeneratorExit:  # or while its answer was on the way
-                code = grpc.StatusCode.CANCELLED
+                error = _Cancelled("")
                 raise
             finally:
-                self._streams.release()
-                self._observe(method, code, started)
-            if code is not grpc.StatusCode.OK:
-                context.abort(code, message)
+                self.observe(method, error.code if error else grpc.StatusCode.OK, started)
+            if error is not None:
+                _abort(context, error)
 
-        return grpc.stream_stream_rpc_method_handler(self.beside(behaviour))
+        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, Role.READ, lane, grpc.stream_stream_rpc_method_handler(behaviour))
 
-    def beside(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        """The same behaviour, run on the threads beside the read path's."""
-        behaviour.experimental_thread_pool = self.aside  # type: ignore[attr-defined]
-        return behaviour
+    def open(self, method: str, handler: grpc.RpcMethodHandler, role: Role | None) -> Arrival:
+        """A handler of another library (health, reflection), beside the others; `role` None lets everybody in."""
+        for behaviour in (handler.unary_unary, handler.unary_stream, handler.stream_stream):
+            if behaviour is not None:
+                behaviour.experimental_thread_pool = self._aside
+        return self._arrival(method, role, self._aside, handler)
+
+    def heard(self) -> None:
+        """To be called first by the behaviours given to `open`: the call's message is there."""
+        self._aside.heard()
+
+    def watched(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        """The same requests; while the next one is awaited, `drain` may end the call."""
+        try:
+            while True:
+                self._idle[context] = time.monotonic()
+                try:
+                    data = next(requests)
+                except StopIteration:
+                    return
+                self._idle.pop(context, None)
+                yield data
+        finally:
+            self._idle.pop(context, None)
+
+    def keep_idle(self, context: grpc.ServicerContext) -> None:
+        """A call that only ever sends: `drain` ends it."""
+        self._idle[context] = time.monotonic()
+        context.add_callback(lambda: self._idle.pop(context, None))
+
+    def drain(self, seconds: float, stopped: threading.Event) -> None:
+        """End streams that stay silent, until the server has stopped or the time is over."""
+        self._draining = True
+        began = time.monotonic()
+        while not stopped.wait(0.05) and time.monotonic() - began < seconds:
+            for context, since in list(self._idle.items()):
+                if time.monotonic() - max(since, began) > min(IDLE_STREAM_SECONDS, seconds):
+                    self._idle.pop(context, None)
+                    context.cancel()
 
     def close(self) -> None:
         """End the threads; call it after the gRPC server has stopped."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.aside.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes:
+            lane.close()
 
-    def _unary(self, method: str, handler: Unary) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    # --- for another transport ---
+
+    def lane(self, name: str, permits: int) -> Lane:
+        """Threads for calls that do not come by gRPC's own pool."""
+        return self._lane(name, self._bounds.workers, permits)
+
+    def at_arrival(
+        self, method: str, role: Role, metadata: Sequence[tuple[str, str | bytes]] | None
+    ) -> KvindexError | None:
+        """What turns a call away by its metadata alone; counted."""
+        error = self._gate.at_arrival(role, metadata)
+        if error is not None:
+            self._count_refusal(method, error)
+        return error
+
+    def answer(self, method: str, work: Callable[[], bytes]) -> bytes:
+        """Its answer while ready; every error as a KvindexError that is fit to be sent."""
+        self._check_ready(method)
+        try:
+            return work()
+        except Exception as caught:  # noqa: BLE001 - see _unary
+            raise _safe(method, caught) from None
+
+    def shed(self, method: str, reason: Shed) -> None:
+        """Count a call turned away."""
+        self._metrics.shed(method, reason)
+
+    def observe(self, method: str, code: grpc.StatusCode, started: float) -> None:
+        """Count a finished call; `started` by time.perf_counter."""
+        self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+
+    # --- arrival ---
+
+    def _lane(self, name: str, threads: int, permits: int) -> Lane:
+        lane = Lane(f"rpc-{name}", threads, self._bounds.workers, permits, self._bounds.message_seconds)
+        self._lanes.append(lane)
+        return lane
+
+    def _arrival(self, method: str, role: Role | None, lane: Lane, handler: grpc.RpcMethodHandler) -> Arrival:
+        if lane is not self._aside:
+            self._metrics.watch_in_flight(method, lambda: lane.in_flight)
+
+        def arrive(details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            error: KvindexError | None = None
+            if role is not None:
+                error = self.at_arrival(method, role, details.invocation_metadata)
+            if error is None and lane.full:
+                error = Overloaded("too many calls of this kind in flight")
+                self.shed(method, "in_flight")
+            return handler if error is None else self._refuse(method, error)
+
+        return arrive
+
+    def _refuse(self, method: str, error: KvindexError) -> grpc.RpcMethodHandler:
+        started = time.perf_counter()
+
+        # A streaming handler, for any method: it is run without waiting for the message.
+        def behaviour(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            self.observe(method, error.code, started)
+            _abort(context, error)
+            return iter(())
+
+        behaviour.experimental_thread_pool = self._refusers  # type: ignore[attr-defined]
+        return grpc.stream_stream_rpc_method_handler(behaviour)
+
+    def _count_refusal(self, method: str, error: KvindexError) -> None:
+        if isinstance(error, Unauthenticated):
+            self.shed(method, "unauthenticated")
+        elif isinstance(error, PermissionDenied):
+            self.shed(method, "permission_denied")
+
+    def _identify(self, method: str, role: Role, context: grpc.ServicerContext) -> None:
+        error = self._gate.in_call(role, context)
+        if error is not None:
+            self._count_refusal(method, error)
+            raise error
+
+    # --- work ---
+
+    def _unary(self, method: str, handler: Unary, role: Role) -> Arrival:
+        bounds = self._bounds
+        lane = self._lane(_short(method), bounds.workers + SPARE_THREADS, bounds.max_in_flight)
+
         def behaviour(data: bytes, context: grpc.ServicerContext) -> bytes:
             started = time.perf_counter()
-            check = _checker(context)
+            lane.heard()
+            check = self._checker(method, context)
             try:
                 check()  # it may have waited for a thread longer than its caller waits for it
-                answer = handler(data, check)
-            except Exception as error:  # noqa: BLE001 - nothing a request does may end a worker or leak
-                code, message = _status(method, error)
+                self._identify(method, role, context)
+                with lane.turn():
+                    check()
+                    answer = handler(data, check)
+            except Exception as caught:  # noqa: BLE001 - nothing a request does may end a worker or leak
+                error = _safe(method, caught)
             else:
-                self._observe(method, grpc.StatusCode.OK, started)
+                self.observe(method, grpc.StatusCode.OK, started)
                 return answer
-            self._observe(method, code, started)
-            context.abort(code, message)
+            self.observe(method, error.code, started)
+            _abort(context, error)
             raise AssertionError("abort always raises")
 
-        return behaviour
+        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, role, lane, grpc.unary_unary_rpc_method_handler(behaviour))
 
     def _one_of_stream(self, method: str, handler: Unary, refusal: Refusal, data: bytes, check: Check) -> bytes:
         try:
-            self._check_ready()
+            self._check_ready(method)
             return handler(data, check)
         except (DeadlineExceeded, _Cancelled):
             raise  # these are the stream's own end
-        except Exception as error:  # noqa: BLE001 - see _unary
-            code, message = _status(method, error)
-            return refusal(code.value[0], message)
+        except Exception as caught:  # noqa: BLE001 - see _unary
+            error = _safe(method, caught)
+            return refusal(error.code.value[0], error.message)
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, method: str) -> None:
         if not self._ready():
+            self.shed(method, "not_ready")
             raise Unavailable("not ready: the first synchronisation with the configured pods is not over")
 
-    def _observe(self, method: str, code: grpc.StatusCode, started: float) -> None:
-        self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+    def _checker(self, method: str, context: grpc.ServicerContext) -> Check:
+        def check() -> None:
+            remaining = context.time_remaining()
+            if remaining is not None and remaining <= 0:
+                self.shed(method, "deadline")
+                raise DeadlineExceeded("the deadline passed before the answer was ready")
+            if not context.is_active():
+                raise _Cancelled("the caller cancelled")
+
+        check.remaining = context.time_remaining  # type: ignore[attr-defined]
+        return check
 
 
-def service(name: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> Iterable[grpc.GenericRpcHandler]:
-    """Handlers by method name, ready for `grpc.Server.add_generic_rpc_handlers`."""
-    return (grpc.method_handlers_generic_handler(name, handlers),)
+class _Service(grpc.ServiceRpcHandler):  # type: ignore[misc]
+    def __init__(self, name: str, arrivals: Mapping[str, Arrival]) -> None:
+        self._name = name
+        self._arrivals = {f"/{name}/{method}": arrival for method, arrival in arrivals.items()}
+
+    def service_name(self) -> str:
+        return self._name
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        arrival = self._arrivals.get(handler_call_details.method)
+        return None if arrival is None else arrival(handler_call_details)
 
 
-def _checker(context: grpc.ServicerContext) -> Check:
-    def check() -> None:
-        remaining = context.time_remaining()
-        if remaining is not None and remaining <= 0:
-            raise DeadlineExceeded("the deadline passed before the answer was ready")
-        if not context.is_active():
-            raise _Cancelled("the caller cancelled")
-
-    check.remaining = context.time_remaining  # type: ignore[attr-defined]
-    return check
+def service(name: str, arrivals: Mapping[str, Arrival]) -> Iterable[grpc.GenericRpcHandler]:
+    """Arrivals by method name, ready for `grpc.Server.add_generic_rpc_handlers`."""
+    return (_Service(name, arrivals),)
 
 
-def _status(method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+def _short(method: str) -> str:
+    return method.rpartition("/")[2]
+
+
+def _safe(method: str, error: Exception) -> KvindexError:
+    """The same, fit to be sent: an error that nobody foresaw says nothing of the request."""
     if isinstance(error, KvindexError):
-        return error.code, error.message[:MAX_MESSAGE]
+        return error
     # Where and what kind, but not the exception's own text: it may quote the request.
     logs.event(
         logger,
@@ -194,4 +354,24 @@ def _status(method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         error=type(error).__name__,
         trace="".join(traceback.format_tb(error.__traceback__)),
     )
-    return grpc.StatusCode.INTERNAL, "internal error"
+    return KvindexError("internal error")
+
+
+def _abort(context: grpc.ServicerContext, error: KvindexError) -> None:
+    message = error.message[:MAX_MESSAGE]
+    if error.retry_seconds:
+        context.set_trailing_metadata(retry_trailers(error.code, message, error.retry_seconds))
+    context.abort(error.code, message)
+
+
+def retry_trailers(code: grpc.StatusCode, message: str, seconds: float) -> Sequence[tuple[str, str | bytes]]:
+    """When to try again, in both ways clients know: google.rpc.RetryInfo, and what a retry policy obeys."""
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMicroseconds(int(seconds * 1e6))
+    detail = AnyMessage()
+    detail.Pack(info)
+    status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
+    return (
+        ("grpc-status-details-bin", status.SerializeToString()),
+        ("grpc-retry-pushback-ms", str(int(seconds * 1000))),
+    )

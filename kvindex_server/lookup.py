@@ -10,7 +10,7 @@ from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound,
 from kvindex_server.models import Model, Models
 from kvindex_server.score import PodScore, Weights, ranked
 from kvindex_server.stream import Trust
-from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer
+from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer, Keyed
 
 Check = Callable[[], None]
 """Called between stages; raises when the caller's deadline has passed or the caller is gone.
@@ -182,7 +182,9 @@ class Lookup:
         if query.kind == "keys":  # made by the caller: LoRA, salt and media are in them already
             return query.keys, block_size, len(query.keys) // 8 * block_size
         if query.kind in ("prompt", "chat") and block_size and not query.mm_features:
-            return self._keys_of_text(model, lora, query, check)
+            kind: Literal["prompt", "chat"] = "chat" if query.kind == "chat" else "prompt"
+            keyed = self.keys_of_text(model, kind, query.text, query.lora_name or lora, query.cache_salt, check)
+            return keyed.keys, block_size, keyed.tokens
         tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query, check)
         check()
         total = len(tokens) // 4
@@ -204,24 +206,28 @@ class Lookup:
         check()
         return keys, block_size, total
 
-    def _keys_of_text(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
-        """Straight from text to keys, so that what was seen before is neither encoded nor hashed again."""
+    def keys_of_text(
+        self, model: Model, kind: Literal["prompt", "chat"], text: str, lora_name: str, cache_salt: str, check: Check
+    ) -> Keyed:
+        """Straight from text to keys, so that what was seen before is neither encoded nor hashed again.
+
+        The model's block size must be known. FailedPrecondition when it has no tokenizer.
+        """
         tokenizer = _tokenizer_of(model)
         started = time.perf_counter()
-        block_size = model.index.block_size
         keyed = tokenizer.keys(
-            "chat" if query.kind == "chat" else "prompt",
-            query.text,
-            block_size,
+            kind,
+            text,
+            model.index.block_size,
             model.index.seed,
-            query.lora_name or lora,
-            query.cache_salt,
+            lora_name,
+            cache_salt,
             max_tokens=self._max_tokens,
             seconds=_seconds_left(check),
         )
         self._metrics.observe_stage("tokenize", time.perf_counter() - started)
         check()
-        return keyed.keys, block_size, keyed.tokens
+        return keyed
 
     def _tokenize(self, model: Model, query: Query, check: Check) -> bytes:
         tokenizer = _tokenizer_of(model)

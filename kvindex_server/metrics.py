@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -52,6 +52,8 @@ REQUESTS = (
     MetricName("kvindex_ready", "gauge", (), "1 when the server is ready to answer"),
     MetricName("kvindex_rpc_total", "counter", ("method", "code"), "RPCs answered, by gRPC status code"),
     MetricName("kvindex_rpc_seconds", "histogram", ("method",), "Time from an RPC's arrival to its answer"),
+    MetricName("kvindex_rpc_shed_total", "counter", ("method", "reason"), "RPCs turned away before any work"),
+    MetricName("kvindex_rpc_in_flight", "gauge", ("method",), "RPCs at work or waiting for a thread"),
     MetricName("kvindex_score_stage_seconds", "histogram", ("stage",), "Time of one stage of a lookup"),
     MetricName("kvindex_blocks_looked_up_total", "counter", ("model",), "Blocks of the prompts asked about"),
     MetricName("kvindex_blocks_matched_total", "counter", ("model",), "Those of them the best pod held"),
@@ -164,6 +166,8 @@ class Metrics:
         self._ready = Gauge(*of("kvindex_ready"), registry=self.registry)
         self._rpcs = Counter(*of("kvindex_rpc_total"), registry=self.registry)
         self._rpc_seconds = Histogram(*of("kvindex_rpc_seconds"), buckets=RPC_BOUNDS, registry=self.registry)
+        self._shed = Counter(*of("kvindex_rpc_shed_total"), registry=self.registry)
+        self._in_flight = Gauge(*of("kvindex_rpc_in_flight"), registry=self.registry)
         self._stages = Histogram(*of("kvindex_score_stage_seconds"), buckets=STAGE_BOUNDS, registry=self.registry)
         self._looked_up = Counter(*of("kvindex_blocks_looked_up_total"), registry=self.registry)
         self._matched = Counter(*of("kvindex_blocks_matched_total"), registry=self.registry)
@@ -219,6 +223,14 @@ class Metrics:
             children = (self._rpcs.labels(method, code), self._rpc_seconds.labels(method))
             self._of_rpc[(method, code)] = children
             return children
+
+    def shed(self, method: str, reason: str) -> None:
+        """An RPC was turned away; methods and reasons are fixed sets."""
+        self._shed.labels(method, reason).inc()
+
+    def watch_in_flight(self, method: str, read: Callable[[], int]) -> None:
+        """Show this number in every scrape from now on."""
+        self._in_flight.labels(method).set_function(read)
 
     def unknown_tier(self, model: str, tier: str) -> None:
         """A score met a tier without a weight; logged once per model and tier, counted always."""
@@ -360,6 +372,10 @@ class MetricsServer:
         self._thread.join(timeout=5)
 
 
+MAX_HTTP_CONNECTIONS = 32
+"""Each has a thread; one more is closed at once."""
+
+
 class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # an idle scraper must not hold up the end
@@ -369,7 +385,20 @@ class _HTTPServer(ThreadingHTTPServer):
         host = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.metrics = metrics
+        self._places = threading.BoundedSemaphore(MAX_HTTP_CONNECTIONS)
         super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def server_bind(self) -> None:
         # HTTPServer.server_bind asks DNS for the host's full name, which can hang and is used for nothing.

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Iterator
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from kvindex_server.auth import Role
+from kvindex_server.codec import decode
+from kvindex_server.errors import InvalidArgument
 from kvindex_server.interceptors import Guard, service
 
 # The messages of v1 are those of v1alpha under another package name, so the same bytes go over the wire.
@@ -15,15 +18,18 @@ def register(server: grpc.Server, services: Iterable[str], guard: Guard) -> None
     """Describe these services, whose stubs must have been imported, and reflection itself."""
     servicer = reflection.ReflectionServicer((*services, *SERVICES))
 
-    def info(
-        requests: Iterator[reflection_pb2.ServerReflectionRequest], context: grpc.ServicerContext
-    ) -> Iterator[reflection_pb2.ServerReflectionResponse]:
-        yield from servicer.ServerReflectionInfo(requests, context)
+    def info(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        guard.heard()
+        try:
+            messages = (
+                decode(reflection_pb2.ServerReflectionRequest, each) for each in guard.watched(requests, context)
+            )
+            for answer in servicer.ServerReflectionInfo(messages, context):
+                yield answer.SerializeToString()
+        except InvalidArgument as error:
+            context.abort(error.code, error.message)
 
-    handler = grpc.stream_stream_rpc_method_handler(
-        guard.beside(info),
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
     for name in SERVICES:
-        server.add_generic_rpc_handlers(service(name, {"ServerReflectionInfo": handler}))
+        method = f"/{name}/ServerReflectionInfo"
+        arrival = guard.open(method, grpc.stream_stream_rpc_method_handler(info), Role.READ)
+        server.add_generic_rpc_handlers(service(name, {"ServerReflectionInfo": arrival}))

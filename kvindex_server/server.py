@@ -1,29 +1,36 @@
 """The composition root: builds every part, starts them in order, drains and stops them in reverse."""
 
+import contextlib
+import gc
 import logging
+import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import grpc
 
-from kvindex_server import admin, compat, health, reflection, service
+from kvindex_server import admin, compat, health, interceptors, reflection, service, wire
 from kvindex_server._core import Index, TextCache
-from kvindex_server.config import ConfigError, Settings
+from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
+from kvindex_server.config import ConfigError, Settings, TlsSettings
+from kvindex_server.direct import Direct
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
+from kvindex_server.front import Front, TransportMissing
 from kvindex_server.health import Health
 from kvindex_server.ingest import Bounds
 from kvindex_server.interceptors import Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
+from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
 _log = logging.getLogger(__name__)
@@ -50,6 +57,9 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
+        if settings.stream.curve_keys_file:
+            with _config_errors("stream.curve_keys_file"):
+                wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
         self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
         self.models = _models(settings, self.texts)
         self.fleet = _fleet(settings, self.models)
@@ -57,39 +67,58 @@ class Server:
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._health = Health(READ_SERVICES, always=(ADMIN_SERVICE,))
-        guard = self._guard(settings)
+        gate = _gate(settings)
+        guard = self._guard(settings, gate)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
-        service.register(self._public, lookup, guard, settings.limits, settings.placement)
+        self._front: Front | None = None
+        self._behind_front: tempfile.TemporaryDirectory[str] | None = None
+        weights, limits = settings.tier_weights, settings.limits
+        self._direct = Direct(lookup, self.models, self.fleet, weights, self.metrics, limits)
+        service.register(self._public, lookup, self._direct, guard, limits, settings.placement)
         compat.register(self._public, lookup, guard, settings.limits)
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:
             admin.register(self._public, self.fleet, self.models, guard)
-            reflection.register(self._public, (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE), guard)
+            described: tuple[str, ...] = (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE)
         else:
-            reflection.register(self._public, (*READ_SERVICES, health.SERVICE), guard)
-            behind = self._guard(settings)
+            described = (*READ_SERVICES, health.SERVICE)
+            behind = self._guard(settings, gate)
             self._admin = _grpc_server(settings, behind)
             admin.register(self._admin, self.fleet, self.models, behind)
             self._health.register(self._admin, behind)
-            reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
+            if settings.server.reflection:
+                reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
+        if settings.server.reflection:
+            reflection.register(self._public, described, guard)
         self._metrics_server: MetricsServer | None = None
         self.grpc_address = ""
         self.metrics_address = ""
         self.admin_address = ""
 
-    def _guard(self, settings: Settings) -> Guard:
-        guard = Guard(self.metrics, self._ready.is_set, settings.server.workers, settings.limits.max_in_flight)
+    def _guard(self, settings: Settings, gate: Gate) -> Guard:
+        bounds = interceptors.Bounds(
+            workers=settings.server.workers,
+            max_in_flight=settings.limits.max_in_flight,
+            max_streams=settings.limits.max_streams,
+            message_seconds=settings.server.message_seconds,
+        )
+        guard = Guard(self.metrics, self._ready.is_set, bounds, gate)
         self._guards.append(guard)
         return guard
 
     def start(self) -> None:
         """Bind the ports and begin to listen to the configured pods. ConfigError when a port cannot be bound."""
         settings = self._settings
-        self.grpc_address = _bind(self._public, settings.listen, "listen")
+        tls = settings.tls
+        if settings.server.transport == "native":
+            self.grpc_address = self._bind_front()
+        else:
+            self.grpc_address = _bind(self._public, settings.listen, "listen", tls, tls.client_ca_file)
+        admin_ca = tls.admin_client_ca_file or tls.client_ca_file
         self.admin_address = (
-            _bind(self._admin, settings.admin_listen, "admin_listen")
+            _bind(self._admin, settings.admin_listen, "admin_listen", tls, admin_ca)
             if self._admin is not None and settings.admin_listen
             else self.grpc_address
         )
@@ -106,6 +135,8 @@ class Server:
         except InvalidArgument as error:
             raise ConfigError(f"pods: {error.field}", error.reason) from error
         self._public.start()
+        if self._front is not None:
+            self._front.start()
         if self._admin is not None:
             self._admin.start()
         threading.Thread(target=self._become_ready, name="ready", daemon=True).start()
@@ -140,14 +171,47 @@ class Server:
         self._stopping.set()
         self._health.stop()
         self.metrics.ready(False)
-        draining = [server.stop(grace) for server in (self._public, self._admin) if server is not None]
-        for each in draining:
-            each.wait()
+        servers = [server for server in (self._public, self._admin) if server is not None]
+        draining = [(guard, server.stop(grace)) for guard, server in zip(self._guards, servers, strict=True)]
+        for guard, stopped in draining:
+            guard.drain(grace, stopped)
+            stopped.wait()
+        if self._front is not None:
+            self._front.stop()
+        if self._behind_front is not None:
+            self._behind_front.cleanup()
         for guard in self._guards:
             guard.close()
         self.fleet.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
+
+    def _bind_front(self) -> str:
+        settings, limits = self._settings, self._settings.limits
+        with _config_errors("server.transport: native needs a writable TMPDIR"):
+            self._behind_front = tempfile.TemporaryDirectory(prefix="kvindex-")
+        socket_path = f"{self._behind_front.name}/grpcio.sock"
+        _bind_unix(self._public, f"unix:{socket_path}", "listen")
+        try:
+            self._front = Front(
+                settings.listen,
+                socket_path,
+                self._guards[0],
+                f"/{service.SERVICE}/Score",
+                self._direct,
+                max_message_bytes=limits.max_message_bytes,
+                max_calls_per_connection=limits.max_calls_per_connection,
+                max_metadata_bytes=limits.max_metadata_bytes,
+                max_in_flight=limits.max_in_flight,
+            )
+        except TransportMissing as error:
+            raise ConfigError("server.transport", str(error)) from error
+        except OSError as error:
+            raise ConfigError("listen", f"{settings.listen} cannot be bound: {error.strerror or error}") from error
+        if settings.listen.startswith("unix:"):
+            os.chmod(settings.listen.removeprefix("unix:"), 0o660)
+            return settings.listen
+        return f"{settings.listen.rpartition(':')[0]}:{self._front.port}"
 
     def _sizes(self) -> list[_ModelSize]:
         return [
@@ -166,14 +230,14 @@ class Server:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
-    done = threading.Event()
-
-    def finish(_signal: int, _frame: FrameType | None) -> None:
-        done.set()
-
-    previous = {each: signal.signal(each, finish) for each in (signal.SIGTERM, signal.SIGINT)}
+    # Blocked in every thread and waited for, instead of handled: a handler that sets an event can deadlock with the
+    # very wait for it, and one that only sets a flag wakes nobody.
+    ends = {signal.SIGTERM, signal.SIGINT}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.00005)
+    # It logs a traceback for every header that is not UTF-8: any stranger could fill the log with them.
+    logging.getLogger("grpc._cython").setLevel(logging.CRITICAL)
     # A stream needs some ten descriptors, and the soft limit is often 1,024.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
@@ -187,16 +251,19 @@ def run(settings: Settings) -> int:
             line += f" admin={server.admin_address}"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-        done.wait()
+        # What was built so far lives as long as the process: no collection need look at it again.
+        gc.collect()
+        gc.freeze()
+        signal.sigwait(ends)
         _log.info("draining")
     except ConfigError as error:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
         return 2
     finally:
+        gc.unfreeze()
         if server is not None:
             server.stop()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return 0
 
 
@@ -261,18 +328,97 @@ def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", settings.limits.max_calls_per_connection),
+            ("grpc.max_metadata_size", settings.limits.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", settings.limits.max_metadata_bytes),
+            ("grpc.server_handshake_timeout_ms", 5000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ],
     )
 
 
-def _bind(server: grpc.Server, address: str, key: str) -> str:
-    host, _, _ = address.rpartition(":")
+def _gate(settings: Settings) -> Gate:
+    auth, review, revoked = settings.auth, settings.auth.review, settings.tls.revoked_file
+
+    def tokens(path: str, key: str) -> TokenFile | None:
+        if not path:
+            return None
+        with _config_errors(key):
+            return TokenFile(Path(path))
+
+    judge = None
+    if review.url:
+        with _config_errors("auth.review"):
+            judge = TokenReview(
+                ReviewSettings(
+                    url=review.url,
+                    ca_file=Path(review.ca_file) if review.ca_file else None,
+                    token_file=Path(review.token_file) if review.token_file else None,
+                    audiences=review.audiences,
+                    users=review.users,
+                    admin_users=review.admin_users,
+                    timeout_seconds=review.timeout_seconds,
+                )
+            )
+    with _config_errors("tls.revoked_file"):
+        return Gate(
+            tokens(auth.tokens_file, "auth.tokens_file"),
+            tokens(auth.admin_tokens_file, "auth.admin_tokens_file"),
+            judge,
+            Revoked(Path(revoked)) if revoked else None,
+        )
+
+
+def _curve_keys(path: Path) -> tuple[bytes, bytes, bytes]:
+    """Keys for the engines' sockets; a message about them never quotes one."""
+    found = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        name, equals, key = line.strip().partition("=")
+        if equals:
+            found[name.strip()] = key.strip().encode()
+    if set(found) != {"server", "public", "secret"}:
+        raise ValueError("must have one line each of server=, public=, secret=")
+    return found["server"], found["public"], found["secret"]
+
+
+@contextlib.contextmanager
+def _config_errors(key: str) -> Iterator[None]:
     try:
-        port = server.add_insecure_port(address)
+        yield
+    except OSError as error:
+        raise ConfigError(key, f"{error.filename or ''}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from error
+
+
+def _bind(server: grpc.Server, address: str, key: str, tls: TlsSettings, client_ca: str) -> str:
+    if address.startswith("unix:"):
+        return _bind_unix(server, address, key)
+    host, _, _ = address.rpartition(":")
+    credentials = None
+    if tls.cert_file:
+        files = TlsFiles(Path(tls.cert_file), Path(tls.key_file), Path(client_ca) if client_ca else None)
+        with _config_errors("tls"):
+            credentials = server_credentials(files)
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(key, f"{address} cannot be bound: in use, or no address of this machine")
     return f"{host}:{port}"
+
+
+def _bind_unix(server: grpc.Server, address: str, key: str) -> str:
+    """The file's permissions say who may connect, so there is no TLS: owner and group only."""
+    mask = os.umask(0o117)
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    finally:
+        os.umask(mask)
+    if not bound:
+        raise ConfigError(key, f"{address} cannot be bound: no such directory, or no right to write there")
+    return address

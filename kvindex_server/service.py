@@ -3,6 +3,7 @@
 import grpc
 
 from kvindex_server import codec
+from kvindex_server.direct import Direct
 from kvindex_server.interceptors import Guard, service
 from kvindex_server.lookup import Check, Lookup
 
@@ -10,12 +11,14 @@ SERVICE = "kvindex.v1.KVIndex"
 
 
 def register(
-    server: grpc.Server, lookup: Lookup, guard: Guard, limits: codec.Limits, placement: codec.PlacementLimits
+    server: grpc.Server,
+    lookup: Lookup,
+    direct: Direct,
+    guard: Guard,
+    limits: codec.Limits,
+    placement: codec.PlacementLimits,
 ) -> None:
     """Serve Score, ScoreStream, GetPodsForBlocks and RecordPlacement."""
-
-    def score(data: bytes, check: Check) -> bytes:
-        return codec.encode_score(lookup.score(codec.decode_score(data, limits), check))
 
     def blocks(data: bytes, check: Check) -> bytes:
         return codec.encode_blocks(lookup.blocks(codec.decode_blocks(data, limits), check))
@@ -24,8 +27,8 @@ def register(
         return codec.encode_placement(lookup.place(codec.decode_placement(data, limits, placement), check))
 
     handlers = {
-        "Score": guard.read(f"/{SERVICE}/Score", score),
-        "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", score, codec.encode_score_status),
+        "Score": guard.read(f"/{SERVICE}/Score", direct.score),
+        "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", direct.score, codec.encode_score_status),
         "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", blocks),
         "RecordPlacement": guard.read(f"/{SERVICE}/RecordPlacement", place),
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import zmq
+import zmq.utils.z85
 
 from kvindex_server._core import Drained, Order, Stream, ZeroMq
 
@@ -126,6 +127,31 @@ def _context() -> "zmq.Context[zmq.Socket[bytes]]":
     return context
 
 
+def encrypt(server_key: bytes, public_key: bytes, secret_key: bytes) -> None:
+    """From now on every subscription and replay is CURVE-encrypted, with one server key for all engines.
+
+    Keys in Z85, 40 characters each. ValueError when one is none. An endpoint that is bound here is the CURVE server
+    of the engine that dials in, with this pair of keys.
+    """
+    for key in (server_key, public_key, secret_key):
+        if len(key) != 40:
+            raise ValueError("a CURVE key has 40 characters")
+        zmq.utils.z85.decode(key)
+    _curve.update(server=server_key, public=public_key, secret=secret_key)
+
+
+_curve: dict[str, bytes] = {}
+
+
+def _secure(socket: "zmq.Socket[bytes]", bind: bool) -> None:
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, _curve["public"])
+    socket.setsockopt(zmq.CURVE_SECRETKEY, _curve["secret"])
+    if bind:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+    else:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, _curve["server"])
+
+
 def _open(kind: int, endpoint: str, *, bind: bool, hwm: int) -> "zmq.Socket[bytes]":
     try:
         socket: zmq.Socket[bytes] = _context().socket(kind)
@@ -135,6 +161,8 @@ def _open(kind: int, endpoint: str, *, bind: bool, hwm: int) -> "zmq.Socket[byte
     socket.setsockopt(zmq.RCVHWM, hwm)
     socket.setsockopt(zmq.SNDHWM, hwm)
     socket.setsockopt(zmq.IPV6, 1 if "[" in endpoint else 0)
+    if _curve and kind in (zmq.SUB, zmq.DEALER):
+        _secure(socket, bind)
     try:
         if bind:
             socket.bind(endpoint)

@@ -284,6 +284,8 @@ def test_labels_are_as_declared() -> None:
     metrics.observe_lookup("m", 1, 1)
     metrics.observe_rpc("method", "OK", 1.0)
     metrics.unknown_tier("m", "t")
+    metrics.shed("method", "in_flight")
+    metrics.watch_in_flight("method", lambda: 1)
     metrics.watch(lambda: [status()], lambda: [Stats()])
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
     declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS)}

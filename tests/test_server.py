@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -92,16 +93,60 @@ def test_calls_at_work_end_before_the_process_does(process: Process) -> None:
         )
         request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1]))
 
+        answered = threading.Event()
+
         def requests() -> Iterator[pb.ScoreRequest]:
             yield request
+            answered.wait(10)
             process.popen.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             yield request
 
-        answers = list(rpc.KVIndexStub(channel).ScoreStream(requests()))
+        stream = rpc.KVIndexStub(channel).ScoreStream(requests())
+        answers = [next(stream)]
+        answered.set()
+        answers += stream
     assert len(answers) == 2 and all(answer.status.code == 0 for answer in answers)
     process.popen.communicate(timeout=20)
     assert process.popen.returncode == 0
+
+
+def test_an_idle_stream_does_not_hold_the_end_up(process: Process) -> None:
+    """Open streams and health watches that say nothing are ended a second after SIGTERM, not after the drain time."""
+    wait_serving(process.grpc)
+    with grpc.insecure_channel(process.grpc) as channel:
+        silence = threading.Event()
+
+        def nothing() -> Iterator[pb.ScoreRequest]:
+            silence.wait(20)
+            yield from ()
+
+        stream = rpc.KVIndexStub(channel).ScoreStream(nothing())
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert process.end()[0] == 0
+        assert time.monotonic() - began < 4
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        silence.set()
+
+
+def test_garbage_to_reflection_and_health_is_not_logged(process: Process) -> None:
+    """It is the caller's fault, and refused as such; a stranger must not be able to fill the log."""
+    wait_serving(process.grpc)
+    with grpc.insecure_channel(process.grpc) as channel:
+        for version in ("v1", "v1alpha"):
+            call = channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter([b"\xff\xff"]), timeout=5))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff\xff", timeout=5)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    _, errors = process.end()
+    assert [json.loads(line)["event"] for line in errors.splitlines()] == ["ready", "draining"]
 
 
 def test_admin_service_on_its_own_port() -> None:
@@ -190,7 +235,8 @@ def test_a_port_in_use_is_a_clear_error() -> None:
         ):
             done = serve(*flags)
             assert done.returncode == 2
-            assert done.stderr.splitlines()[-1].startswith(f"kvindex-server: config: {key}: ")
+            assert done.stderr.startswith(f"kvindex-server: config: {key}: ")  # and nothing of gRPC's own before it
+            assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_broken_tokenizer_is_a_clear_error(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bound_index.hpp"
 #include "drain.hpp"
 #include "index.hpp"
+#include "module_score.hpp"
 #include "module_text.hpp"
 #include "numbers.hpp"
 #include "order.hpp"
@@ -99,6 +101,7 @@ const char* name_of(Placed::Outcome outcome) {
 struct BoundStream {
   std::shared_ptr<Stream> stream;
   uint32_t rank;
+  std::shared_ptr<Standing> standing;
 };
 
 }  // namespace
@@ -146,6 +149,21 @@ NB_MODULE(_core, m) {
         throw nb::value_error("malformed message");
       },
       nb::arg("message"), nb::arg("outer_field"), nb::arg("inner_field"), nb::arg("width"));
+
+  m.def(
+      "scan_tags",
+      [](nb::bytes message, uint32_t outer_field) {
+        std::vector<uint32_t> tags;
+        bool well_formed;
+        const std::string_view view(message.c_str(), message.size());
+        {
+          nb::gil_scoped_release release;
+          well_formed = scan_tags(view, outer_field, tags);
+        }
+        if (!well_formed) throw nb::value_error("malformed message");
+        return tags;
+      },
+      nb::arg("message"), nb::arg("outer_field") = 0);
 
   nb::class_<Applied>(m, "Applied")
       .def_ro("messages", &Applied::messages)
@@ -204,6 +222,7 @@ NB_MODULE(_core, m) {
             Applied applied;
             nb::gil_scoped_release release;
             for (const auto& [data, size] : views) self.stream->apply(data, size, self.rank, applied);
+            self.standing->touch();
             return applied;
           },
           nb::arg("payloads"))
@@ -221,21 +240,37 @@ NB_MODULE(_core, m) {
           [](BoundStream& self, nb::bytes snapshot) {
             const std::string_view bytes(snapshot.c_str(), snapshot.size());
             nb::gil_scoped_release release;
-            return self.stream->restore(bytes);
+            const bool restored = self.stream->restore(bytes);
+            self.standing->touch();
+            return restored;
           },
           nb::arg("snapshot"))
       .def(
           "drain",
           [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit,
              uint64_t max_payload) {
-            return drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload);
+            Drained drained =
+                drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload);
+            if (drained.messages > 0) self.standing->touch();
+            return drained;
           },
           nb::arg("zmq"), nb::arg("socket"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"),
           nb::call_guard<nb::gil_scoped_release>())
       .def(
-          "clear", [](BoundStream& self) { return self.stream->clear(); }, nb::call_guard<nb::gil_scoped_release>())
+          "clear",
+          [](BoundStream& self) {
+            const uint64_t claims = self.stream->clear();
+            self.standing->touch();
+            return claims;
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
-          "close", [](BoundStream& self) { return self.stream->close(); }, nb::call_guard<nb::gil_scoped_release>())
+          "close",
+          [](BoundStream& self) {
+            self.standing->close();
+            return self.stream->close();
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("claims",
                    [](const BoundStream& self) {
                      nb::gil_scoped_release release;
@@ -256,6 +291,7 @@ NB_MODULE(_core, m) {
                      nb::gil_scoped_release release;
                      return self.stream->unresolved();
                    })
+      .def("touch", [](BoundStream& self) { self.standing->touch(); })
       .def_prop_ro("closed", [](const BoundStream& self) {
         nb::gil_scoped_release release;
         return self.stream->closed();
@@ -264,7 +300,8 @@ NB_MODULE(_core, m) {
   nb::class_<Index>(m, "Index")
       .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements,
                        uint64_t max_bytes) {
-             return std::make_shared<Index>(block_size, seed, max_claims, max_placements, max_bytes);
+             return std::shared_ptr<Index>(
+                 std::make_shared<BoundIndex>(block_size, seed, max_claims, max_placements, max_bytes));
            }),
            nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0,
            nb::arg("max_placements") = uint64_t{1} << 20, nb::arg("max_bytes") = 0)
@@ -279,7 +316,8 @@ NB_MODULE(_core, m) {
           "add_stream",
           [](Index& self, const std::string& pod, uint32_t rank) {
             nb::gil_scoped_release release;
-            return BoundStream{self.add_stream(pod, rank), rank};
+            auto standing = static_cast<BoundIndex&>(self).standings->open(pod, rank);
+            return BoundStream{self.add_stream(pod, rank), rank, std::move(standing)};
           },
           nb::arg("pod"), nb::arg("rank"))
       .def(
@@ -375,5 +413,6 @@ NB_MODULE(_core, m) {
           },
           nb::arg("hashes"), nb::arg("pods"));
 
+  bind_score(m);
   bind_text(m);
 }

@@ -1,53 +1,13 @@
 #include "scan.hpp"
 
-#include <cstring>
+#include <algorithm>
+
+#include "protobuf.hpp"
 
 namespace kvindex {
 namespace {
 
-struct Reader {
-  const uint8_t* at;
-  const uint8_t* end;
-
-  bool varint(uint64_t& value) {
-    value = 0;
-    for (int shift = 0; shift < 70 && at < end; shift += 7) {
-      const uint8_t b = *at++;
-      if (shift < 64) value |= static_cast<uint64_t>(b & 0x7f) << shift;
-      if (b < 0x80) return true;
-    }
-    return false;
-  }
-  bool bytes(std::string_view& value) {
-    uint64_t length;
-    if (!varint(length) || length > static_cast<uint64_t>(end - at)) return false;
-    value = {reinterpret_cast<const char*>(at), static_cast<size_t>(length)};
-    at += length;
-    return true;
-  }
-  bool skip(uint32_t wire) {
-    uint64_t ignored;
-    std::string_view view;
-    switch (wire) {
-      case 0: return varint(ignored);
-      case 1:
-        if (end - at < 8) return false;
-        at += 8;
-        return true;
-      case 2: return bytes(view);
-      case 5:
-        if (end - at < 4) return false;
-        at += 4;
-        return true;
-      default: return false;
-    }
-  }
-};
-
-Reader reader(std::string_view bytes) {
-  const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
-  return {data, data + bytes.size()};
-}
+using protobuf::Reader;
 
 bool append_u32(uint64_t value, std::string& out) {
   if (value > 0xFFFFFFFFULL) return false;
@@ -57,7 +17,7 @@ bool append_u32(uint64_t value, std::string& out) {
 }
 
 Scan scan_inner(std::string_view message, uint32_t inner, int width, std::string& out) {
-  Reader in = reader(message);
+  Reader in(message);
   uint64_t value;
   while (in.at < in.end) {
     uint64_t tag;
@@ -73,7 +33,7 @@ Scan scan_inner(std::string_view message, uint32_t inner, int width, std::string
         out.append(packed);
         continue;
       }
-      Reader values = reader(packed);
+      Reader values(packed);
       out.reserve(out.size() + packed.size() * 2);
       while (values.at < values.end) {
         if (!values.varint(value)) return Scan::kMalformed;
@@ -96,7 +56,7 @@ Scan scan_inner(std::string_view message, uint32_t inner, int width, std::string
 }  // namespace
 
 Scan scan_packed(std::string_view message, uint32_t outer, uint32_t inner, int width, std::string& out) {
-  Reader in = reader(message);
+  Reader in(message);
   bool found = false;
   while (in.at < in.end) {
     uint64_t tag;
@@ -113,6 +73,24 @@ Scan scan_packed(std::string_view message, uint32_t outer, uint32_t inner, int w
     if (result != Scan::kFound) return result;
   }
   return found ? Scan::kFound : Scan::kAbsent;
+}
+
+bool scan_tags(std::string_view message, uint32_t outer, std::vector<uint32_t>& tags) {
+  Reader in(message);
+  while (!in.done()) {
+    uint64_t tag;
+    std::string_view nested;
+    if (!in.varint(tag) || tag > 0xFFFFFFFFULL) return false;
+    if (outer != 0 && tag == (uint64_t{outer} << 3 | protobuf::kBytes)) {
+      if (!in.bytes(nested) || !scan_tags(nested, 0, tags)) return false;
+      continue;
+    }
+    if (!in.skip(static_cast<uint32_t>(tag & 7))) return false;
+    if (outer != 0 || std::find(tags.begin(), tags.end(), tag) != tags.end()) continue;
+    if (tags.size() == kMaxTags) return false;
+    tags.push_back(static_cast<uint32_t>(tag));
+  }
+  return true;
 }
 
 }  // namespace kvindex

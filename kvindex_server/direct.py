@@ -1,0 +1,120 @@
+"""Answers ordinary Score requests in the native core, bytes to bytes; every other request by the reference path."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
+
+from kvindex_server import _core, codec
+from kvindex_server.errors import NotFound
+from kvindex_server.lookup import Check, Lookup
+from kvindex_server.models import Model, Models
+from kvindex_server.stream import Trust
+
+
+class Fleet(Protocol):
+    """What is asked of the fleet."""
+
+    def pods(self, model: str) -> list[str]: ...
+    def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]: ...
+
+
+class Metrics(Protocol):
+    """What is measured."""
+
+    def observe_stage(self, stage: str, seconds: float) -> None: ...
+    def observe_lookup(self, model: str, blocks: int, best_match: int) -> None: ...
+    def unknown_tier(self, model: str, tier: str) -> None: ...
+
+
+class Direct:
+    """Score, from the request's bytes to the answer's.
+
+    The native core reads the request, matches, orders and writes the answer without the GIL and without a Python
+    object per token, key or pod. It takes only what is plainly good; whatever it does not take is answered, or
+    refused with its reason, by `codec` and `lookup`, which say the same of any request that both can answer.
+    """
+
+    def __init__(
+        self,
+        lookup: Lookup,
+        models: Models,
+        fleet: Fleet,
+        tier_weights: Mapping[str, float],
+        metrics: Metrics,
+        limits: codec.Limits,
+    ) -> None:
+        self._lookup = lookup
+        self._models = models
+        self._fleet = fleet
+        self._weights = dict(tier_weights)
+        self._metrics = metrics
+        self._limits = limits
+        self._native_limits = _core.RequestLimits(
+            limits.max_tokens, limits.max_pods, limits.max_keys, limits.max_prompt_bytes
+        )
+        self._scorers: dict[str, tuple[_core.Index, _core.Scorer, Callable[[list[tuple[str, int]]], None]]] = {}
+
+    def score(self, data: bytes, check: Check) -> bytes:
+        """An encoded ScoreResponse to an encoded ScoreRequest; KvindexError when there is none."""
+        return self.answer(data, self.read(data), check)
+
+    def read(self, data: bytes) -> _core.ScoreRequest | None:
+        """The request, for `answer`; None when it is not for the native core."""
+        return _core.read_score_request(data, self._native_limits)
+
+    def answer(self, data: bytes, request: _core.ScoreRequest | None, check: Check) -> bytes:
+        """The second half of `score`."""
+        answer = b"" if request is None else self._native(request, check)
+        return answer or self.reference(data, check)
+
+    def reference(self, data: bytes, check: Check) -> bytes:
+        """The same by protobuf messages and Python: slower, plainer, and right by definition."""
+        return codec.encode_score(self._lookup.score(codec.decode_score(data, self._limits), check))
+
+    def _native(self, request: _core.ScoreRequest, check: Check) -> bytes:
+        """Empty when the request is not for the native core after all; no answer is."""
+        started = time.perf_counter()
+        try:
+            model, lora = self._models.resolve(request.model)
+        except NotFound:
+            return b""
+        if request.text and not self._find_keys(model, lora, request, check):
+            return b""
+        if not request.media_fit:
+            return b""
+        check()
+        _, scorer, refresh = self._scorer(model)
+        known = () if request.names_pods else self._fleet.pods(model.name)
+        matching = time.perf_counter()
+        answer, blocks, best, unknown = scorer.answer(request, lora, known, refresh)
+        ended = time.perf_counter()
+        check()
+        for tier in unknown:
+            self._metrics.unknown_tier(model.name, tier)
+        self._metrics.observe_lookup(model.name, blocks, best)
+        self._metrics.observe_stage("match", ended - matching)
+        self._metrics.observe_stage("total", ended - started)
+        return answer
+
+    def _find_keys(self, model: Model, lora: str, request: _core.ScoreRequest, check: Check) -> bool:
+        if model.tokenizer is None or request.has_media or not model.index.block_size:
+            return False
+        kind: Literal["prompt", "chat"] = "chat" if request.is_chat else "prompt"
+        context = (request.lora_name or lora, request.cache_salt)
+        keyed = self._lookup.keys_of_text(model, kind, request.text, *context, check)
+        request.set_keys(keyed.keys, keyed.tokens)
+        return keyed.tokens > 0
+
+    def _scorer(self, model: Model) -> tuple[_core.Index, _core.Scorer, Callable[[list[tuple[str, int]]], None]]:
+        found = self._scorers.get(model.name)
+        if found is None or found[0] is not model.index:
+            scorer = _core.Scorer(model.index, self._weights)
+
+            def refresh(outdated: list[tuple[str, int]]) -> None:
+                for pod, rank in outdated:
+                    asked_at = time.monotonic_ns()
+                    trust, reason, age = self._fleet.trust(model.name, pod, rank)
+                    scorer.tell(pod, rank, trust, reason, age, asked_at)
+
+            found = self._scorers[model.name] = (model.index, scorer, refresh)
+        return found

@@ -1,0 +1,104 @@
+#include "module_score.hpp"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unordered_map.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "bound_index.hpp"
+#include "numbers.hpp"
+#include "score_bytes.hpp"
+
+namespace nb = nanobind;
+
+namespace kvindex {
+namespace {
+
+// Below this, giving the GIL away and getting it back costs more than reading the request.
+constexpr size_t kLargeRequest = 32 * 1024;
+
+struct Scorer {
+  std::shared_ptr<Index> index;
+  std::shared_ptr<Standings> standings;
+  TierWeights weights;
+};
+
+std::optional<ScoreRequest> read(const nb::bytes& encoded, const RequestLimits& limits) {
+  const std::string_view view(encoded.c_str(), encoded.size());
+  if (view.size() < kLargeRequest) return read_score_request(view, limits);
+  nb::gil_scoped_release release;
+  return read_score_request(view, limits);
+}
+
+nb::tuple answer(const Scorer& self, const ScoreRequest& request, const std::string& lora,
+                 const std::vector<std::string>& known, const nb::callable& refresh) {
+  const std::vector<std::string>& pods = request.pods.empty() ? known : request.pods;
+  const auto outdated = self.standings->outdated(pods, now_ns());
+  if (!outdated.empty()) {
+    nb::list asked;
+    for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pod, rank));
+    refresh(asked);
+  }
+  ScoreBytes scored;
+  {
+    nb::gil_scoped_release release;
+    scored = score_bytes(*self.index, *self.standings, self.weights, request, lora, pods);
+  }
+  return nb::make_tuple(nb::bytes(scored.response.data(), scored.response.size()), scored.total_blocks,
+                        scored.best_match, scored.unknown_tiers);
+}
+
+}  // namespace
+
+void bind_score(nb::module_& m) {
+  nb::class_<RequestLimits>(m, "RequestLimits")
+      .def(
+          "__init__",
+          [](RequestLimits* self, uint64_t max_tokens, uint64_t max_pods, uint64_t max_keys,
+             uint64_t max_prompt_bytes) { new (self) RequestLimits{max_tokens, max_pods, max_keys, max_prompt_bytes}; },
+          nb::arg("max_tokens"), nb::arg("max_pods"), nb::arg("max_keys"), nb::arg("max_prompt_bytes"));
+
+  nb::class_<ScoreRequest>(m, "ScoreRequest")
+      .def_ro("model", &ScoreRequest::model)
+      .def_prop_ro("names_pods", [](const ScoreRequest& self) { return !self.pods.empty(); })
+      .def_prop_ro("is_prompt", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kPrompt; })
+      .def_prop_ro("is_chat", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kChat; })
+      .def_ro("text", &ScoreRequest::text)
+      .def_prop_ro("media_fit", &ScoreRequest::media_fit)
+      .def(
+          "set_keys",
+          [](ScoreRequest& self, nb::bytes keys, uint64_t tokens) {
+            self.keys = Numbers<uint64_t>(keys, "keys must be 8 bytes each").copy();
+            self.text_tokens = tokens;
+          },
+          nb::arg("keys"), nb::arg("tokens"))
+      .def_prop_ro("lora_name", [](const ScoreRequest& self) { return self.extras.lora_name; })
+      .def_prop_ro("cache_salt", [](const ScoreRequest& self) { return self.extras.cache_salt; })
+      .def_prop_ro("has_media", [](const ScoreRequest& self) { return !self.extras.mm_features.empty(); });
+
+  m.def("read_score_request", &read, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move);
+
+  nb::class_<Scorer>(m, "Scorer")
+      .def(
+          "__init__",
+          [](Scorer* self, const std::shared_ptr<Index>& index, std::unordered_map<std::string, double> weights) {
+            // Every index that Python holds was made as a BoundIndex.
+            new (self) Scorer{index, static_cast<const BoundIndex&>(*index).standings, TierWeights(std::move(weights))};
+          },
+          nb::arg("index"), nb::arg("weights"))
+      .def("answer", &answer, nb::arg("request"), nb::arg("lora"), nb::arg("known"), nb::arg("refresh"))
+      .def(
+          "tell",
+          [](const Scorer& self, const std::string& pod, uint32_t rank, int trust, std::string reason,
+             double age_seconds, int64_t asked_at) {
+            if (trust < 1 || trust > 4) throw nb::value_error("trust must be in 1..4");
+            self.standings->tell(pod, rank, {static_cast<Trust>(trust), std::move(reason), age_seconds}, asked_at);
+          },
+          nb::arg("pod"), nb::arg("rank"), nb::arg("trust"), nb::arg("reason"), nb::arg("age_seconds"),
+          nb::arg("asked_at"));
+}
+
+}  // namespace kvindex

@@ -1,0 +1,40 @@
+// From a read ScoreRequest to an encoded ScoreResponse: hash, match, order and write, in one go.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "index.hpp"
+#include "score_request.hpp"
+#include "standings.hpp"
+
+namespace kvindex {
+
+struct ScoreBytes {
+  std::string response;  // encoded kvindex.v1.ScoreResponse
+  uint64_t total_blocks = 0;
+  uint32_t best_match = 0;                 // blocks
+  std::vector<std::string> unknown_tiers;  // in the answer, without a weight of their own
+};
+
+class TierWeights {
+ public:
+  explicit TierWeights(std::unordered_map<std::string, double> by_tier);
+  // By tier bit; a tier nobody configured weighs as the lowest.
+  std::vector<double> of(const std::vector<std::string>& tiers) const;
+  bool knows(const std::string& tier) const { return by_tier_.count(tier) != 0; }
+
+ private:
+  std::unordered_map<std::string, double> by_tier_;
+  double lowest_ = 0;
+};
+
+// `pods`: distinct candidates in the order that ties keep. `lora` is used where the request names none.
+ScoreBytes score_bytes(const Index& index, const Standings& standings, const TierWeights& weights,
+                       const ScoreRequest& request, const std::string& lora, const std::vector<std::string>& pods);
+
+}  // namespace kvindex

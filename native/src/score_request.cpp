@@ -1,0 +1,193 @@
+#include "score_request.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <functional>
+
+#include "protobuf.hpp"
+
+namespace kvindex {
+namespace {
+
+using protobuf::Reader;
+
+constexpr size_t kMaxName = 1024;
+constexpr size_t kMaxMmFeatures = 1024;
+constexpr uint64_t kU32 = 0xFFFFFFFFULL;
+
+// Well-formed UTF-8 as protobuf demands it of strings.
+bool is_utf8(std::string_view text) {
+  const auto* at = reinterpret_cast<const uint8_t*>(text.data());
+  const auto* end = at + text.size();
+  while (at < end) {
+    const uint8_t lead = *at++;
+    if (lead < 0x80) continue;
+    int more;
+    uint8_t low = 0x80, high = 0xBF;
+    if (lead >= 0xC2 && lead <= 0xDF) {
+      more = 1;
+    } else if (lead >= 0xE0 && lead <= 0xEF) {
+      more = 2;
+      if (lead == 0xE0) low = 0xA0;
+      if (lead == 0xED) high = 0x9F;
+    } else if (lead >= 0xF0 && lead <= 0xF4) {
+      more = 3;
+      if (lead == 0xF0) low = 0x90;
+      if (lead == 0xF4) high = 0x8F;
+    } else {
+      return false;
+    }
+    for (; more > 0; --more) {
+      if (at >= end || *at < low || *at > high) return false;
+      ++at;
+      low = 0x80;
+      high = 0xBF;
+    }
+  }
+  return true;
+}
+
+// Keeps the first of equal names. An open-addressing table of positions: a set would allocate once per name.
+void drop_repeated(std::vector<std::string>& names) {
+  const size_t mask = std::bit_ceil(names.size() * 2 + 1) - 1;
+  std::vector<uint32_t> places(mask + 1, 0);  // position + 1
+  size_t kept = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    size_t at = std::hash<std::string_view>{}(names[i]) & mask;
+    while (places[at] != 0 && names[places[at] - 1] != names[i]) at = (at + 1) & mask;
+    if (places[at] != 0) continue;
+    if (kept != i) names[kept] = std::move(names[i]);
+    places[at] = static_cast<uint32_t>(++kept);
+  }
+  names.resize(kept);
+}
+
+bool name(std::string_view value, std::string& out) {
+  if (value.size() > kMaxName || !is_utf8(value)) return false;
+  out.assign(value);
+  return true;
+}
+
+bool read_tokens(std::string_view nested, uint64_t limit, std::vector<uint32_t>& out) {
+  Reader in(nested);
+  uint64_t tag, value;
+  std::string_view packed;
+  while (!in.done()) {
+    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    Reader values(packed);
+    out.reserve(out.size() + packed.size() / 2);
+    while (!values.done()) {
+      if (!values.varint(value) || value > kU32 || out.size() >= limit) return false;
+      out.push_back(static_cast<uint32_t>(value));
+    }
+  }
+  return true;
+}
+
+bool read_keys(std::string_view nested, uint64_t limit, std::vector<uint64_t>& out) {
+  Reader in(nested);
+  uint64_t tag;
+  std::string_view packed;
+  while (!in.done()) {
+    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    if (packed.size() % 8 != 0 || out.size() + packed.size() / 8 > limit) return false;
+    const size_t before = out.size();
+    out.resize(before + packed.size() / 8);
+    if (!packed.empty()) std::memcpy(out.data() + before, packed.data(), packed.size());
+  }
+  return true;
+}
+
+bool read_feature(std::string_view nested, MmFeature& feature) {
+  Reader in(nested);
+  uint64_t tag;
+  std::string_view hash;
+  while (!in.done()) {
+    if (!in.varint(tag)) return false;
+    switch (tag) {
+      case 1 << 3 | protobuf::kBytes:
+        if (!in.bytes(hash) || !name(hash, feature.hash)) return false;
+        break;
+      case 2 << 3 | protobuf::kVarint:
+        if (!in.varint(feature.offset) || feature.offset > kU32) return false;
+        break;
+      case 3 << 3 | protobuf::kVarint:
+        if (!in.varint(feature.length) || feature.length > kU32) return false;
+        break;
+      default: return false;
+    }
+  }
+  return !feature.hash.empty() && feature.length != 0;
+}
+
+// One occurrence of a field; false sends the request to the reference path.
+bool read_field(uint32_t field, std::string_view value, const RequestLimits& limits, ScoreRequest& request,
+                size_t& pods) {
+  switch (field) {
+    case 1: return name(value, request.model);
+    case 2:
+    case 3:
+      if (value.empty() || value.size() > limits.max_prompt_bytes || !is_utf8(value)) return false;
+      request.text.assign(value);
+      return true;
+    case 4: return read_tokens(value, limits.max_tokens, request.tokens);
+    case 5: return read_keys(value, limits.max_keys, request.keys);
+    case 6:
+      if (value.empty() || ++pods > limits.max_pods || !is_utf8(value)) return false;
+      request.pods.emplace_back(value);
+      return true;
+    case 7: return name(value, request.extras.lora_name);
+    case 8: return name(value, request.extras.cache_salt);
+    case 9: {
+      auto& features = request.extras.mm_features;
+      if (features.size() >= kMaxMmFeatures) return false;
+      features.push_back({"", 0, 0});
+      return read_feature(value, features.back());
+    }
+    default: return false;
+  }
+}
+
+}  // namespace
+
+bool ScoreRequest::media_fit() const {
+  if (input == Input::kKeys) return true;
+  return std::all_of(extras.mm_features.begin(), extras.mm_features.end(),
+                     [&](const MmFeature& each) { return each.offset + each.length <= tokens.size(); });
+}
+
+std::optional<ScoreRequest> read_score_request(std::string_view encoded, const RequestLimits& limits) {
+  ScoreRequest request;
+  Reader in(encoded);
+  size_t pods = 0;
+  uint32_t inputs = 0;  // bit per field number
+  while (!in.done()) {
+    uint64_t tag, value;
+    std::string_view bytes;
+    if (!in.varint(tag) || tag > kU32) return std::nullopt;
+    const auto field = static_cast<uint32_t>(tag >> 3);
+    if (field >= 2 && field <= 5) inputs |= 1U << field;
+    if (tag == (10 << 3 | protobuf::kVarint)) {
+      if (!in.varint(value) || value > kU32) return std::nullopt;
+      request.top_k = static_cast<uint32_t>(value);
+    } else if ((tag & 7) != protobuf::kBytes || !in.bytes(bytes) || !read_field(field, bytes, limits, request, pods)) {
+      return std::nullopt;
+    }
+  }
+  switch (inputs) {
+    case 1U << 2: request.input = ScoreRequest::Input::kPrompt; break;
+    case 1U << 3: request.input = ScoreRequest::Input::kChat; break;
+    case 1U << 4: request.input = ScoreRequest::Input::kTokens; break;
+    case 1U << 5: request.input = ScoreRequest::Input::kKeys; break;
+    default: return std::nullopt;
+  }
+  if (request.model.empty()) return std::nullopt;
+  if (request.input == ScoreRequest::Input::kTokens && request.tokens.empty()) return std::nullopt;
+  if (request.input == ScoreRequest::Input::kKeys && request.keys.empty()) return std::nullopt;
+  drop_repeated(request.pods);
+  std::stable_sort(request.extras.mm_features.begin(), request.extras.mm_features.end(),
+                   [](const MmFeature& a, const MmFeature& b) { return a.offset < b.offset; });
+  return request;
+}
+
+}  // namespace kvindex

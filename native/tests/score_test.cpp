@@ -1,0 +1,143 @@
+// Requests to answers without Python: hostile bytes, and standings told and read at once, for the sanitizers.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "index.hpp"
+#include "protobuf.hpp"
+#include "scan.hpp"
+#include "score_bytes.hpp"
+#include "stream.hpp"
+
+using namespace kvindex;
+
+namespace {
+
+int checks = 0;
+
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    ++checks;                                                              \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (0)
+
+constexpr RequestLimits kLimits{64, 8, 32, 100};
+
+std::string encoded(const std::vector<uint32_t>& tokens, const std::vector<std::string>& pods) {
+  std::string packed, nested, out;
+  for (const uint32_t token : tokens) protobuf::Writer{packed}.varint(token);
+  protobuf::Writer{nested}.message(1, packed);
+  protobuf::Writer write{out};
+  write.text(1, "m");
+  write.message(4, nested);
+  for (const std::string& pod : pods) write.text(6, pod);
+  write.text(7, "lora");
+  write.number(10, 2);
+  return out;
+}
+
+void test_reading() {
+  const auto request = read_score_request(encoded({0, 1, 300, 0xFFFFFFFF}, {"b", "a", "b"}), kLimits);
+  CHECK(request.has_value());
+  CHECK(request->model == "m" && request->extras.lora_name == "lora" && request->top_k == 2);
+  CHECK((request->tokens == std::vector<uint32_t>{0, 1, 300, 0xFFFFFFFF}));
+  CHECK((request->pods == std::vector<std::string>{"b", "a"}));
+  CHECK(!read_score_request(encoded(std::vector<uint32_t>(65, 1), {}), kLimits));
+  CHECK(!read_score_request(encoded({1}, std::vector<std::string>(9, "p")), kLimits));
+  CHECK(!read_score_request(encoded({1}, {"\xc0\x80"}), kLimits));  // overlong UTF-8
+  CHECK(!read_score_request("", kLimits));
+}
+
+void test_hostile_bytes() {
+  std::mt19937 dice(3);
+  const std::string good = encoded({1, 2, 3, 4, 5, 6, 7, 8}, {"a", "b"});
+  size_t taken = 0;
+  for (int turn = 0; turn < 200'000; ++turn) {
+    std::string bytes = good;
+    for (unsigned change = dice() % 4 + 1; change > 0; --change) {
+      const size_t at = dice() % bytes.size();
+      switch (dice() % 3) {
+        case 0: bytes[at] = static_cast<char>(dice()); break;
+        case 1: bytes.resize(at + 1); break;
+        default: bytes.insert(at, 1, static_cast<char>(dice())); break;
+      }
+    }
+    taken += read_score_request(bytes, kLimits).has_value();
+    std::vector<uint32_t> tags;
+    (void)scan_tags(bytes, 0, tags);
+    (void)scan_tags(bytes, 4, tags);
+    CHECK(tags.size() <= kMaxTags);
+  }
+  CHECK(taken > 0);
+}
+
+void test_standings_of_many_ranks() {
+  Standings standings;
+  const auto first = standings.open("p", 0), second = standings.open("p", 1);
+  CHECK(standings.outdated({"p", "q"}, now_ns()).size() == 2);
+  standings.tell("p", 0, {Trust::kExact, "good", 1.0}, now_ns());
+  standings.tell("p", 1, {Trust::kStale, "bad", -1.0}, now_ns());
+  CHECK(standings.outdated({"p"}, now_ns()).empty());
+  Believed believed;
+  standings.of("p", -1, now_ns(), believed);
+  CHECK(believed.trust == Trust::kStale && believed.reason == "bad" && believed.age_seconds == -1);
+  standings.of("p", 0, now_ns() + 1'000'000'000, believed);
+  CHECK(believed.trust == Trust::kExact && believed.age_seconds > 1.9);
+  first->touch();
+  CHECK(standings.outdated({"p"}, now_ns()).size() == 1);
+  second->close();
+  standings.of("p", -1, now_ns(), believed);
+  CHECK(believed.trust == Trust::kExact);
+  standings.of("q", -1, now_ns(), believed);
+  CHECK(believed.reason == "pod is not registered");
+}
+
+void test_races() {
+  const auto index = std::make_shared<Index>(4, 1337, 0);
+  Standings standings;
+  const TierWeights weights({{"gpu", 1.0}});
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (uint32_t number = 0; number < 2; ++number)
+    threads.emplace_back([&, number] {
+      for (int turn = 0; turn < 300; ++turn) {
+        const std::string pod = "pod-" + std::to_string(turn % 4);
+        const auto stream = index->add_stream(pod, number);
+        const auto standing = standings.open(pod, number);
+        standings.tell(pod, number, {Trust::kPartial, "so", 0.5}, now_ns());
+        standing->touch();
+        stream->close();
+        standing->close();
+      }
+    });
+  threads.emplace_back([&] {
+    const std::vector<std::string> pods{"pod-0", "pod-1", "pod-2", "pod-3", "other"};
+    const auto request = read_score_request(encoded({1, 2, 3, 4, 5}, pods), kLimits);
+    while (!stop) {
+      (void)standings.outdated(pods, now_ns());
+      const ScoreBytes scored = score_bytes(*index, standings, weights, *request, "", pods);
+      CHECK(scored.total_blocks == 1);
+    }
+  });
+  threads[0].join();
+  threads[1].join();
+  stop = true;
+  threads[2].join();
+}
+
+}  // namespace
+
+int main() {
+  test_reading();
+  test_hostile_bytes();
+  test_standings_of_many_ranks();
+  test_races();
+  std::printf("%d passed, 0 failed\n", checks);
+}
