@@ -1,0 +1,141 @@
+"""What every source of pods has in common: what it found, how it fares, and how long it waits after a failure."""
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvindex_server.pods import PodSpec
+
+_log = logging.getLogger(__name__)
+
+Changed = Callable[[], None]
+"""Called by a source, from any thread, when `found` may answer something else than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One pod as a source sees it. `ready` says whether it serves already, so that readiness may wait for it."""
+
+    spec: PodSpec
+    ready: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """All a source knows now: pods to follow, and how many it sees but cannot describe, by reason."""
+
+    found: Sequence[Found] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """A place where pods are found. What it cannot reach keeps the last known answer."""
+
+    name: str
+    progress: "Progress"
+
+    def start(self, changed: Changed) -> None:
+        """Begin to look."""
+
+    def stop(self) -> None:
+        """Look no longer; returns soon, whatever the network does."""
+
+    def look(self) -> Sight:
+        """What is known now; costs no input or output."""
+
+    @property
+    def listed(self) -> bool:
+        """True once everything has been seen for the first time."""
+
+
+class Progress:
+    """Successes and failures of one source, counted by reason; a loss and its end are logged once each."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._errors: Counter[str] = Counter()
+        self._last_success: float | None = None
+        self._lost: set[str] = set()
+
+    def succeeded(self, part: str = "") -> None:
+        """The source answered; `part` names one of several things it looks at."""
+        with self._lock:
+            self._last_success = time.monotonic()
+            back = part in self._lost
+            self._lost.discard(part)
+        if back:
+            _log.info("discovery works again", extra={"fields": {"source": self._source, "part": part}})
+
+    def failed(self, reason: str, detail: str = "", part: str = "", *, lost: bool = True) -> None:
+        """Something went wrong; with `lost`, the last known pods stand until the source answers again."""
+        with self._lock:
+            self._errors[reason] += 1
+            first = lost and part not in self._lost
+            if lost:
+                self._lost.add(part)
+        if first:
+            fields = {"source": self._source, "part": part, "reason": reason, "detail": detail[:300]}
+            _log.warning("discovery failed; the last known pods stay", extra={"fields": fields})
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Failures so far, by reason."""
+        with self._lock:
+            return dict(self._errors)
+
+    @property
+    def age_seconds(self) -> float | None:
+        """Since the last success; None before the first."""
+        with self._lock:
+            return None if self._last_success is None else time.monotonic() - self._last_success
+
+
+class Backoff:
+    """Waits that double from `first` to `longest` seconds, each shortened by up to a half at random."""
+
+    def __init__(self, first: float, longest: float, chance: random.Random | None = None) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+        # Replicas that lose one API server together must not come back together.
+        self._chance = chance or random.Random()
+
+    def reset(self) -> None:
+        """Begin again with the first wait."""
+        self._next = self._first
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        wait, self._next = self._next, min(2 * self._next, self._longest)
+        return wait * self._chance.uniform(0.5, 1.0)
+
+
+class Refusals:
+    """Pods that a source sees and cannot use; each is logged once for as long as its reason stays the same."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._told: dict[str, str] = {}
+        self._now: dict[str, str] = {}
+
+    def begin(self) -> "Refusals":
+        """Start a new look."""
+        self._now = {}
+        return self
+
+    def add(self, pod: str, reason: str, detail: str) -> None:
+        """`pod` cannot be used now."""
+        self._now[pod] = reason
+        if self._told.get(pod) != reason:
+            fields = {"source": self._source, "pod": pod, "reason": reason, "detail": detail[:300]}
+            _log.warning("pod found but not followed", extra={"fields": fields})
+
+    def end(self) -> dict[str, int]:
+        """How many there are, by reason."""
+        self._told = self._now
+        return dict(Counter(self._now.values()))
