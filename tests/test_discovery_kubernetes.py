@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import yaml
 from kube_api import LABELS, KubeApi, pod
+from publisher import Publisher
 
 from kvindex_server import fleet as fleet_module
 from kvindex_server.config import ConfigError, DiscoveryDefaults, KubernetesSettings
@@ -380,3 +382,20 @@ def test_a_thousand_pods_roll_under_hostility(
         assert {"cut", "reordered", "refused", "gone"} <= set(api.counts)
     finally:
         api.down()
+
+
+def test_a_container_restart_drops_the_claims(api: KubeApi, tmp_path: Path) -> None:
+    """With real sockets: the engine's blocks are taken in, and are gone when Kubernetes tells of another life."""
+    real = Fleet(Models([]))
+    with Publisher(topic=b"kv") as engine:
+        ports = {"kvindex.io/events-port": str(engine.port), "kvindex.io/replay-port": str(engine.replay_port)}
+        engine.publish(msgpack.packb([1.0, [["BlockStored", [1, 2], None, [7] * 8, 4, None, "GPU"]], 0]))
+        api.put(pod("a", "1", "127.0.0.1", annotations=ports))
+        with following(real, api, tmp_path):
+            eventually(lambda: [each.blocks for each in real.statuses()] == [2])
+            engine.buffer.clear()  # the new engine has no past
+            api.put(pod("a", "1", "127.0.0.1", restarts=1, annotations=ports))
+            eventually(lambda: [each.blocks for each in real.statuses()] == [0])
+            api.delete("a")
+            eventually(lambda: real.statuses() == [])
+    real.stop()
