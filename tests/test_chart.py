@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -335,3 +336,29 @@ def test_schema_knows_every_setting(helm: str) -> None:
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     assert schema["properties"]["config"] == _script("chart_schema").config_schema()
     assert set(yaml.safe_load(done.stdout)) == set(schema["properties"]) - {"global"}
+
+
+def test_the_sidecar_recipe_is_valid(tmp_path: Path) -> None:
+    """The recipe of docs/kubernetes.md: valid manifests, a configuration that loads, probes on the metrics port."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    recipe = text.partition("<!-- sidecar -->\n```yaml\n")[2].partition("```")[0]
+    config, deployment = yaml.safe_load_all(recipe)
+    for manifest in (config, deployment):
+        kubernetes_validate.validate(manifest, "1.37.0", strict=True)
+    settings = _settings({"ConfigMap": config}, tmp_path)
+    assert settings.discovery.kubernetes.enabled
+    container = deployment["spec"]["template"]["spec"]["containers"][1]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert settings.metrics_listen.endswith(f":{container[probe]['httpGet']['port']}")
+
+
+def test_documented_engine_flags_are_the_charts(helm: str) -> None:
+    """What docs/kubernetes.md tells engines to publish on is where the chart's defaults look."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    flags = [json.loads(each) for each in re.findall(r"'(\{[^']*\})'", text)]
+    defaults = yaml.safe_load(_helm(helm, "show", "values", CHART).stdout)["config"]["discovery"]["defaults"]
+    assert len(flags) == 2
+    for each in flags:
+        assert each["endpoint"] == f"tcp://*:{defaults['events_port']}"
+        assert each["replay_endpoint"] == f"tcp://*:{defaults['replay_port']}"
