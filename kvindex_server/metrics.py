@@ -98,9 +98,7 @@ DISCOVERY = (
     MetricName("kvindex_discovery_pods", "gauge", ("source",), "Pods that a source of discovery sees"),
     MetricName("kvindex_discovery_refused_pods", "gauge", ("source", "reason"), "Pods seen and not followed"),
     MetricName("kvindex_discovery_errors_total", "counter", ("source", "reason"), "Failures of a source"),
-    MetricName(
-        "kvindex_discovery_age_seconds", "gauge", ("source",), "Since a source last answered; absent before it has"
-    ),
+    MetricName("kvindex_discovery_age_seconds", "gauge", ("source",), "Since a source last answered, or the start"),
 )
 
 
@@ -278,8 +276,7 @@ def _add_source(families: dict[str, Metric], source: SourceStatus) -> None:
         _add(families, "kvindex_discovery_refused_pods", (source.name, reason), pods)
     for reason, count in source.errors.items():
         _add(families, "kvindex_discovery_errors_total", (source.name, reason), count)
-    if source.age_seconds is not None:
-        _add(families, "kvindex_discovery_age_seconds", (source.name,), source.age_seconds)
+    _add(families, "kvindex_discovery_age_seconds", (source.name,), source.age_seconds)
 
 
 def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:

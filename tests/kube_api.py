@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -54,7 +55,10 @@ def pod(
 class KubeApi:
     """The server's pods and their history. `hostile` is the chance of each kind of trouble per request or event."""
 
-    def __init__(self, seed: int = 0, hostile: float = 0.0) -> None:
+    def __init__(self, seed: int = 0, hostile: float = 0.0, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
+        self.token = ""
+        """When given, the only one that is let in."""
         self.chance = random.Random(seed)
         self.hostile = hostile
         self.changed = threading.Condition()
@@ -77,6 +81,8 @@ class KubeApi:
         """Listen, on the same port as before."""
         self._http = _Http(("127.0.0.1", self.port), type("Bound", (_Handler,), {"api": self}))
         self.port = self._http.server_address[1]
+        if self.tls is not None:
+            self._http.socket = self.tls.wrap_socket(self._http.socket, server_side=True)
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def down(self) -> None:
@@ -161,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         namespace = parts[3] if parts[:3] == ["api", "v1", "namespaces"] else ""
         if parts[-1] != "pods":
             self._answer(404, {})
+        elif api.token and self.headers["Authorization"] != f"Bearer {api.token}":
+            self._answer(401, {"kind": "Status", "code": 401})
         elif api.denied:
             self._answer(403, {"kind": "Status", "code": 403})
         elif api.trouble():

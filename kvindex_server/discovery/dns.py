@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from kvindex_server.config import DiscoveryDefaults, DnsSettings
 from kvindex_server.discovery.describe import NotDescribed, Told, describe, host
 from kvindex_server.discovery.engine import Engines, EventSources
-from kvindex_server.discovery.source import Changed, Found, Progress, Refusals, Sight
+from kvindex_server.discovery.source import NOT_ANSWERED, Changed, Found, Progress, Refusals, Sight
 
 Resolve = Callable[[str], Iterable[str]]
 """A name's addresses. OSError when they cannot be had."""
@@ -32,7 +32,7 @@ class DnsSource:
         self._settings = settings
         self._defaults = defaults
         self._resolve = resolve
-        self.progress = Progress(self.name)
+        self.progress = Progress(self.name, settings.hosts)
         self._engines = Engines(self.progress) if defaults.ask_engine else None
         self._refusals = Refusals(self.name)
         self._addresses: dict[str, frozenset[str]] = {}
@@ -80,7 +80,7 @@ class DnsSource:
             return None
         answered, sources = self._engines.known(("", host(ip), port))
         if not answered:
-            raise NotDescribed("not_answered", "the engine has not told yet where it publishes")
+            raise NotDescribed(NOT_ANSWERED, "the engine has not told yet where it publishes")
         return sources
 
     def _run(self) -> None:

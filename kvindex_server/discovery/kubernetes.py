@@ -11,7 +11,7 @@ from kvindex_server.discovery.api import ApiFailed, Event, Gone, Object, PodsApi
 from kvindex_server.discovery.describe import NotDescribed, describe, host
 from kvindex_server.discovery.engine import Engines, EventSources, Life
 from kvindex_server.discovery.kubepod import KubePod, read_pod
-from kvindex_server.discovery.source import Backoff, Changed, Found, Progress, Refusals, Sight
+from kvindex_server.discovery.source import NOT_ANSWERED, Backoff, Changed, Found, Progress, Refusals, Sight
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ class KubernetesSource:
         """ConfigError when the client is missing or there are no credentials."""
         self._settings = settings
         self._defaults = defaults
-        self.progress = Progress(self.name)
+        first = PodsApi(settings.kubeconfig)
+        namespaces = tuple(dict.fromkeys(settings.namespaces)) or (first.namespace,)
+        self.progress = Progress(self.name, namespaces)
         self._engines = Engines(self.progress) if defaults.ask_engine else None
         # What the engine of a pod answered in its last life stands until its present one answers.
         self._last_answer: dict[str, EventSources] = {}
         self._refusals = Refusals(self.name)
         self._changed: Changed = lambda: None
-        first = PodsApi(settings.kubeconfig)
-        namespaces = settings.namespaces or (first.namespace,)
         apis = [first, *(PodsApi(settings.kubeconfig) for _ in namespaces[1:])]
         self._parts = [
             _Namespace(each, api, settings, self.progress, Backoff(*waits, chance), self._notify)
@@ -74,10 +74,11 @@ class KubernetesSource:
 
     def look(self) -> Sight:
         """The pods that run, and which of them cannot be described."""
-        found: dict[str, tuple[KubePod, Found]] = {}
+        found: dict[str, Found] = {}
         refusals = self._refusals.begin()
         lives: set[Life] = set()
-        pods = [pod for part in self._parts for pod in part.pods()]
+        # Newest first: where an address is used again before the old pod is known to be gone, the new one counts.
+        pods = sorted((pod for part in self._parts for pod in part.pods()), key=_age, reverse=True)
         for pod in pods:
             if not pod.running or not pod.ip or (self._settings.ready_only and not pod.ready):
                 continue
@@ -86,18 +87,13 @@ class KubernetesSource:
             except NotDescribed as problem:
                 refusals.add(f"{pod.namespace}/{pod.name}", problem.reason, problem.detail)
                 continue
-            standing = found.get(each.spec.pod)
-            if standing is None or _newer(pod, standing[0]):
-                found[each.spec.pod] = (pod, each)
-            if standing is not None:
-                refusals.add(
-                    f"{pod.namespace}/{pod.name}", "same_name", "another pod has this name; the newer one counts"
-                )
+            if found.setdefault(each.spec.pod, each) is not each:
+                refusals.add(f"{pod.namespace}/{pod.name}", "same_name", "a newer pod has this name")
         if self._engines is not None:
             self._engines.keep(lives)
             uids = {pod.uid for pod in pods}
             self._last_answer = {uid: answer for uid, answer in self._last_answer.items() if uid in uids}
-        return Sight([each for _, each in found.values()], refusals.end())
+        return Sight(list(found.values()), refusals.end())
 
     def _found(self, pod: KubePod, lives: set[Life]) -> Found:
         if pod.problem is not None:
@@ -113,7 +109,7 @@ class KubernetesSource:
             elif not answered:
                 sources = self._last_answer.get(pod.uid)
                 if sources is None:
-                    raise NotDescribed("not_answered", "the engine has not told yet where it publishes")
+                    raise NotDescribed(NOT_ANSWERED, "the engine has not told yet where it publishes")
         fields = {"ip": host(pod.ip), "port": port, "name": pod.name, "namespace": pod.namespace}
         name = self._settings.pod_name.format(**fields)
         return Found(describe(name, pod.ip, pod.told, sources, self._defaults, pod.life), pod.ready)
@@ -122,12 +118,9 @@ class KubernetesSource:
         self._changed()
 
 
-def _newer(pod: KubePod, other: KubePod) -> bool:
+def _age(pod: KubePod) -> tuple[str, int, str, str]:
     # Creation times have whole seconds; the version tells what the server heard of last.
-    def age(each: KubePod) -> tuple[str, int, str, str]:
-        return each.created, len(each.version), each.version, each.uid
-
-    return age(pod) > age(other)
+    return pod.created, len(pod.version), pod.version, pod.uid
 
 
 class _Namespace(threading.Thread):

@@ -30,7 +30,7 @@ class SourceStatus:
     pods: int
     refused: Mapping[str, int]
     errors: Mapping[str, int]
-    age_seconds: float | None
+    age_seconds: float
 
 
 @dataclass(slots=True)

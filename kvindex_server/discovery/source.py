@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,10 @@ _log = logging.getLogger(__name__)
 
 Changed = Callable[[], None]
 """Called by a source, from any thread, when `found` may answer something else than before."""
+
+
+NOT_ANSWERED = "not_answered"
+"""The reason why a pod is not followed while its engine has not told where it publishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +60,18 @@ class Source(Protocol):
 class Progress:
     """Successes and failures of one source, counted by reason; a loss and its end are logged once each."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, parts: Iterable[str] = ("",)) -> None:
+        """`parts` are the things the source looks at, each of which may be lost by itself."""
         self._source = source
         self._lock = threading.Lock()
         self._errors: Counter[str] = Counter()
-        self._last_success: float | None = None
+        self._last_success = dict.fromkeys(parts, time.monotonic())
         self._lost: set[str] = set()
 
     def succeeded(self, part: str = "") -> None:
-        """The source answered; `part` names one of several things it looks at."""
+        """A part of the source answered."""
         with self._lock:
-            self._last_success = time.monotonic()
+            self._last_success[part] = time.monotonic()
             back = part in self._lost
             self._lost.discard(part)
         if back:
@@ -90,10 +95,10 @@ class Progress:
             return dict(self._errors)
 
     @property
-    def age_seconds(self) -> float | None:
-        """Since the last success; None before the first."""
+    def age_seconds(self) -> float:
+        """Since the part that has been silent longest last answered; before it ever has, since the start."""
         with self._lock:
-            return None if self._last_success is None else time.monotonic() - self._last_success
+            return time.monotonic() - min(self._last_success.values())
 
 
 class Backoff:
@@ -133,7 +138,9 @@ class Refusals:
         self._now[pod] = reason
         if self._told.get(pod) != reason:
             fields = {"source": self._source, "pod": pod, "reason": reason, "detail": detail[:300]}
-            _log.warning("pod found but not followed", extra={"fields": fields})
+            # An engine that loads its model answers later; everything else somebody has to correct.
+            level = logging.INFO if reason == NOT_ANSWERED else logging.WARNING
+            _log.log(level, "pod found but not followed", extra={"fields": fields})
 
     def end(self) -> dict[str, int]:
         """How many there are, by reason."""
