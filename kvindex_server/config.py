@@ -29,6 +29,7 @@ MIB = 1024 * 1024
 
 # Kubernetes puts these into every container of a namespace that has a Service called kvindex-something.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _WILDCARDS = ("0.0.0.0", "[::]")
 
 
@@ -193,6 +194,9 @@ class KubernetesSettings(_Section):
     def _valid(self) -> "KubernetesSettings":
         if "*" in self.namespaces and len(self.namespaces) > 1:
             raise _WrongField("namespaces", "`*` stands alone")
+        for index, namespace in enumerate(self.namespaces):
+            if namespace != "*" and not _NAMESPACE.match(namespace):
+                raise _WrongField(f"namespaces[{index}]", "is not a namespace's name")
         _check_pod_name(self.pod_name, ("ip", "port", "name", "namespace"))
         return self
 

@@ -499,3 +499,10 @@ def test_the_wait_doubles_and_differs() -> None:
 def test_pod_names_use_known_fields(template: str) -> None:
     with pytest.raises(ValueError, match=r"pod_name|may only use|at least one"):
         Settings.model_validate({"discovery": {"kubernetes": {"pod_name": template}}})
+
+
+@pytest.mark.parametrize("namespaces", [["*", "a"], ["../nodes"], ["a/b"], ["A"]])
+def test_namespaces_are_names(namespaces: list[str]) -> None:
+    """They become part of a path at the API server."""
+    with pytest.raises(ValueError, match=r"stands alone|is not a namespace's name"):
+        Settings.model_validate({"discovery": {"kubernetes": {"namespaces": namespaces}}})

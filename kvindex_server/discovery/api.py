@@ -12,7 +12,8 @@ from kvindex_server.config import ConfigError
 if TYPE_CHECKING:
     from lightkube.config.kubeconfig import SingleConfig
 
-PAGE = 500
+PAGE = 100
+"""Pods per page of a list: parsing one holds up other threads, some 20 KB of JSON a pod."""
 MAX_LINE = 16 * 1024 * 1024
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0
