@@ -44,12 +44,13 @@ run: setup ## Start a server with simulated engines and show what it answers
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
 
-lint: setup ## Check style, types, import layers, proto files and the C++ core
+lint: setup ## Check style, types, import layers, proto files, the Dockerfile and the C++ core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 	scripts/tidy.sh
 

@@ -128,9 +128,9 @@ class KubeApi:
         self.history.append((self.version, old, new))
         self.changed.notify_all()
 
-    def trouble(self) -> bool:
+    def trouble(self, times: int = 1) -> bool:
         with self.changed:
-            return self.chance.random() < self.hostile
+            return self.chance.random() < times * self.hostile
 
     def snapshot(self, namespace: str) -> tuple[int, list[Object]]:
         with self.changed:
@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         ends = time.monotonic() + float(query["timeoutSeconds"])
         for burst in self._bursts(namespace, query, since, ends):
             lines = [json.dumps(each).encode() + b"\n" for each in burst]
-            if len(lines) > 1 and api.trouble():
+            if len(lines) > 1 and api.trouble(times=5):
                 api.count("reordered")
                 api.chance.shuffle(lines)
             for line in reversed(lines) if api.reverse else lines:

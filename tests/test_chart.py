@@ -279,7 +279,9 @@ def _sorted(text: str) -> list[dict[str, Any]]:
 
 
 def test_notes_tell_the_first_commands_and_the_engines_flags(helm: str, tmp_path: Path) -> None:
-    """Rendered as the install shows them (Helm 3 wants a cluster for that); the flags are valid JSON with the ports that discovery expects."""
+    """As the install shows them; the flags are valid JSON with the ports that discovery expects. Helm 4 alone:
+    Helm 3 wants a cluster even for a dry run.
+    """
 
     def notes(values: dict[str, Any]) -> str:
         flags = ("--dry-run=client", "--namespace", "llm", "--values", _values_file(tmp_path, values))
