@@ -1,11 +1,14 @@
 """Pods of a Kubernetes API server over real HTTP: after any schedule the fleet is what the server says."""
 
+import json
 import random
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +234,51 @@ def test_the_newest_pod_of_an_address_counts(fleet: Fleet, api: KubeApi, tmp_pat
         assert reconciler.statuses()[0].refused == {"publisher_taken": 1}
         api.delete("new")
         eventually(lambda: names(other) == {"old"})
+
+
+def test_engines_tell_where_they_publish(
+    fleet: Fleet, api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again as soon as the pod is Ready; in a new life the last answer stands until the engine gives another."""
+    monkeypatch.setattr("kvindex_server.discovery.engine.RETRY_SECONDS", (60.0, 60.0))
+    answers = {"status": 503, "port": 6000}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"0": {"endpoint": f"tcp://*:{answers['port']}", "topic": "kv"}}).encode()
+            self.send_response(answers["status"])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    engine = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=engine.serve_forever, args=(0.02,), daemon=True).start()
+    defaults = DiscoveryDefaults(model="m", ask_engine=True, serving_port=engine.server_address[1])
+    try:
+        api.put(pod("a", "1", "127.0.0.1", ready=False))
+        api.put(pod("b", "2", "127.0.0.2", annotations={"kvindex.io/events-port": "7000"}))
+        with following(fleet, api, tmp_path, defaults) as reconciler:
+            eventually(lambda: reconciler.listed)
+            assert reconciler.statuses()[0].refused == {"not_answered": 1}
+            assert [spec.endpoint for spec in followed(fleet).values()] == ["tcp://127.0.0.2:7000"]
+            answers["status"] = 200
+            api.put(pod("a", "1", "127.0.0.1"))
+            name = f"127.0.0.1:{engine.server_address[1]}"
+            eventually(lambda: name in names(fleet))
+            assert (followed(fleet)[name].endpoint, followed(fleet)[name].topic) == ("tcp://127.0.0.1:6000", "kv")
+            answers["status"] = 503
+            api.put(pod("a", "1", "127.0.0.1", restarts=1, ready=False))
+            eventually(lambda: followed(fleet)[name].incarnation.startswith("1/1/"))
+            assert followed(fleet)[name].endpoint == "tcp://127.0.0.1:6000"
+            answers.update(status=200, port=6100)
+            api.put(pod("a", "1", "127.0.0.1", restarts=1))
+            eventually(lambda: followed(fleet)[name].endpoint == "tcp://127.0.0.1:6100")
+    finally:
+        engine.shutdown()
+        engine.server_close()
 
 
 def test_credentials_over_tls(fleet: Fleet, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ class KubernetesSource:
         port = pod.told.serving_port or self._defaults.serving_port
         sources: EventSources | None = None
         if self._engines is not None and pod.told.events_port is None:
-            life = (pod.life, host(pod.ip), port)
+            # An engine that becomes Ready is asked at once, however long it was to be waited for.
+            life = (f"{pod.life}/{pod.ready}", host(pod.ip), port)
             lives.add(life)
             answered, sources = self._engines.known(life)
             if answered and sources is not None:
