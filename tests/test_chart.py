@@ -373,3 +373,17 @@ def test_documented_engine_flags_are_the_charts(helm: str) -> None:
     for each in flags:
         assert each["endpoint"] == f"tcp://*:{defaults['events_port']}"
         assert each["replay_endpoint"] == f"tcp://*:{defaults['replay_port']}"
+
+
+def test_documented_values_render(helm: str, tmp_path: Path) -> None:
+    """Each way to bring a tokenizer in, as docs/kubernetes.md shows it, gives a valid Deployment that mounts it."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"<!-- values -->\n```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        manifests = _render(helm, tmp_path, yaml.safe_load(snippet))
+        kubernetes_validate.validate(manifests["Deployment"], "1.37.0", strict=True)
+        assert "/tokenizers" in {each["mountPath"] for each in _container(manifests)["volumeMounts"]}
+        volumes = {each["name"] for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+        assert "tokenizers" in volumes
