@@ -16,7 +16,7 @@ from kvindex_server._core import Index
 from kvindex_server.config import ConfigError, DiscoveryDefaults, DnsSettings, PodFileSettings, Settings, load_pods
 from kvindex_server.discovery import reconciler as reconciler_module
 from kvindex_server.discovery.dns import DnsSource
-from kvindex_server.discovery.engine import BadAnswer, Engines, EventSources, fetch, read_sources
+from kvindex_server.discovery.engine import BadAnswer, Engines, EventSources, Known, fetch, read_sources
 from kvindex_server.discovery.file import FileSource
 from kvindex_server.discovery.reconciler import Reconciler
 from kvindex_server.discovery.source import Backoff, Changed, Found, Progress, Sight
@@ -55,7 +55,6 @@ class Given:
         self.name = name
         self.progress = Progress(name)
         self.specs = list(specs)
-        self.listed = True
 
     def start(self, changed: Changed) -> None:
         pass
@@ -191,7 +190,7 @@ def test_a_configmaps_symlink_swap_is_seen(tmp_path: Path, source_of: Callable[[
     (tmp_path / "..data").symlink_to("v1")
     (tmp_path / "pods.yaml").symlink_to("..data/pods.yaml")
     source = source_of(tmp_path / "pods.yaml")
-    eventually(lambda: source.listed)
+    eventually(lambda: source.look().whole)
     assert seen(source) == ["p1", "p2"]
     (tmp_path / "..data_tmp").symlink_to("v2")
     (tmp_path / "..data_tmp").rename(tmp_path / "..data")
@@ -219,7 +218,7 @@ def test_a_broken_file_keeps_the_last_good_one(
     path = tmp_path / "pods.yaml"
     path.write_text(pods_text(1), encoding="utf-8")
     source = source_of(path)
-    eventually(lambda: source.listed)
+    eventually(lambda: source.look().whole)
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=reason):
         load_pods(path)
@@ -235,7 +234,7 @@ def test_a_missing_file_keeps_the_last_good_one(tmp_path: Path, source_of: Calla
     path = tmp_path / "pods.yaml"
     source = source_of(path)
     eventually(lambda: source.progress.errors.get("unreadable", 0) >= 2)
-    assert not source.listed
+    assert not source.look().whole
     path.write_text(pods_text(1), encoding="utf-8")
     eventually(lambda: seen(source) == ["p1"])
     path.unlink()
@@ -250,7 +249,7 @@ def test_a_file_being_written_is_not_read(tmp_path: Path, source_of: Callable[[P
     line = "- {{pod: p{0}, model: m, endpoint: 'tcp://127.0.0.1:{0}'}}\n"
     path.write_text("".join(line.format(n) for n in range(1, 41)), encoding="utf-8")
     source = source_of(path)
-    eventually(lambda: source.listed)
+    eventually(lambda: source.look().whole)
     shortest = 40
     with path.open("w", encoding="utf-8") as file:
         for n in range(1, 42):
@@ -280,7 +279,7 @@ def test_addresses_are_pods_and_failures_keep_them() -> None:
     changes = threading.Event()
     source.start(changes.set)
     try:
-        eventually(lambda: source.listed)
+        eventually(lambda: source.look().whole)
         assert seen(source) == ["10.0.0.1:8000", "10.0.0.2:8000", "[fd00::1]:8000"]
         assert source.look().found[2].spec.endpoint == "tcp://[fd00::1]:5557"
         changes.clear()
@@ -303,7 +302,7 @@ def test_addresses_are_pods_and_failures_keep_them() -> None:
 def test_the_systems_resolver_is_asked() -> None:
     source = DnsSource(DnsSettings(hosts=("localhost",)), DEFAULTS)
     source.start(lambda: None)
-    eventually(lambda: source.listed)
+    eventually(lambda: source.look().whole)
     assert "127.0.0.1:8000" in seen(source) or "[::1]:8000" in seen(source)
     source.stop()
 
@@ -415,18 +414,18 @@ def test_an_engine_that_is_not_up_yet_is_asked_again(engine: Engine, monkeypatch
     engines.start(changed.set)
     life = ("1", "127.0.0.1", engine.port)
     try:
-        assert engines.known(life) == (False, None)
-        eventually(lambda: engines.known(life)[0] is False and progress.errors.get("engine_status", 0) >= 2)
-        assert engines.tried
+        assert engines.known(life) == Known(False, False, None)
+        eventually(lambda: not engines.known(life).answered and progress.errors.get("engine_status", 0) >= 2)
+        assert engines.known(life).asked
         engine.status, engine.body = 200, json.dumps(ranks(5557)).encode()
-        eventually(lambda: engines.known(life) == (True, EventSources(5557, 6557, 1, "")))
+        eventually(lambda: engines.known(life) == Known(True, True, EventSources(5557, 6557, 1, "")))
         assert changed.is_set()
         asked = engine.asked
         time.sleep(0.1)
-        assert engines.known(life)[0]
+        assert engines.known(life).answered
         assert engine.asked == asked
         engines.keep([])
-        assert engines.known(life) == (False, None)
+        assert not engines.known(life).asked
     finally:
         engines.stop()
 
@@ -443,7 +442,7 @@ def test_names_found_by_dns_ask_their_engines(engine: Engine) -> None:
         assert found.spec == PodSpec(
             f"127.0.0.1:{engine.port}", "m", "tcp://127.0.0.1:6001", "tcp://127.0.0.1:7001", ranks=2, topic="t"
         )
-        assert source.listed
+        assert source.look().whole
     finally:
         source.stop()
 

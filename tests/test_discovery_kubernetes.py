@@ -129,6 +129,7 @@ def test_pods_come_change_and_go(fleet: Fleet, api: KubeApi, tmp_path: Path) -> 
     with following(fleet, api, tmp_path) as reconciler:
         eventually(lambda: reconciler.listed)
         assert names(fleet) == {"10.0.0.1:8000", "10.0.0.3:8000"}
+        assert fleet._awaited == {("m", "10.0.0.1:8000")}  # readiness does not wait for a pod that is not Ready
         spec = followed(fleet)["10.0.0.1:8000"]
         assert (spec.endpoint, spec.replay_endpoint) == ("tcp://10.0.0.1:5557", "tcp://10.0.0.1:5558")
         assert spec.incarnation == "1/0/containerd://1-0"
@@ -241,11 +242,13 @@ def test_engines_tell_where_they_publish(
 ) -> None:
     """Asked again as soon as the pod is Ready; in a new life the last answer stands until the engine gives another."""
     monkeypatch.setattr("kvindex_server.discovery.engine.RETRY_SECONDS", (60.0, 60.0))
-    answers = {"status": 503, "port": 6000}
+    answers = {"status": 503, "port": 6000, "told": 0}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = json.dumps({"0": {"endpoint": f"tcp://*:{answers['port']}", "topic": "kv"}}).encode()
+            time.sleep(0.3 if not answers["told"] else 0)
+            answers["told"] += 1
             self.send_response(answers["status"])
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -262,6 +265,7 @@ def test_engines_tell_where_they_publish(
         api.put(pod("b", "2", "127.0.0.2", annotations={"kvindex.io/events-port": "7000"}))
         with following(fleet, api, tmp_path, defaults) as reconciler:
             eventually(lambda: reconciler.listed)
+            assert answers["told"] == 1  # readiness has waited for the first answer
             assert reconciler.statuses()[0].refused == {"not_answered": 1}
             assert [spec.endpoint for spec in followed(fleet).values()] == ["tcp://127.0.0.2:7000"]
             answers["status"] = 200

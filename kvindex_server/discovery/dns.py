@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from kvindex_server.config import DiscoveryDefaults, DnsSettings
 from kvindex_server.discovery.describe import NotDescribed, Told, describe, host
-from kvindex_server.discovery.engine import Engines, EventSources
+from kvindex_server.discovery.engine import Engines, EventSources, Known, Life
 from kvindex_server.discovery.source import NOT_ANSWERED, Changed, Found, Progress, Refusals, Sight
 
 Resolve = Callable[[str], Iterable[str]]
@@ -54,34 +54,33 @@ class DnsSource:
             self._engines.stop()
         self._thread.join(timeout=1.0)
 
-    @property
-    def listed(self) -> bool:
-        """True when every name has resolved once, and every engine found then has been asked."""
-        return len(self._addresses) == len(set(self._settings.hosts)) and (self._engines is None or self._engines.tried)
-
     def look(self) -> Sight:
         """One pod per address."""
         found: list[Found] = []
         refusals = self._refusals.begin()
-        addresses = sorted(set().union(*self._addresses.values()))
+        known: dict[Life, Known] = {}
+        by_name = self._addresses
+        addresses = sorted(set().union(*by_name.values()))
         port = self._defaults.serving_port
         for ip in addresses:
             name = f"{host(ip)}:{port}"
             try:
-                found.append(Found(describe(name, ip, Told(), self._answer(ip, port), self._defaults)))
+                found.append(Found(describe(name, ip, Told(), self._answer(ip, port, known), self._defaults)))
             except NotDescribed as problem:
                 refusals.add(name, problem.reason, problem.detail)
         if self._engines is not None:
-            self._engines.keep({("", host(ip), port) for ip in addresses})
-        return Sight(found, refusals.end())
+            self._engines.keep(known)
+        whole = len(by_name) == len(set(self._settings.hosts)) and all(each.asked for each in known.values())
+        return Sight(found, refusals.end(), whole)
 
-    def _answer(self, ip: str, port: int) -> EventSources | None:
+    def _answer(self, ip: str, port: int, known: dict[Life, Known]) -> EventSources | None:
         if self._engines is None:
             return None
-        answered, sources = self._engines.known(("", host(ip), port))
-        if not answered:
+        life = ("", host(ip), port)
+        known[life] = self._engines.known(life)
+        if not known[life].answered:
             raise NotDescribed(NOT_ANSWERED, "the engine has not told yet where it publishes")
-        return sources
+        return known[life].sources
 
     def _run(self) -> None:
         while not self._halt.is_set():

@@ -121,6 +121,15 @@ class _Question:
     backoff: Backoff = field(default_factory=lambda: Backoff(*RETRY_SECONDS))
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of an engine. `sources` is None unless it answered, and when it does not know the question."""
+
+    asked: bool
+    answered: bool
+    sources: EventSources | None
+
+
 Life = tuple[str, str, int]
 """What a question is about: (one life of an engine, its host as in an endpoint, its HTTP port)."""
 
@@ -144,8 +153,8 @@ class Engines:
         """Ask no more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def known(self, life: Life) -> tuple[bool, EventSources | None]:
-        """(answered, answer); the answer is None when the engine does not know the question. Asks when it is due."""
+    def known(self, life: Life) -> Known:
+        """What is known now; asks when it is due."""
         with self._lock:
             question = self._questions.setdefault(life, _Question())
             if not question.done and not question.asking and time.monotonic() >= question.next_try:
@@ -154,19 +163,13 @@ class Engines:
                     self._pool.submit(self._ask, life, question)
                 except RuntimeError:  # stopped meanwhile
                     question.asking = False
-            return question.done, question.answer
+            return Known(question.tried, question.done, question.answer)
 
     def keep(self, lives: Collection[Life]) -> None:
         """Forget every engine but these."""
         with self._lock:
             for life in [each for each in self._questions if each not in lives]:
                 del self._questions[life]
-
-    @property
-    def tried(self) -> bool:
-        """True when every engine has been asked at least once."""
-        with self._lock:
-            return all(each.tried for each in self._questions.values())
 
     def _ask(self, life: Life, question: _Question) -> None:
         _, address, port = life

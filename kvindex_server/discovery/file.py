@@ -26,7 +26,7 @@ class FileSource:
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pod-file", daemon=True)
         self._changed: Changed = lambda: None
-        self.listed = False
+        self._listed = False
 
     def start(self, changed: Changed) -> None:
         """Read it now, and look at it at every interval."""
@@ -40,7 +40,8 @@ class FileSource:
 
     def look(self) -> Sight:
         """The pods of the last good file."""
-        return Sight(self._found)
+        listed = self._listed  # before the pods: they are set first
+        return Sight(self._found, whole=listed)
 
     def _run(self) -> None:
         while not self._halt.is_set():
@@ -54,7 +55,7 @@ class FileSource:
             self._seen = self._done = None
             self.progress.failed("unreadable", error.strerror or "")
             return
-        settled, self._seen = version == self._seen or not self.listed, version
+        settled, self._seen = version == self._seen or not self._listed, version
         # Half a YAML list is a shorter list: a file is read only when it has not changed for an interval.
         if version != self._done and settled:
             self._read(version)
@@ -78,7 +79,7 @@ class FileSource:
         self._broken = False
         self._done = version
         self._found = tuple(Found(spec) for spec in pods)
-        self.listed = True
+        self._listed = True
         self.progress.succeeded()
         self._changed()
 

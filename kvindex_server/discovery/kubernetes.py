@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kvindex_server.config import DiscoveryDefaults, KubernetesSettings
 from kvindex_server.discovery.api import ApiFailed, Event, Gone, Object, PodsApi
 from kvindex_server.discovery.describe import NotDescribed, describe, host
-from kvindex_server.discovery.engine import Engines, EventSources, Life
+from kvindex_server.discovery.engine import Engines, EventSources, Known, Life
 from kvindex_server.discovery.kubepod import KubePod, read_pod
 from kvindex_server.discovery.source import NOT_ANSWERED, Backoff, Changed, Found, Progress, Refusals, Sight
 
@@ -67,35 +67,32 @@ class KubernetesSource:
         for part in self._parts:
             part.join(timeout=2.0)
 
-    @property
-    def listed(self) -> bool:
-        """True when every namespace has been listed, and every engine found then has been asked."""
-        return all(part.listed for part in self._parts) and (self._engines is None or self._engines.tried)
-
     def look(self) -> Sight:
         """The pods that run, and which of them cannot be described."""
         found: dict[str, Found] = {}
         refusals = self._refusals.begin()
-        lives: set[Life] = set()
+        known: dict[Life, Known] = {}
+        listed = all(part.listed for part in self._parts)  # before the pods are taken, or some may be missing
         # Newest first: where an address is used again before the old pod is known to be gone, the new one counts.
         pods = sorted((pod for part in self._parts for pod in part.pods()), key=_age, reverse=True)
         for pod in pods:
             if not pod.running or not pod.ip or (self._settings.ready_only and not pod.ready):
                 continue
             try:
-                each = self._found(pod, lives)
+                each = self._found(pod, known)
             except NotDescribed as problem:
                 refusals.add(f"{pod.namespace}/{pod.name}", problem.reason, problem.detail)
                 continue
             if found.setdefault(each.spec.pod, each) is not each:
                 refusals.add(f"{pod.namespace}/{pod.name}", "same_name", "a newer pod has this name")
         if self._engines is not None:
-            self._engines.keep(lives)
+            self._engines.keep(known)
             uids = {pod.uid for pod in pods}
             self._last_answer = {uid: answer for uid, answer in self._last_answer.items() if uid in uids}
-        return Sight(list(found.values()), refusals.end())
+        whole = listed and all(each.asked for each in known.values())
+        return Sight(list(found.values()), refusals.end(), whole)
 
-    def _found(self, pod: KubePod, lives: set[Life]) -> Found:
+    def _found(self, pod: KubePod, known: dict[Life, Known]) -> Found:
         if pod.problem is not None:
             raise pod.problem
         port = pod.told.serving_port or self._defaults.serving_port
@@ -103,11 +100,11 @@ class KubernetesSource:
         if self._engines is not None and pod.told.events_port is None:
             # An engine that becomes Ready is asked at once, however long it was to be waited for.
             life = (f"{pod.life}/{pod.ready}", host(pod.ip), port)
-            lives.add(life)
-            answered, sources = self._engines.known(life)
-            if answered and sources is not None:
+            known[life] = self._engines.known(life)
+            sources = known[life].sources
+            if sources is not None:
                 self._last_answer[pod.uid] = sources
-            elif not answered:
+            elif not known[life].answered:
                 sources = self._last_answer.get(pod.uid)
                 if sources is None:
                     raise NotDescribed(NOT_ANSWERED, "the engine has not told yet where it publishes")

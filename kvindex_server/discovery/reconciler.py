@@ -99,8 +99,6 @@ class Reconciler:
 
     def reconcile(self) -> None:
         """One pass: take away what no source wants any more, then register what is new or different."""
-        # Asked before the look: a source listed meanwhile may have shown less.
-        listed = all(each.source.listed for each in self._seen)
         standing = {self._fleet.key_of(spec): (spec, discovered) for spec, discovered in self._fleet.registrations()}
         wanted = self._wanted([spec for spec, discovered in standing.values() if not discovered])
         for key, (spec, discovered) in standing.items():
@@ -113,7 +111,7 @@ class Reconciler:
                 self._register(seen, found)
         for seen in self._seen:
             seen.refused = Counter(seen.sight.refused) + Counter(seen.refusals.end())
-        self.listed = self.listed or listed
+        self.listed = self.listed or all(each.sight.whole for each in self._seen)
 
     def _wanted(self, others: Sequence[PodSpec]) -> dict[Key, tuple[_Seen, Found]]:
         """Every pod once, and no publisher twice: two pods that read it would both be credited with its blocks."""

@@ -31,10 +31,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """All a source knows now: pods to follow, and how many it sees but cannot describe, by reason."""
+    """All a source knows now: pods to follow, and how many it sees but cannot describe, by reason.
+
+    `whole` says that nothing is missing because it has not been looked at yet.
+    """
 
     found: Sequence[Found] = ()
     refused: Mapping[str, int] = field(default_factory=dict)
+    whole: bool = True
 
 
 class Source(Protocol):
@@ -51,10 +55,6 @@ class Source(Protocol):
 
     def look(self) -> Sight:
         """What is known now; costs no input or output."""
-
-    @property
-    def listed(self) -> bool:
-        """True once everything has been seen for the first time."""
 
 
 class Progress:
