@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -91,14 +92,19 @@ def test_calls_at_work_end_before_the_process_does(process: Process) -> None:
             pb.RegisterPodRequest(pod="p", model="m", endpoint="tcp://127.0.0.1:9")
         )
         request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1]))
+        answered = threading.Event()
+        answers = []
 
         def requests() -> Iterator[pb.ScoreRequest]:
             yield request
+            answered.wait(10)  # before, the server might not even have seen the call
             process.popen.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             yield request
 
-        answers = list(rpc.KVIndexStub(channel).ScoreStream(requests()))
+        for answer in rpc.KVIndexStub(channel).ScoreStream(requests()):
+            answers.append(answer)
+            answered.set()
     assert len(answers) == 2 and all(answer.status.code == 0 for answer in answers)
     process.popen.communicate(timeout=20)
     assert process.popen.returncode == 0
