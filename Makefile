@@ -47,12 +47,13 @@ test: setup ## Run all tests
 test-vllm: setup ## Run the server against two real vLLM engines (CPU; installs 6 GB into build/ once)
 	scripts/test_vllm.sh $(BIN)/python
 
-lint: setup ## Check style, types, import layers, proto files and the C++ core
+lint: setup ## Check style, types, import layers, proto files, the Dockerfile and the C++ core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 	scripts/tidy.sh
 

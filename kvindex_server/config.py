@@ -29,6 +29,7 @@ MIB = 1024 * 1024
 
 # Kubernetes puts these into every container of a namespace that has a Service called kvindex-something.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _WILDCARDS = ("0.0.0.0", "[::]")
 
 
@@ -104,6 +105,15 @@ def _tier_weights(weights: dict[str, float]) -> dict[str, float]:
     return lowered
 
 
+def _check_pod_name(template: str, fields: tuple[str, ...]) -> None:
+    try:
+        shown = template.format(**dict.fromkeys(fields, "x"))
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise _WrongField("pod_name", f"may only use {', '.join(f'{{{each}}}' for each in fields)}") from None
+    if shown == template:
+        raise _WrongField("pod_name", "must use at least one of the fields, or all pods have one name")
+
+
 Address = Annotated[str, AfterValidator(_address)]
 Url = Annotated[str, AfterValidator(_url)]
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
@@ -159,6 +169,79 @@ class PodSettings(_Section):
         except InvalidArgument as error:
             raise _WrongField(error.field, error.reason) from None
         return self
+
+
+class DiscoveryDefaults(_Section):
+    """What is taken for a found pod that does not tell otherwise."""
+
+    model: str = Field(default="", max_length=512, description="Model; empty = the only one of `models`, if it is one")
+    serving_port: Integer = Field(default=8000, ge=1, le=65_535, description="HTTP port, as the router names the pod")
+    events_port: Integer = Field(default=5557, ge=1, le=65_535, description="Port of rank 0's events")
+    replay_port: Integer = Field(default=0, ge=0, le=65_535, description="Port of rank 0's replays; 0 = there is none")
+    ranks: Integer = Field(default=1, ge=1, le=MAX_RANKS, description="Data-parallel ranks of a pod")
+    topic: str = Field(default="", max_length=1024, description="Subscription prefix; empty = everything")
+    engine: Literal["", "vllm", "sglang", "trtllm"] = Field(default="", description="Engine; empty = detect")
+    block_size: Integer = Field(default=0, ge=0, le=65_536, description="Tokens per block; 0 = learn from events")
+    ask_engine: bool = Field(
+        default=False, description="Ask each engine's `GET /kv_event_sources` for ports, ranks and topic"
+    )
+
+
+class KubernetesSettings(_Section):
+    """Pods by label, watched at the API server."""
+
+    enabled: bool = Field(default=False, description="Follow the pods that the API server lists")
+    namespaces: tuple[Name, ...] = Field(
+        default=(), description="Where to look; empty = the server's own namespace, `*` = all of them"
+    )
+    selector: str = Field(default="llm-d.ai/inference-serving=true", description="Label selector of the engines' pods")
+    kubeconfig: str = Field(
+        default="", description="Credentials; empty = the pod's service account, else `$KUBECONFIG` or `~/.kube/config`"
+    )
+    pod_name: str = Field(
+        default="{ip}:{port}",
+        description="The identifier the router uses, made of `{ip}`, `{port}` (serving), `{name}`, `{namespace}`",
+    )
+    annotations: str = Field(default="kvindex.io/", description="Prefix of the annotations that describe a pod")
+    container: str = Field(
+        default="", description="The engine's container; empty = the pod's default container, else its first"
+    )
+    ready_only: bool = Field(default=False, description="Follow a pod only while it is Ready, not already when it runs")
+    watch_seconds: Seconds = Field(default=60.0, ge=1, description="A watch is renewed this often")
+    relist_seconds: Seconds = Field(default=600.0, ge=1, description="Everything is listed anew this often")
+
+    @model_validator(mode="after")
+    def _valid(self) -> "KubernetesSettings":
+        if "*" in self.namespaces and len(self.namespaces) > 1:
+            raise _WrongField("namespaces", "`*` stands alone")
+        for index, namespace in enumerate(self.namespaces):
+            if namespace != "*" and not _NAMESPACE.match(namespace):
+                raise _WrongField(f"namespaces[{index}]", "is not a namespace's name")
+        _check_pod_name(self.pod_name, ("ip", "port", "name", "namespace"))
+        return self
+
+
+class DnsSettings(_Section):
+    """Pods by the addresses of headless services."""
+
+    hosts: tuple[Name, ...] = Field(default=(), description="Names whose A and AAAA records are the pods")
+    interval_seconds: Seconds = Field(default=10.0, gt=0, description="The names are resolved this often")
+
+
+class PodFileSettings(_Section):
+    """Pods by a file that something else writes."""
+
+    path: str = Field(default="", description="YAML or JSON list with the members of `pods`; read again on change")
+    interval_seconds: Seconds = Field(default=1.0, gt=0, description="The file is looked at this often")
+
+
+class DiscoverySettings(_Section):
+    """Where pods are found while running."""
+
+    defaults: DiscoveryDefaults = Field(default=DiscoveryDefaults(), description="What a found pod does not tell")
+    kubernetes: KubernetesSettings = Field(default=KubernetesSettings(), description="Pods by label")
+    dns: DnsSettings = Field(default=DnsSettings(), description="Pods by name")
+    file: PodFileSettings = Field(default=PodFileSettings(), description="Pods by file")
 
 
 class LimitSettings(_Section):
@@ -359,6 +442,7 @@ class Settings(_Section):
     )
     models: tuple[ModelSettings, ...] = Field(default=(), description="Models known from the start")
     pods: tuple[PodSettings, ...] = Field(default=(), description="Pods subscribed to from the start")
+    discovery: DiscoverySettings = Field(default=DiscoverySettings(), description="Pods found while running")
     tier_weights: Annotated[dict[str, Number], AfterValidator(_tier_weights)] = Field(
         default_factory=lambda: {"gpu": 1.0, "cpu": 0.8, "disk": 0.5},
         description="Score of one block by the best tier it lies on; unnamed tiers weigh as the lowest named",
@@ -474,6 +558,18 @@ def load_settings(
     return settings
 
 
+def load_pods(file: Path) -> tuple[PodSpec, ...]:
+    """The pods of a file that holds the list `pods` and nothing else. ConfigError when anything in it is wrong."""
+    document = _read_document(file)
+    if not isinstance(document, list):
+        raise ConfigError(str(file), "must be a list of pods; `[]` is none")
+    try:
+        settings = Settings.model_validate({"pods": document})
+    except ValidationError as error:
+        raise _config_error(error, {(): str(file)}) from None
+    return tuple(pod.spec() for pod in settings.pods)
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """One row of the reference table."""
@@ -566,7 +662,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_document(file: Path) -> object:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -578,8 +674,13 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(str(file), f"{line}{error.problem or 'is not valid YAML'}") from None
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(str(file), "is not valid YAML") from None
+    return cast(object, document)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    document = _read_document(file)
     if document is None:
         return {}
     if not isinstance(document, dict):

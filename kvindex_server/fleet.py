@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
-from kvindex_server.errors import InvalidArgument, NotFound, ResourceExhausted
+from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
@@ -38,11 +38,13 @@ class Fleet:
         self._saved = saved
         self._lock = threading.Lock()
         self._subscribers: dict[tuple[str, str], Subscriber] = {}
+        self._awaited: set[tuple[str, str]] = set()
+        self._discovered: set[tuple[str, str]] = set()
 
     def start(self) -> None:
         """Subscribe to every configured pod. InvalidArgument when one cannot be bound."""
         for spec in self._configured:
-            self.register(spec)
+            self.register(spec, awaited=True)
 
     def stop(self) -> None:
         """Take every pod away."""
@@ -53,16 +55,27 @@ class Fleet:
 
     @property
     def readiness(self) -> float:
-        """Share of the configured pods' streams, as far as they are still followed, that are synchronised."""
-        names = {(self._models.get(spec.model).name, spec.pod) for spec in self._configured}
-        return _share([each for key, each in self._subscribers.items() if key in names])
+        """Share of the awaited pods' streams, as far as they are still followed, that are synchronised."""
+        return _share([each for key, each in self._subscribers.items() if key in self._awaited])
 
     def coverage(self, model: str) -> float:
         """Share of a model's streams (its real name) that are synchronised; 1 when there is none."""
         return _share([each for (of_model, _), each in self._subscribers.items() if of_model == model])
 
-    def register(self, spec: PodSpec) -> bool:
-        """Subscribe to a pod. False when the same registration stood already; another one is replaced."""
+    def key_of(self, spec: PodSpec) -> tuple[str, str]:
+        """(model's real name, pod): what a registration is known by, whether it stands already or not."""
+        return self._models.real_name(spec.model), spec.pod
+
+    def registrations(self) -> list[tuple[PodSpec, bool]]:
+        """Every registration that stands, and whether discovery made it."""
+        return [(each.spec, key in self._discovered) for key, each in self._subscribers.items()]
+
+    def register(self, spec: PodSpec, *, discovered: bool = False, awaited: bool = False) -> bool:
+        """Subscribe to a pod. False when the same registration stood already; another one is replaced.
+
+        Discovery gives way: FailedPrecondition when a `discovered` pod stands by configuration or RPC, which in turn
+        takes over what discovery has found. An `awaited` pod counts into the server's readiness.
+        """
         spec = spec.validate()
         with self._lock:
             model = self._models.seen(spec.model, spec.block_size)
@@ -72,6 +85,10 @@ class Fleet:
             key = (model.name, spec.pod)
             standing = self._subscribers.get(key)
             if standing is not None:
+                if discovered and key not in self._discovered:
+                    raise FailedPrecondition(f"pod: {spec.pod!r} is registered by configuration or RPC")
+                if not discovered:
+                    self._discovered.discard(key)
                 if standing.spec == spec:
                     return False
                 self._replace_without(key)
@@ -83,14 +100,23 @@ class Fleet:
             except wire.BindError as error:
                 raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
             self._subscribers = {**self._subscribers, key: subscriber}
+            if discovered:
+                self._discovered.add(key)
+            if awaited:
+                self._awaited = self._awaited | {key}
             subscriber.start()
         _log.info("pod registered", extra={"fields": {"pod": spec.pod, "model": spec.model, "ranks": spec.ranks}})
         return True
 
-    def unregister(self, pod: str, model: str) -> int:
-        """Take a pod away; returns the claims it had. NotFound when it is not registered."""
+    def unregister(self, pod: str, model: str, *, discovered: bool = False) -> int:
+        """Take a pod away; returns the claims it had. NotFound when it is not registered.
+
+        With `discovered`, FailedPrecondition when the registration is not discovery's own.
+        """
         with self._lock:
             key = self._key(pod, model)
+            if discovered and key not in self._discovered:
+                raise FailedPrecondition(f"pod: {pod!r} is registered by configuration or RPC")
             subscriber = self._subscribers[key]
             self._replace_without(key)
         dropped = subscriber.stop()
@@ -108,9 +134,9 @@ class Fleet:
 
     @property
     def registered(self) -> list[PodSpec]:
-        """Pods that are not configured: registered while the server ran."""
-        configured = {(self._models.get(spec.model).name, spec.pod) for spec in self._configured}
-        return [each.spec for key, each in self._subscribers.items() if key not in configured]
+        """Pods that are neither configured nor found by discovery: registered while the server ran."""
+        others = {self.key_of(spec) for spec in self._configured} | self._discovered
+        return [each.spec for key, each in self._subscribers.items() if key not in others]
 
     def statuses(self, model: str | None = None) -> list[StreamStatus]:
         """One per stream, in order of registration."""
@@ -145,6 +171,7 @@ class Fleet:
 
     def _replace_without(self, key: tuple[str, str]) -> None:
         self._subscribers = {each: value for each, value in self._subscribers.items() if each != key}
+        self._discovered.discard(key)
 
 
 def _share(subscribers: Sequence[Subscriber]) -> float:

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvindex_server import __version__, logs
+from kvindex_server.discovery.reconciler import SourceStatus
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,18 @@ STREAMS = (
     ),
 )
 
+DISCOVERY = (
+    MetricName("kvindex_discovery_pods", "gauge", ("source",), "Pods that a source of discovery sees"),
+    MetricName("kvindex_discovery_refused_pods", "gauge", ("source", "reason"), "Pods seen and not followed"),
+    MetricName("kvindex_discovery_errors_total", "counter", ("source", "reason"), "Failures of a source"),
+    MetricName("kvindex_discovery_age_seconds", "gauge", ("source",), "Since a source last answered, or the start"),
+)
+
 
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STREAMS):
+    for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -247,9 +255,14 @@ class Metrics:
         self.is_ready = ready
         self._ready.set(1 if ready else 0)
 
-    def watch(self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]) -> None:
-        """Show the fleet's streams and models in every scrape from now on."""
-        self.registry.register(FleetCollector(statuses, models))
+    def watch(
+        self,
+        statuses: Callable[[], list[StreamStatus]],
+        models: Callable[[], Iterable[ModelStats]],
+        sources: Callable[[], Iterable[SourceStatus]] = list,
+    ) -> None:
+        """Show the fleet's streams and models, and what discovery sees, in every scrape from now on."""
+        self.registry.register(FleetCollector(statuses, models, sources))
 
     def watch_text(self, stats: Callable[[], Mapping[str, int]], native: Callable[[], Mapping[str, bool]]) -> None:
         """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
@@ -263,9 +276,15 @@ class Metrics:
 class FleetCollector(Collector):
     """Builds the series of streams and models anew at each scrape, so they end with their pod."""
 
-    def __init__(self, statuses: Callable[[], list[StreamStatus]], models: Callable[[], Iterable[ModelStats]]) -> None:
+    def __init__(
+        self,
+        statuses: Callable[[], list[StreamStatus]],
+        models: Callable[[], Iterable[ModelStats]],
+        sources: Callable[[], Iterable[SourceStatus]],
+    ) -> None:
         self._statuses = statuses
         self._models = models
+        self._sources = sources
 
     def describe(self) -> Iterable[Metric]:
         """The families without samples: registering must not ask the fleet."""
@@ -281,6 +300,8 @@ class FleetCollector(Collector):
                 _add(families, f"kvindex_index_{what}", (model.name,), getattr(model, what))
             _add(families, "kvindex_coverage_ratio", (model.name,), model.coverage)
             _add_placements(families, model.name, model.placements)
+        for source in self._sources():
+            _add_source(families, source)
         yield from families.values()
 
 
@@ -306,7 +327,7 @@ class TextCollector(Collector):
         yield from families.values()
 
 
-def _families(rows: Sequence[MetricName] = STREAMS) -> dict[str, Metric]:
+def _families(rows: Sequence[MetricName] = (*STREAMS, *DISCOVERY)) -> dict[str, Metric]:
     kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     return {row.name: kinds[row.kind](row.name, row.meaning, labels=row.labels) for row in rows}
 
@@ -321,6 +342,15 @@ def _add_placements(families: dict[str, Metric], model: str, placements: Mapping
         _add(families, f"kvindex_placement_{what}_total", (model,), placements[what])
     for reason in ("fenced", "refused"):
         _add(families, "kvindex_placement_dropped_total", (model, reason), placements[reason])
+
+
+def _add_source(families: dict[str, Metric], source: SourceStatus) -> None:
+    _add(families, "kvindex_discovery_pods", (source.name,), source.pods)
+    for reason, pods in source.refused.items():
+        _add(families, "kvindex_discovery_refused_pods", (source.name, reason), pods)
+    for reason, count in source.errors.items():
+        _add(families, "kvindex_discovery_errors_total", (source.name, reason), count)
+    _add(families, "kvindex_discovery_age_seconds", (source.name,), source.age_seconds)
 
 
 def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:

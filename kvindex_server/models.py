@@ -55,6 +55,11 @@ class Models:
         """The model of a name, alias or LoRA name. NotFound when unknown."""
         return self.resolve(name)[0]
 
+    def real_name(self, name: str) -> str:
+        """The model's own name behind a name, alias or LoRA name; an unknown name is its own."""
+        known = self._names.get(name)
+        return known[0].name if known is not None else name
+
     def seen(self, name: str, block_size: int = 0) -> Model:
         """The model a pod is registered for, made when new; `block_size` 0 is learned from events."""
         with self._lock:

@@ -21,6 +21,11 @@ from kvindex_server._core import Index, TextCache
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
 from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.direct import Direct
+from kvindex_server.discovery.dns import DnsSource
+from kvindex_server.discovery.file import FileSource
+from kvindex_server.discovery.kubernetes import KubernetesSource
+from kvindex_server.discovery.reconciler import Reconciler
+from kvindex_server.discovery.source import Source
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.front import Front, TransportMissing
@@ -63,6 +68,7 @@ class Server:
         self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
         self.models = _models(settings, self.texts)
         self.fleet = _fleet(settings, self.models)
+        self.discovery = Reconciler(self.fleet, _sources(settings))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
         self._stopping = threading.Event()
@@ -122,7 +128,7 @@ class Server:
             if self._admin is not None and settings.admin_listen
             else self.grpc_address
         )
-        self.metrics.watch(self.fleet.statuses, self._sizes)
+        self.metrics.watch(self.fleet.statuses, self._sizes, self.discovery.statuses)
         self.metrics.watch_text(self.texts.stats, self.models.native)
         host, _, port = settings.metrics_listen.rpartition(":")
         try:
@@ -134,6 +140,7 @@ class Server:
             self.fleet.start()
         except InvalidArgument as error:
             raise ConfigError(f"pods: {error.field}", error.reason) from error
+        self.discovery.start()
         self._public.start()
         if self._front is not None:
             self._front.start()
@@ -145,7 +152,7 @@ class Server:
     def _become_ready(self) -> None:
         ends = time.monotonic() + self._settings.server.ready_timeout_seconds
         wanted = self._settings.server.ready_coverage
-        while self.fleet.readiness < wanted and time.monotonic() < ends:
+        while not (self.discovery.listed and self.fleet.readiness >= wanted) and time.monotonic() < ends:
             if self._stopping.wait(0.02):
                 return
         if self._stopping.is_set():
@@ -182,6 +189,7 @@ class Server:
             self._behind_front.cleanup()
         for guard in self._guards:
             guard.close()
+        self.discovery.stop()
         self.fleet.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
@@ -318,6 +326,21 @@ def _fleet(settings: Settings, models: Models) -> Fleet:
         drain_messages=stream.drain_messages,
         max_pods=settings.limits.max_registered_pods,
     )
+
+
+def _sources(settings: Settings) -> list[Source]:
+    """The configured sources, the most explicit first: it wins where two of them find one pod."""
+    discovery, defaults = settings.discovery, settings.discovery.defaults
+    if not defaults.model and len(settings.models) == 1:
+        defaults = defaults.model_copy(update={"model": settings.models[0].name})
+    sources: list[Source] = []
+    if discovery.file.path:
+        sources.append(FileSource(discovery.file))
+    if discovery.kubernetes.enabled:
+        sources.append(KubernetesSource(discovery.kubernetes, defaults))
+    if discovery.dns.hosts:
+        sources.append(DnsSource(discovery.dns, defaults))
+    return sources
 
 
 def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:

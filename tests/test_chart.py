@@ -1,7 +1,12 @@
 """The Helm chart, rendered by Helm itself, is valid and gives the server a configuration it loads."""
 
+import importlib.util
+import json
+import os
+import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ from kvindex_server.config import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "kvindex-server"
+GOLDEN = ROOT / "tests" / "golden" / "chart"
 MODEL = "Qwen/Qwen3-32B"
 FULL: dict[str, Any] = {
     "replicaCount": 2,
@@ -35,6 +41,9 @@ FULL: dict[str, Any] = {
     "ports": {"grpc": 6000, "metrics": 6001, "admin": 6002},
     "bindPorts": [{"name": "events-a", "port": 5600}],
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+    "dashboard": {"enabled": True},
+    "autoscaling": {"enabled": True},
     "networkPolicy": {
         "enabled": True,
         "grpcFrom": [{"podSelector": {"matchLabels": {"app": "router"}}}],
@@ -48,13 +57,24 @@ FULL: dict[str, Any] = {
 CASES = {"defaults": {}, "full": FULL}
 
 
-@pytest.fixture(scope="session")
-def helm() -> str:
-    """Path of the Helm binary."""
-    fetched = subprocess.run([ROOT / "scripts" / "helm.sh"], capture_output=True, text=True, timeout=110, check=False)
+def _fetched(release: str) -> str:
+    command = [ROOT / "scripts" / "helm.sh", release]
+    fetched = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     if fetched.returncode != 0:
         pytest.skip(f"Helm cannot be fetched: {fetched.stderr.strip()[-300:]}")
     return fetched.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """Path of the Helm binary."""
+    return _fetched("4")
+
+
+@pytest.fixture(scope="session", params=["3", "4"])
+def any_helm(request: pytest.FixtureRequest) -> str:
+    """Path of the Helm binary, of each release that is in use."""
+    return _fetched(request.param)
 
 
 def _helm(helm: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -62,13 +82,19 @@ def _helm(helm: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 
 def _render(helm: str, tmp_path: Path, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifests by kind."""
-    done = _helm(helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
+    """The manifests by kind; a second one of a kind is named by the kind and the end of its name."""
+    done = _helm(helm, "template", "kv", CHART, "--namespace", "llm", "--values", _values_file(tmp_path, values))
     assert done.returncode == 0, done.stderr
     manifests = [document for document in yaml.safe_load_all(done.stdout) if document]
-    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    by_kind = {_short(manifest): manifest for manifest in manifests}
     assert len(by_kind) == len(manifests)
     return by_kind
+
+
+def _short(manifest: dict[str, Any]) -> str:
+    rest = manifest["metadata"]["name"].removeprefix("llm-").removeprefix("kv-kvindex-server")
+    namespace = manifest["metadata"].get("namespace", "llm")
+    return str(manifest["kind"]) + rest + (f"@{namespace}" if namespace != "llm" else "")
 
 
 def _values_file(tmp_path: Path, values: dict[str, Any]) -> Path:
@@ -83,15 +109,24 @@ def _settings(manifests: dict[str, dict[str, Any]], tmp_path: Path) -> Settings:
     return load_settings({}, {}, path)
 
 
+def _script(name: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 def _container(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
     (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
     return dict(container)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_lints_strictly(helm: str, tmp_path: Path, case: str) -> None:
+def test_lints_strictly(any_helm: str, tmp_path: Path, case: str) -> None:
     """`helm lint --strict` finds nothing."""
-    done = _helm(helm, "lint", "--strict", CHART, "--values", _values_file(tmp_path, CASES[case]))
+    done = _helm(any_helm, "lint", "--strict", CHART, "--values", _values_file(tmp_path, CASES[case]))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -121,8 +156,8 @@ def test_config_values_arrive_unchanged(helm: str, tmp_path: Path) -> None:
 
 
 def test_pod_is_restricted(helm: str, tmp_path: Path) -> None:
-    """The pod meets the `restricted` Pod Security Standard, and has no token and no service links."""
-    manifests = _render(helm, tmp_path, {})
+    """The pod meets the `restricted` Pod Security Standard, and has no service links; without discovery, no token."""
+    manifests = _render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"enabled": False}}}})
     spec, container = manifests["Deployment"]["spec"]["template"]["spec"], _container(manifests)
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 65532
@@ -138,11 +173,137 @@ def test_pod_is_restricted(helm: str, tmp_path: Path) -> None:
     assert spec["enableServiceLinks"] is False
 
 
+BASE = {
+    *("ConfigMap", "Deployment", "PodDisruptionBudget", "Service", "Service-headless", "ServiceAccount"),
+    *("Role", "RoleBinding"),
+}
+
+
 def test_optional_manifests(helm: str, tmp_path: Path) -> None:
-    """A ServiceMonitor and a NetworkPolicy appear only when asked for."""
-    base = {"ConfigMap", "Deployment", "PodDisruptionBudget", "Service", "ServiceAccount"}
-    assert set(_render(helm, tmp_path, {})) == base
-    assert set(_render(helm, tmp_path, FULL)) == base | {"ServiceMonitor", "NetworkPolicy"}
+    """Monitors, rules, autoscaling and a NetworkPolicy appear only when asked for."""
+    assert set(_render(helm, tmp_path, {})) == BASE
+    assert set(_render(helm, tmp_path, FULL)) == BASE | {
+        *("ServiceMonitor", "NetworkPolicy", "PrometheusRule", "ConfigMap-dashboard", "HorizontalPodAutoscaler")
+    }
+    bare = {"service": {"headless": False}, "config": {"discovery": {"kubernetes": {"enabled": False}}}}
+    assert set(_render(helm, tmp_path, bare)) == BASE - {"Service-headless", "Role", "RoleBinding"}
+    assert "replicas" not in _render(helm, tmp_path, FULL)["Deployment"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "expected"),
+    [
+        ([], {"Role", "RoleBinding"}),
+        (["llm", "red"], {"Role", "RoleBinding", "Role@red", "RoleBinding@red"}),
+        (["*"], {"ClusterRole", "ClusterRoleBinding"}),
+    ],
+)
+def test_rights_are_the_least(helm: str, tmp_path: Path, namespaces: list[str], expected: set[str]) -> None:
+    """Reading pods where discovery looks, for the chart's own account, and nothing else."""
+    manifests = _render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"namespaces": namespaces}}}})
+    rights = {name: each for name, each in manifests.items() if "Role" in name}
+    assert set(rights) == expected
+    for each in rights.values():
+        if "rules" in each:
+            assert each["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+        else:
+            (subject,) = each["subjects"]
+            assert (subject["name"], subject["namespace"]) == ("kv-kvindex-server", "llm")
+            assert each["roleRef"]["kind"] == each["kind"].removesuffix("Binding")
+            assert each["roleRef"]["name"] == each["metadata"]["name"]
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["automountServiceAccountToken"] is True
+
+
+def test_replicas_spread_by_themselves(helm: str, tmp_path: Path) -> None:
+    """Over zones and nodes, softly, unless told otherwise; by this release's own label."""
+    spec = _render(helm, tmp_path, {})["Deployment"]["spec"]["template"]
+    spread = spec["spec"]["topologySpreadConstraints"]
+    assert [each["topologyKey"].rpartition("/")[2] for each in spread] == ["zone", "hostname"]
+    for each in spread:
+        assert each["labelSelector"]["matchLabels"].items() <= spec["metadata"]["labels"].items()
+    own = [{"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule"}]
+    other = _render(helm, tmp_path, {"topologySpreadConstraints": own})
+    assert other["Deployment"]["spec"]["template"]["spec"]["topologySpreadConstraints"] == own
+
+
+def test_only_one_service_is_scraped(helm: str, tmp_path: Path) -> None:
+    """The ServiceMonitor's port exists in one Service: with two, every replica would be counted twice."""
+    manifests = _render(helm, tmp_path, FULL)
+    (port,) = (each["port"] for each in manifests["ServiceMonitor"]["spec"]["endpoints"])
+    services = [each for name, each in manifests.items() if name.startswith("Service") and each["kind"] == "Service"]
+    assert len(services) == 2
+    assert sum(port in {each["name"] for each in service["spec"]["ports"]} for service in services) == 1
+
+
+def test_egress_reaches_what_discovery_needs(helm: str, tmp_path: Path) -> None:
+    """With `egressTo`, names, the API server and the engines can be reached."""
+    engines = [{"podSelector": {"matchLabels": {"llm-d.ai/inference-serving": "true"}}}]
+    manifests = _render(helm, tmp_path, {"networkPolicy": {"enabled": True, "egressTo": engines}})
+    spec = manifests["NetworkPolicy"]["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert [[each["port"] for each in rule.get("ports", [])] for rule in spec["egress"]] == [[53, 53], [443, 6443], []]
+    assert spec["egress"][-1]["to"] == engines
+    assert _render(helm, tmp_path, FULL)["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
+
+
+@pytest.mark.parametrize("version", ["1.29.0", "1.33.0", "1.37.0"])
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_valid(helm: str, tmp_path: Path, case: str, version: str) -> None:
+    """Kubernetes' own schemas, strictly: no unknown field in any manifest. The operator's kinds have none there."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    checked = 0
+    for manifest in _render(helm, tmp_path, CASES[case]).values():
+        if not manifest["apiVersion"].startswith("monitoring.coreos.com/"):
+            kubernetes_validate.validate(manifest, version, strict=True)
+            checked += 1
+    assert checked >= len(BASE)
+
+
+@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide"])
+def test_golden_renders(any_helm: str, profile: str) -> None:
+    """What each profile renders to is reviewed as a file; `KVINDEX_GOLDEN=1` writes it anew."""
+    values, golden = GOLDEN / f"{profile}.values.yaml", GOLDEN / f"{profile}.yaml"
+    done = _helm(any_helm, "template", "kvindex", CHART, "--namespace", "llm", "--values", values)
+    assert done.returncode == 0, done.stderr
+    if os.environ.get("KVINDEX_GOLDEN"):
+        golden.write_text(done.stdout, encoding="utf-8")
+    # Helm's releases differ in the order of manifests and in blank lines.
+    assert _sorted(done.stdout) == _sorted(golden.read_text(encoding="utf-8"))
+
+
+def _sorted(text: str) -> list[dict[str, Any]]:
+    documents = [each for each in yaml.safe_load_all(text) if each]
+    return sorted(
+        documents, key=lambda each: (each["kind"], each["metadata"]["name"], each["metadata"].get("namespace"))
+    )
+
+
+def test_notes_tell_the_first_commands_and_the_engines_flags(helm: str, tmp_path: Path) -> None:
+    """As the install shows them; the flags are valid JSON with the ports that discovery expects. Helm 4 alone:
+    Helm 3 wants a cluster even for a dry run.
+    """
+
+    def notes(values: dict[str, Any]) -> str:
+        flags = ("--dry-run=client", "--namespace", "llm", "--values", _values_file(tmp_path, values))
+        done = _helm(helm, "install", "kv", CHART, *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.partition("NOTES:")[2]
+
+    text = notes({})
+    for command in (
+        "kubectl -n llm rollout status",
+        "kubectl -n llm port-forward",
+        "grpcurl -plaintext localhost:50051",
+    ):
+        assert command in text
+    configs = [
+        json.loads(line.partition("'")[2].rstrip("'")) for line in text.splitlines() if "kv-events-config '" in line
+    ]
+    assert [each["endpoint"] for each in configs] == ["tcp://*:5557"] * 2
+    assert [each["replay_endpoint"] for each in configs] == ["tcp://*:5558"] * 2
+    assert "WARNING: their model is not known" in text
+    assert "WARNING" not in notes({"config": {"models": [{"name": MODEL}]}})
+    assert "discovery is off" in notes({"config": {"discovery": {"kubernetes": {"enabled": False}}}})
 
 
 def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
@@ -161,23 +322,68 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
     [
         ({"config": {"listen": "0.0.0.0:1"}}, "listen"),
         ({"config": {"modells": []}}, "modells"),
+        ({"config": {"discovery": {"kubernetes": {"selektor": "a=b"}}}}, "selektor"),
+        ({"config": {"stream": {"buffer_seconds": 0}}}, "buffer_seconds"),
+        ({"config": {"pods": [{"pod": "a", "model": "m"}]}}, "endpoint"),
         ({"ports": {"grpc": 70000}}, "grpc"),
+        ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "minReplicas"),
+        ({"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}, "podMonitor"),
         ({"replicas": 2}, "replicas"),
         ({"config": {"server": {"drain_seconds": 60}}}, "terminationGracePeriodSeconds"),
         ({"config": {"server": {"ready_timeout_seconds": 300}}}, "startupFailureThreshold"),
     ],
 )
-def test_wrong_values_are_refused(helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
+def test_wrong_values_are_refused(any_helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
     """A misspelt or impossible value fails the render and is named."""
-    done = _helm(helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
+    done = _helm(any_helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
     assert done.returncode != 0
     assert word in done.stderr
 
 
 def test_schema_knows_every_setting(helm: str) -> None:
-    """The chart's schema lists exactly the server's settings under `config`."""
+    """The chart's schema is the server's under `config`; `python scripts/chart_schema.py --write` renews it."""
     done = _helm(helm, "show", "values", CHART)
     assert done.returncode == 0
-    schema = yaml.safe_load((CHART / "values.schema.json").read_text(encoding="utf-8"))
-    assert set(schema["properties"]["config"]["properties"]) == set(Settings.model_fields)
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    assert schema["properties"]["config"] == _script("chart_schema").config_schema()
     assert set(yaml.safe_load(done.stdout)) == set(schema["properties"]) - {"global"}
+
+
+def test_the_sidecar_recipe_is_valid(tmp_path: Path) -> None:
+    """The recipe of docs/kubernetes.md: valid manifests, a configuration that loads, probes on the metrics port."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    recipe = text.partition("<!-- sidecar -->\n```yaml\n")[2].partition("```")[0]
+    config, deployment = yaml.safe_load_all(recipe)
+    for manifest in (config, deployment):
+        kubernetes_validate.validate(manifest, "1.37.0", strict=True)
+    settings = _settings({"ConfigMap": config}, tmp_path)
+    assert settings.discovery.kubernetes.enabled
+    container = deployment["spec"]["template"]["spec"]["containers"][1]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert settings.metrics_listen.endswith(f":{container[probe]['httpGet']['port']}")
+
+
+def test_documented_engine_flags_are_the_charts(helm: str) -> None:
+    """What docs/kubernetes.md tells engines to publish on is where the chart's defaults look."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    flags = [json.loads(each) for each in re.findall(r"'(\{[^']*\})'", text)]
+    defaults = yaml.safe_load(_helm(helm, "show", "values", CHART).stdout)["config"]["discovery"]["defaults"]
+    assert len(flags) == 2
+    for each in flags:
+        assert each["endpoint"] == f"tcp://*:{defaults['events_port']}"
+        assert each["replay_endpoint"] == f"tcp://*:{defaults['replay_port']}"
+
+
+def test_documented_values_render(helm: str, tmp_path: Path) -> None:
+    """Each way to bring a tokenizer in, as docs/kubernetes.md shows it, gives a valid Deployment that mounts it."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"<!-- values -->\n```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        manifests = _render(helm, tmp_path, yaml.safe_load(snippet))
+        kubernetes_validate.validate(manifests["Deployment"], "1.37.0", strict=True)
+        assert "/tokenizers" in {each["mountPath"] for each in _container(manifests)["volumeMounts"]}
+        volumes = {each["name"] for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+        assert "tokenizers" in volumes

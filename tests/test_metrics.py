@@ -14,7 +14,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from kvindex_server import __version__, _core
+from kvindex_server.discovery.reconciler import SourceStatus
 from kvindex_server.metrics import (
+    DISCOVERY,
     MAX_METHODS,
     REQUESTS,
     STREAMS,
@@ -27,6 +29,8 @@ from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
 STREAM = {"model": "m", "pod": "10.0.0.1:8000", "rank": "1"}
+
+SOURCE = SourceStatus("dns", 7, refused={"no_model": 2}, errors={"unresolved": 3}, age_seconds=1.5)
 
 
 @dataclass
@@ -147,7 +151,7 @@ def test_invented_methods_do_not_grow_the_scrape() -> None:
 
 def test_streams_and_models() -> None:
     metrics = Metrics()
-    metrics.watch(lambda: [status()], lambda: [Stats()])
+    metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     expected = {
         "kvindex_stream_messages_total": 42,
         "kvindex_stream_events_total": 90,
@@ -180,6 +184,10 @@ def test_streams_and_models() -> None:
     for what, number in (("blocks", 10), ("claims", 20), ("bytes", 4096), ("block_size", 16)):
         assert value(metrics, f"kvindex_index_{what}", model="m") == number
     assert value(metrics, "kvindex_coverage_ratio", model="m") == 0.5
+    assert value(metrics, "kvindex_discovery_pods", source="dns") == 7
+    assert value(metrics, "kvindex_discovery_refused_pods", source="dns", reason="no_model") == 2
+    assert value(metrics, "kvindex_discovery_errors_total", source="dns", reason="unresolved") == 3
+    assert value(metrics, "kvindex_discovery_age_seconds", source="dns") == 1.5
     assert value(metrics, "kvindex_stream_trust_cause", **STREAM, cause="nothing_heard") == 1
     assert value(metrics, "kvindex_stream_age_seconds", **STREAM) == status().age_seconds
     assert value(metrics, "kvindex_placement_blocks", model="m") == 1
@@ -215,7 +223,7 @@ def test_fresh_stream_has_no_sequence() -> None:
 def test_http_metrics_in_both_formats(server: tuple[Metrics, MetricsServer]) -> None:
     metrics, running = server
     metrics.observe_stage("hash", 1e-5)
-    metrics.watch(lambda: [status()], lambda: [Stats()])
+    metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     code, kind, body = get(running.port, "/metrics")
     assert (code, kind.split(";")[0]) == (200, "text/plain")
     assert any(family.name == "kvindex_stream_gaps" for family in parse_text(body))
@@ -274,7 +282,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -286,9 +294,9 @@ def test_labels_are_as_declared() -> None:
     metrics.unknown_tier("m", "t")
     metrics.shed("method", "in_flight")
     metrics.watch_in_flight("method", lambda: 1)
-    metrics.watch(lambda: [status()], lambda: [Stats()])
+    metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
-    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS)}
+    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
     seen = set()
     for name, labels in samples(metrics):
         base = name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -305,7 +313,7 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_bucket$", "", name) for name in named} - {"kvindex_server"} <= declared
 

@@ -92,6 +92,8 @@ def test_calls_at_work_end_before_the_process_does(process: Process) -> None:
             pb.RegisterPodRequest(pod="p", model="m", endpoint="tcp://127.0.0.1:9")
         )
         request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1]))
+        answered = threading.Event()
+        answers = []
 
         answered = threading.Event()
 
@@ -243,3 +245,19 @@ def test_a_broken_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     """A directory without a tokenizer is told at the start, not at the first request."""
     done = serve("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--tokenizer", f"m={tmp_path}")
     assert done.returncode == 2 and "tokenizer" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_discovery_without_credentials_ends_with_one_line(tmp_path: Path) -> None:
+    """A kubeconfig that is not there stops the start with code 2, named by its key."""
+    settings = {"kubernetes": {"enabled": True, "kubeconfig": str(tmp_path / "none")}}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvindex_server", "serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "KVINDEX_DISCOVERY": json.dumps(settings)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvindex-server: config: discovery.kubernetes.kubeconfig: no usable credentials")
+    assert len(done.stderr.splitlines()) == 1
