@@ -88,7 +88,7 @@ def test_every_described_variable_is_accepted() -> None:
     for row in describe():
         if not row.environment:
             continue
-        value = row.default or ("" if row.type == "string" else "[]")
+        value = row.default or ("[]" if row.type.startswith("list") else "")
         load_settings({}, {row.environment: value}, None)
 
 
