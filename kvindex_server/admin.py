@@ -4,11 +4,12 @@ import time
 
 import grpc
 
-from kvindex_server import __version__
+from kvindex_server import __version__, pull
 from kvindex_server.codec import decode
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.interceptors import Guard, service
+from kvindex_server.keeper import Keeper
 from kvindex_server.lookup import Check
 from kvindex_server.models import Models
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
@@ -82,8 +83,8 @@ class Admin:
         return response.SerializeToString()
 
 
-def register(server: grpc.Server, fleet: Fleet, models: Models, guard: Guard) -> None:
-    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod and GetStats."""
+def register(server: grpc.Server, fleet: Fleet, models: Models, keeper: Keeper, guard: Guard) -> None:
+    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod, GetStats and PullSnapshot."""
     admin = Admin(fleet, models)
     methods = {
         "ListPods": admin.list_pods,
@@ -93,6 +94,7 @@ def register(server: grpc.Server, fleet: Fleet, models: Models, guard: Guard) ->
         "GetStats": admin.get_stats,
     }
     handlers = {name: guard.admin(f"/{SERVICE}/{name}", method) for name, method in methods.items()}
+    handlers["PullSnapshot"] = pull.arrival(keeper, fleet, guard)
     server.add_generic_rpc_handlers(service(SERVICE, handlers))
 
 

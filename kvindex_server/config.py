@@ -335,6 +335,21 @@ class TextSettings(_Section):
         return self
 
 
+class SnapshotSettings(_Section):
+    """How the index survives a restart and reaches new replicas."""
+
+    directory: str = Field(default="", description="Where snapshots are kept; empty = none are, and a restart is cold")
+    interval_seconds: Seconds = Field(default=60.0, gt=0, description="Time between two snapshots")
+    keep: Integer = Field(default=2, ge=1, le=1000, description="Snapshots kept; older ones are deleted")
+    max_age_seconds: Seconds = Field(default=3600.0, description="An older snapshot is not loaded")
+    peers: tuple[ListenAddress, ...] = Field(
+        default=(), description="Replicas asked for their state at start, in this order; a name may stand for several"
+    )
+    peer_timeout_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to pull from the peers")
+    peer_token_file: str = Field(default="", description="Bearer token for the peers' admin service")
+    peer_ca_file: str = Field(default="", description="CA of the peers' certificates; empty = no TLS to them")
+
+
 class ServerSettings(_Section):
     """The gRPC server's own behaviour."""
 
@@ -452,6 +467,7 @@ class Settings(_Section):
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
     text: TextSettings = Field(default=TextSettings(), description="Tokenizing")
+    snapshot: SnapshotSettings = Field(default=SnapshotSettings(), description="Surviving a restart")
     tls: TlsSettings = Field(default=TlsSettings(), description="TLS of the gRPC ports")
     auth: AuthSettings = Field(default=AuthSettings(), description="Who may call")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")

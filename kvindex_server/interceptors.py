@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Unary = Callable[[bytes, Check], bytes]
 """A handler: the request's bytes and the deadline check in, the answer's bytes out."""
+Download = Callable[[bytes, Check], Iterator[bytes]]
+"""The same with an answer in parts."""
 Refusal = Callable[[int, str], bytes]
 """Makes the answer to one bad request of a stream, from status code and message."""
 Arrival = Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler]
@@ -41,6 +43,8 @@ MAX_MESSAGE = 512
 IDLE_STREAM_SECONDS = 1.0
 """While draining, a stream that is silent for so long is ended."""
 _UNBOUNDED = 1 << 30
+DOWNLOADS = 4
+"""Long answers sent at once."""
 SPARE_THREADS = 28
 """Per RPC, for calls whose message is still on the way: they work at nothing yet."""
 
@@ -140,6 +144,33 @@ class Guard:
 
         behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
         return self._arrival(method, Role.READ, lane, grpc.stream_stream_rpc_method_handler(behaviour))
+
+    def download(self, method: str, handler: Download) -> Arrival:
+        """An operator's RPC with a long answer, sent as fast as the caller takes it; answered also while not ready."""
+        lane = self._lane(_short(method), DOWNLOADS, DOWNLOADS)
+
+        def behaviour(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            started = time.perf_counter()
+            error: KvindexError | None = None
+            lane.heard()
+            try:
+                check = self._checker(method, context)
+                self._identify(method, Role.ADMIN, context)
+                for part in handler(data, check):
+                    check()
+                    yield part
+            except GeneratorExit:  # the client went away
+                error = _Cancelled("")
+                raise
+            except Exception as caught:  # noqa: BLE001 - see _unary
+                error = _safe(method, caught)
+            finally:
+                self.observe(method, error.code if error else grpc.StatusCode.OK, started)
+            if error is not None:
+                _abort(context, error)
+
+        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, Role.ADMIN, lane, grpc.unary_stream_rpc_method_handler(behaviour))
 
     def open(self, method: str, handler: grpc.RpcMethodHandler, role: Role | None) -> Arrival:
         """A handler of another library (health, reflection), beside the others; `role` None lets everybody in."""

@@ -1,6 +1,7 @@
 """Keeps the index across restarts: writes snapshots in the background, and gives saved streams back as pods come."""
 
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -45,9 +46,12 @@ class Keeper:
     """
 
     def __init__(
-        self, directory: Path, keep: int, interval: float, max_age: float, wall: Callable[[], float] = time.time
+        self, directory: Path | None, keep: int, interval: float, max_age: float, wall: Callable[[], float] = time.time
     ) -> None:
-        self._directory = Directory(directory, keep)
+        """Without a `directory` nothing is kept: snapshots are made for others only, in a temporary place."""
+        self._place = directory
+        self._keep = keep
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._interval = interval
         self._max_age = max_age
         self._wall = wall
@@ -60,8 +64,11 @@ class Keeper:
 
     def load(self) -> list[PodSpec]:
         """Open the newest good snapshot; the registrations it asks for. OSError when the directory cannot be used."""
-        self._directory.prepare()
-        for path, opened in self._directory.open():
+        if self._place is None:
+            return []
+        directory = self._directory()
+        directory.prepare()
+        for path, opened in directory.open():
             if isinstance(opened, str):
                 self.stats.refused += 1
                 _log.warning("snapshot refused", extra={"fields": {"file": path.name, "reason": opened}})
@@ -100,8 +107,35 @@ class Keeper:
             self.stats.restored_claims += found.claims
             return found
 
+    def receive(self, fetch: Callable[[Path], Path | None]) -> list[PodSpec] | None:
+        """Adopt what `fetch` puts into the directory it is given; None when that is nothing good.
+
+        OSError when there is no place for it.
+        """
+        directory = self._directory()
+        directory.prepare()
+        path = fetch(directory.path)
+        if path is None:
+            return None
+        try:
+            return self.adopt(File(path), self._wall())
+        except BadSnapshot as error:
+            self.stats.refused += 1
+            _log.warning("pulled snapshot refused", extra={"fields": {"reason": str(error)}})
+            return None
+        finally:
+            path.unlink(missing_ok=True)  # what is open can still be read
+
+    def find(self, name: str) -> Path | None:
+        """A snapshot that was written before, by its name; None when it is gone."""
+        if self._place is None and self._temporary is None:
+            return None
+        return next((path for path in self._directory().newest_first() if path.stem == name), None)
+
     def start(self, fleet: Fleet) -> None:
         """Write in the background from now on."""
+        if self._place is None:
+            return
         self._thread = threading.Thread(target=self._run, args=(fleet,), name="snapshots", daemon=True)
         self._thread.start()
 
@@ -112,6 +146,11 @@ class Keeper:
             self._thread.join(60)
         with self._lock:
             self._forget()
+
+    def close(self) -> None:
+        """Take the temporary place away."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def write(self, fleet: Fleet) -> Path | None:
         """A snapshot of now; None when it could not be written, which is counted and logged."""
@@ -125,7 +164,7 @@ class Keeper:
         with self._writing:
             started = time.monotonic()
             try:
-                path, size = self._directory.write(fill)
+                path, size = self._directory().write(fill)
             except OSError as error:
                 self.stats.failed += 1
                 _log.error("snapshot not written", extra={"fields": {"reason": error.strerror or str(error)}})
@@ -135,6 +174,13 @@ class Keeper:
             self.stats.last_seconds = time.monotonic() - started
             self.stats.last_time = self._wall()
             return path
+
+    def _directory(self) -> Directory:
+        if self._place is not None:
+            return Directory(self._place, self._keep)
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="kvindex-snapshots-")
+        return Directory(Path(self._temporary.name), self._keep)
 
     def _run(self, fleet: Fleet) -> None:
         while not self._halt.wait(self._interval):
@@ -151,12 +197,12 @@ class Keeper:
 
 
 def register_again(fleet: Fleet, specs: list[PodSpec]) -> None:
-    """Follow the pods that a snapshot names, unless they are followed already."""
+    """Follow the pods that a snapshot names, unless they are followed already; readiness waits for them."""
     for spec in specs:
         if spec.pod in fleet.pods(spec.model):
             continue
         try:
-            fleet.register(spec)
+            fleet.register(spec, awaited=True)
         except (InvalidArgument, ResourceExhausted) as error:
             _log.warning(
                 "pod of the snapshot not registered", extra={"fields": {"pod": spec.pod, "reason": str(error)}}

@@ -129,10 +129,24 @@ DISCOVERY = (
 )
 
 
+SNAPSHOTS = (
+    MetricName("kvindex_snapshots_written_total", "counter", (), "Snapshots written"),
+    MetricName("kvindex_snapshots_failed_total", "counter", (), "Snapshots that could not be written"),
+    MetricName("kvindex_snapshots_refused_total", "counter", (), "Snapshots found damaged or foreign"),
+    MetricName("kvindex_snapshot_last_bytes", "gauge", (), "Size of the last snapshot written"),
+    MetricName("kvindex_snapshot_last_seconds", "gauge", (), "Time the last snapshot took to write"),
+    MetricName(
+        "kvindex_snapshot_last_time_seconds", "gauge", (), "Unix time of the last one written or loaded; 0 = none"
+    ),
+    MetricName("kvindex_snapshot_restored_streams_total", "counter", (), "Streams restored from a snapshot"),
+    MetricName("kvindex_snapshot_restored_claims_total", "counter", (), "Claims restored with them"),
+)
+
+
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY):
+    for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -268,6 +282,10 @@ class Metrics:
         """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
         self.registry.register(TextCollector(stats, native))
 
+    def watch_snapshots(self, stats: Callable[[], "SnapshotStats"]) -> None:
+        """Show how the index is kept, in every scrape."""
+        self.registry.register(SnapshotCollector(stats))
+
     def serve(self, host: str, port: int) -> "MetricsServer":
         """Answer HTTP on this address; port 0 picks a free one."""
         return MetricsServer(self, host, port)
@@ -324,6 +342,42 @@ class TextCollector(Collector):
             _add(families, name, (), value)
         for model, native in self._native().items():
             _add(families, "kvindex_tokenizer_native", (model,), native)
+        yield from families.values()
+
+
+class SnapshotStats(Protocol):
+    """What is shown of snapshots; see Keeper."""
+
+    written: int
+    failed: int
+    refused: int
+    last_bytes: int
+    last_seconds: float
+    last_time: float
+    restored_streams: int
+    restored_claims: int
+
+
+class SnapshotCollector(Collector):
+    """The keeper's own counters, read at scrape."""
+
+    def __init__(self, stats: Callable[[], SnapshotStats]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples."""
+        return list(_families(SNAPSHOTS).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families, stats = _families(SNAPSHOTS), self._stats()
+        for what in ("written", "failed", "refused"):
+            _add(families, f"kvindex_snapshots_{what}_total", (), getattr(stats, what))
+        for what in ("bytes", "seconds"):
+            _add(families, f"kvindex_snapshot_last_{what}", (), getattr(stats, f"last_{what}"))
+        _add(families, "kvindex_snapshot_last_time_seconds", (), stats.last_time)
+        for what in ("streams", "claims"):
+            _add(families, f"kvindex_snapshot_restored_{what}_total", (), getattr(stats, f"restored_{what}"))
         yield from families.values()
 
 

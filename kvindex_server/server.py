@@ -32,9 +32,12 @@ from kvindex_server.front import Front, TransportMissing
 from kvindex_server.health import Health
 from kvindex_server.ingest import Bounds
 from kvindex_server.interceptors import Guard
+from kvindex_server.keeper import Keeper, register_again
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
+from kvindex_server.pods import PodSpec
+from kvindex_server.pull import Peers
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
@@ -67,7 +70,11 @@ class Server:
                 wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
         self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
         self.models = _models(settings, self.texts)
-        self.fleet = _fleet(settings, self.models)
+        kept = settings.snapshot
+        self._keeper = Keeper(
+            Path(kept.directory) if kept.directory else None, kept.keep, kept.interval_seconds, kept.max_age_seconds
+        )
+        self.fleet = _fleet(settings, self.models, self._keeper)
         self.discovery = Reconciler(self.fleet, _sources(settings))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
@@ -86,13 +93,13 @@ class Server:
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:
-            admin.register(self._public, self.fleet, self.models, guard)
+            admin.register(self._public, self.fleet, self.models, self._keeper, guard)
             described: tuple[str, ...] = (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE)
         else:
             described = (*READ_SERVICES, health.SERVICE)
             behind = self._guard(settings, gate)
             self._admin = _grpc_server(settings, behind)
-            admin.register(self._admin, self.fleet, self.models, behind)
+            admin.register(self._admin, self.fleet, self.models, self._keeper, behind)
             self._health.register(self._admin, behind)
             if settings.server.reflection:
                 reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
@@ -130,16 +137,20 @@ class Server:
         )
         self.metrics.watch(self.fleet.statuses, self._sizes, self.discovery.statuses)
         self.metrics.watch_text(self.texts.stats, self.models.native)
+        self.metrics.watch_snapshots(lambda: self._keeper.stats)
         host, _, port = settings.metrics_listen.rpartition(":")
         try:
             self._metrics_server = self.metrics.serve(host.strip("[]"), int(port))
         except OSError as error:
             raise ConfigError("metrics_listen", f"{settings.metrics_listen}: {error.strerror}") from error
         self.metrics_address = f"{host}:{self._metrics_server.port}"
+        again = self._load()
         try:
             self.fleet.start()
         except InvalidArgument as error:
             raise ConfigError(f"pods: {error.field}", error.reason) from error
+        register_again(self.fleet, again)
+        self._keeper.start(self.fleet)
         self.discovery.start()
         self._public.start()
         if self._front is not None:
@@ -148,6 +159,17 @@ class Server:
             self._admin.start()
         threading.Thread(target=self._become_ready, name="ready", daemon=True).start()
         threading.Thread(target=self._sweep_placements, name="sweep", daemon=True).start()
+
+    def _load(self) -> list[PodSpec]:
+        """What a peer, or else the last snapshot, has kept; the registrations to be made again."""
+        kept = self._settings.snapshot
+        if kept.peers:
+            peers = Peers(kept.peers, kept.peer_timeout_seconds, kept.peer_token_file, kept.peer_ca_file)
+            with _config_errors("snapshot"):
+                if (pulled := self._keeper.receive(peers.fetch)) is not None:
+                    return pulled
+        with _config_errors("snapshot.directory"):
+            return self._keeper.load()
 
     def _become_ready(self) -> None:
         ends = time.monotonic() + self._settings.server.ready_timeout_seconds
@@ -190,6 +212,10 @@ class Server:
         for guard in self._guards:
             guard.close()
         self.discovery.stop()
+        self._keeper.stop()
+        if self._settings.snapshot.directory and self._ready.is_set():
+            self._keeper.write(self.fleet)
+        self._keeper.close()
         self.fleet.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
@@ -305,7 +331,7 @@ def _models(settings: Settings, texts: TextCache) -> Models:
     )
 
 
-def _fleet(settings: Settings, models: Models) -> Fleet:
+def _fleet(settings: Settings, models: Models, keeper: Keeper) -> Fleet:
     stream = settings.stream
     specs = tuple(pod.spec() for pod in settings.pods)
     for spec in specs:
@@ -325,6 +351,7 @@ def _fleet(settings: Settings, models: Models) -> Fleet:
         ),
         drain_messages=stream.drain_messages,
         max_pods=settings.limits.max_registered_pods,
+        saved=keeper.saved,
     )
 
 

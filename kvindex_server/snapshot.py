@@ -191,18 +191,18 @@ class Directory:
     """The snapshots of one server: written under names that sort by time, a few kept."""
 
     def __init__(self, path: Path, keep: int) -> None:
-        self._path = path
+        self.path = path
         self._keep = keep
 
     def prepare(self) -> None:
         """Make the directory, and take out what an interrupted writer left. OSError when it cannot be used."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        for each in self._path.glob(".*.part"):
+        self.path.mkdir(parents=True, exist_ok=True)
+        for each in self.path.glob(".*.part"):
             each.unlink(missing_ok=True)
 
     def write(self, fill: Callable[[Writer], None]) -> tuple[Path, int]:
         """A new snapshot, filled by `fill`: path and size. OSError when there is no room; older ones stay then."""
-        path = self._path / f"{time.time_ns():020d}{SUFFIX}"
+        path = self.path / f"{time.time_ns():020d}{SUFFIX}"
         writer = Writer(path)
         try:
             fill(writer)
@@ -216,7 +216,7 @@ class Directory:
 
     def newest_first(self) -> list[Path]:
         """All snapshots there are."""
-        return sorted(self._path.glob(f"*{SUFFIX}"), reverse=True)
+        return sorted(self.path.glob(f"*{SUFFIX}"), reverse=True)
 
     def open(self) -> Iterator[tuple[Path, File | str]]:
         """Each file, newest first: checked and open, or why not."""

@@ -265,7 +265,8 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
     for (size_t i = 0; i < count; ++i) {
       hashes[i] = in.number<uint64_t>();
       keys[i] = in.number<uint64_t>();
-      if (claims.find(hashes[i]) != nullptr) return false;
+      claims.prefetch(hashes[i]);
+      blocks.prefetch_key(keys[i]);
     }
     const uint64_t granted = index_->claim(count);
     if (granted < count) return index_->unclaim(granted), false;

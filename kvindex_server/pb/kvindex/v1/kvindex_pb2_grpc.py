@@ -269,6 +269,11 @@ class KVIndexAdminStub:
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.PullSnapshot = channel.unary_stream(
+                '/kvindex.v1.KVIndexAdmin/PullSnapshot',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
+                _registered_method=True)
 
 
 class KVIndexAdminServicer:
@@ -310,6 +315,13 @@ class KVIndexAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullSnapshot(self, request, context):
+        """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVIndexAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -337,6 +349,11 @@ def add_KVIndexAdminServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.GetStatsRequest.FromString,
                     response_serializer=kvindex_dot_v1_dot_kvindex__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'PullSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullSnapshot,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -475,6 +492,33 @@ class KVIndexAdmin:
             '/kvindex.v1.KVIndexAdmin/GetStats',
             kvindex_dot_v1_dot_kvindex__pb2.GetStatsRequest.SerializeToString,
             kvindex_dot_v1_dot_kvindex__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvindex.v1.KVIndexAdmin/PullSnapshot',
+            kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
             options,
             channel_credentials,
             insecure,

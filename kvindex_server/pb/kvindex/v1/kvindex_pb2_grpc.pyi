@@ -116,6 +116,8 @@ class KVIndexAdminStub:
     """Drop a pod's claims and synchronise again."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.GetStatsRequest, _kvindex_pb2.GetStatsResponse]
     """Size of the index, per model."""
+    PullSnapshot: _grpc.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]
+    """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
 
 @_typing.type_check_only
 class KVIndexAdminAsyncStub(KVIndexAdminStub):
@@ -132,6 +134,8 @@ class KVIndexAdminAsyncStub(KVIndexAdminStub):
     """Drop a pod's claims and synchronise again."""
     GetStats: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.GetStatsRequest, _kvindex_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Size of the index, per model."""
+    PullSnapshot: _aio.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]  # type: ignore[assignment]
+    """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
 
 class KVIndexAdminServicer(metaclass=_abc_1.ABCMeta):
     """Operating the fleet; may be served on a separate, protected port."""
@@ -175,5 +179,13 @@ class KVIndexAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvindex_pb2.GetStatsResponse, _abc.Awaitable[_kvindex_pb2.GetStatsResponse]]:
         """Size of the index, per model."""
+
+    @_abc_1.abstractmethod
+    def PullSnapshot(
+        self,
+        request: _kvindex_pb2.PullSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvindex_pb2.PullSnapshotChunk], _abc.AsyncIterator[_kvindex_pb2.PullSnapshotChunk]]:
+        """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
 
 def add_KVIndexAdminServicer_to_server(servicer: KVIndexAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
