@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test bench bench-peers bench-service soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -65,6 +65,10 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, a
 	  $(BIN)/cmake --build $$build; \
 	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
 	done
+
+sanitized-test: setup ## Run the multi-threaded Python tests over a core built with ASan, then with TSan
+	scripts/sanitized.sh address
+	scripts/sanitized.sh thread
 
 bench: setup ## Run the benchmarks of the index, one after another
 	@set -e; for name in core ingest sockets match memory hostile placements; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
