@@ -1,4 +1,4 @@
-"""A pytest plugin: the native core from the file that the environment variable CORE names, in place of the installed one."""
+"""A pytest plugin: the native core from the file that the environment variable CORE names, not the installed one."""
 
 import importlib.util
 import os
