@@ -44,45 +44,49 @@ class Writer {
 // Reads what Writer wrote; `ok` turns false at the first thing that does not fit, and everything after is 0.
 class Stream::Reader {
  public:
-  explicit Reader(std::string_view in) : in_(in) {}
+  explicit Reader(std::string_view in) : at_(in.data()), left_(in.size()) {}
 
   bool ok() const { return ok_; }
-  bool at_end() const { return ok_ && in_.empty(); }
-  void fail() { ok_ = false, in_ = {}; }
+  bool at_end() const { return ok_ && left_ == 0; }
+  void fail() { ok_ = false, left_ = 0; }
 
   template <typename T>
   T number() {
     T value{};
-    if (in_.size() < sizeof value) return fail(), value;
-    std::memcpy(&value, in_.data(), sizeof value);
-    in_.remove_prefix(sizeof value);
+    if (const char* from = take(sizeof value)) std::memcpy(&value, from, sizeof value);
     return value;
   }
   std::string text() {
     const auto size = number<uint32_t>();
-    if (in_.size() < size) return fail(), std::string();
-    std::string value(in_.substr(0, size));
-    in_.remove_prefix(size);
-    return value;
+    const char* from = take(size);
+    return from == nullptr ? std::string() : std::string(from, size);
   }
   template <typename T>
   std::vector<T> numbers() {
     const uint64_t size = number<uint32_t>();
-    if (in_.size() / sizeof(T) < size) return fail(), std::vector<T>();
-    std::vector<T> values(size);
-    if (size != 0) std::memcpy(values.data(), in_.data(), size * sizeof(T));
-    in_.remove_prefix(size * sizeof(T));
+    const char* from = take(size * sizeof(T));
+    std::vector<T> values(from == nullptr ? 0 : size);
+    if (!values.empty()) std::memcpy(values.data(), from, size * sizeof(T));
     return values;
   }
   // How many things of at least `least` bytes follow.
   uint64_t count(size_t least) {
     const auto size = number<uint64_t>();
-    if (size > in_.size() / least) return fail(), 0;
+    if (size > left_ / least) return fail(), 0;
     return size;
   }
 
  private:
-  std::string_view in_;
+  const char* take(uint64_t size) {
+    if (size > left_) return fail(), nullptr;
+    const char* from = at_;
+    at_ += size;
+    left_ -= size;
+    return from;
+  }
+
+  const char* at_;
+  uint64_t left_;
   bool ok_ = true;
 };
 
