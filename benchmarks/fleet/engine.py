@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fleet.requests import BLOCK, Request
-
 from kvindex_server.simulate.events import Event, Removed, Stored
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+
 from fleet.simulation import Outcome
 
 mpl.use("svg")

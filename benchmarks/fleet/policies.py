@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fleet.requests import Request
-
 from kvindex_server._core import Index
 from kvindex_server.simulate.events import Encoding, Event, encode_batch
 

@@ -9,7 +9,6 @@ from typing import Protocol
 from fleet.engine import Engine, Running, Speed
 from fleet.policies import Policy
 from fleet.requests import BLOCK, Request
-
 from kvindex_server.simulate.events import Event
 
 
