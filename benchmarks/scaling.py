@@ -64,12 +64,12 @@ class Chains:
         first_token = (1 << 18) + self.made
         self.made += 1
         messages, parent = [], b""
-        for number, (before, between, after) in enumerate(self._parts):
+        for number, (before, between, rest) in enumerate(self._parts):
             raw = self._dice.randbytes(8 * PER_MESSAGE)
             hashes = [b"\xcf" + raw[at : at + 8] for at in range(0, len(raw), 8)]
+            after = rest
             if number == 0:
-                old = msgpack.packb(self.tokens[0])
-                after = after.replace(old, b"\xce" + struct.pack(">I", first_token), 1)
+                after = rest.replace(msgpack.packb(self.tokens[0]), b"\xce" + struct.pack(">I", first_token), 1)
             messages.append(b"".join((before, *hashes, between, parent, after)))
             parent = hashes[-1]
         return first_token, messages, [int.from_bytes(each[1:], "big") for each in hashes[-16:]]
@@ -98,7 +98,9 @@ def growth(most: int, max_bytes: int) -> list[tuple[int, ...]]:
     print("|---|---|---|---|---|---|", flush=True)
     index, chains, dice = Index(), Chains(1), random.Random(2)
     streams = [index.add_stream(f"pod-{number}", 0) for number in range(PODS)]
+    held = [chains.chain() for _ in range(64)]  # so that the messages' memory is no part of the growth
     empty, rows = resident_bytes(), []
+    del held
     kept: list[int] = []
     for step in (each * 1_000_000 for each in STEPS):
         if step > most or (rows and empty + rows[-1][1] / rows[-1][0] * step * 1.15 > max_bytes):
