@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -88,12 +88,25 @@ bench-service: setup ## Measure the service under load, once per transport, with
 	$(BIN)/python benchmarks/service.py --transport grpcio
 	$(BIN)/python benchmarks/service.py --transport native
 
+$(VENV)/.plots-installed: $(VENV)/.project-installed
+	@$(BIN)/python -m pip install -q --group plots
+	@touch $@
+
+bench-routing: $(VENV)/.plots-installed ## Simulate a fleet under several ways of routing; TRACE=FILE adds a trace
+	$(BIN)/python benchmarks/routing.py --plots docs/images $(if $(TRACE),--trace $(TRACE))
+
+bench-scaling: $(VENV)/.plots-installed ## Measure memory and time by claims, pods and prompt length (4 GiB)
+	$(BIN)/python benchmarks/scaling.py --plots docs/images
+
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest tests/test_chaos.py --timeout 3600
 
 proto: setup ## Generate kvindex_server/pb from proto/
 	scripts/proto.sh
+
+docs: $(VENV)/.dev-installed ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # ---- delivery --------------------------------------------------------------
 
