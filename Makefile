@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test bench bench-peers bench-service soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test bench bench-peers bench-service soak proto proto-go image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -90,6 +90,9 @@ soak: setup ## Run the fault and oracle tests at length
 
 proto: setup ## Generate kvindex_server/pb from proto/
 	scripts/proto.sh
+
+proto-go: setup ## Generate the Go stubs of integrations/llm-d-router (needs Go)
+	cd integrations/llm-d-router && $(abspath $(BIN))/buf generate ../../proto --path ../../proto/kvindex/v1
 
 # ---- delivery --------------------------------------------------------------
 
