@@ -6,6 +6,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY native native
 COPY kvindex_server kvindex_server
+COPY kvindex_client kvindex_client
 # Dependencies and the project become wheels here, so that the final stage needs no compiler.
 RUN pip wheel --no-cache-dir --wheel-dir /wheels '.[kubernetes]'
 

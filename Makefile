@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto image chart clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image chart clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -107,6 +107,9 @@ proto: setup ## Generate kvindex_server/pb from proto/
 
 docs: $(VENV)/.dev-installed ## Build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+proto-go: setup ## Generate the Go stubs of integrations/llm-d-router (needs Go)
+	cd integrations/llm-d-router && $(abspath $(BIN))/buf generate ../../proto --path ../../proto/kvindex/v1
 
 # ---- delivery --------------------------------------------------------------
 

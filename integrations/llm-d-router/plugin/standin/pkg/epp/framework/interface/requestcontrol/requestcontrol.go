@@ -1,0 +1,14 @@
+// Package requestcontrol declares what runs around scheduling. Stand-in: see the README of this module.
+package requestcontrol
+
+import (
+	"context"
+
+	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/plugin"
+	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/scheduling"
+)
+
+type PreRequest interface {
+	plugin.Plugin
+	PreRequest(ctx context.Context, request *scheduling.InferenceRequest, result *scheduling.SchedulingResult) error
+}

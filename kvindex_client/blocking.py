@@ -1,0 +1,178 @@
+"""The client for threads: every call blocks its own thread, and all threads share the connections."""
+
+import contextlib
+import queue
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvindex_client import results
+from kvindex_client.errors import CallError, Try, pushback
+from kvindex_client.options import HEALTH_SERVICE, Options
+from kvindex_client.query import Query
+from kvindex_client.race import Endpoints, Race
+from kvindex_client.results import BlockPods, Placement, Scores
+from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexStub
+
+
+class Client:
+    """Asks one replica, or several that follow the same fleet: `host:port`, `unix:/path`, or a list of those.
+
+    Safe for threads. Do not use it in a child after a fork. Every call raises CallError when it got no answer within
+    `timeout` (default: the options'), and ValueError for a query that cannot be sent.
+    """
+
+    def __init__(self, endpoints: str | Sequence[str], options: Options | None = None) -> None:
+        self._options = options or Options()
+        names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
+        self._endpoints = Endpoints(names, self._options)
+        self._alone = [Endpoints((name,), self._options) for name in names]
+        credentials, arguments = self._options.credentials(), self._options.channel_arguments()
+        self._channels = [
+            grpc.insecure_channel(name, arguments)
+            if credentials is None
+            else grpc.secure_channel(name, credentials, arguments)
+            for name in names
+        ]
+        self._stubs = [KVIndexStub(channel) for channel in self._channels]
+        self._side_by_side = ThreadPoolExecutor(max(1, 2 * len(names)), "kvindex-placement")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is under way and close the connections."""
+        for channel in self._channels:
+            channel.close()
+        self._side_by_side.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def stubs(self) -> Mapping[str, KVIndexStub]:
+        """The generated stub per endpoint, for everything this class does not do; no token, deadline or retry."""
+        return dict(zip(self._endpoints.names, self._stubs, strict=True))
+
+    def score(self, query: Query, *, timeout: float | None = None) -> Scores:
+        """How much of the prompt each pod already holds."""
+        answer, endpoint, failed = self._call("Score", query.score_request(), timeout)
+        return results.scores(answer, endpoint, failed)
+
+    def pods_for_blocks(self, query: Query, *, timeout: float | None = None) -> BlockPods:
+        """Who holds each block, on which rank and tier."""
+        answer, endpoint, failed = self._call("GetPodsForBlocks", query.blocks_request(), timeout)
+        return results.block_pods(answer, endpoint, failed)
+
+    def record_placement(
+        self,
+        query: Query,
+        pod: str,
+        *,
+        rank: int | None = None,
+        ttl_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> Placement:
+        """Tell every replica where the prompt was sent, since each keeps placements of its own.
+
+        CallError only when none recorded it; `Placement.failed` tells which did not.
+        """
+        request = query.placement_request(pod, rank, ttl_seconds)
+
+        def tell(endpoint: int) -> Any:
+            try:
+                return self._call("RecordPlacement", request, timeout, only=endpoint)[0]
+            except CallError as error:
+                return error
+
+        numbers = range(len(self._stubs))
+        told = [tell(0)] if len(numbers) == 1 else list(self._side_by_side.map(tell, numbers))
+        return recorded(self._endpoints.names, told)
+
+    def score_stream(self, queries: Iterable[Query], *, timeout: float | None = None) -> Iterator[Scores | CallError]:
+        """Answers in the queries' order over one connection; one bad query is answered with its CallError.
+
+        The queries are read on another thread, ahead of the answers. `timeout` is of the whole stream, None for none.
+        A stream that breaks raises CallError and is not taken up again: queries without an answer may be asked anew.
+        """
+        number = self._endpoints.pick(time.monotonic())
+        name = self._endpoints.names[number]
+        requests = (query.score_request() for query in queries)
+        call = self._stubs[number].ScoreStream(requests, timeout=timeout, metadata=self._options.metadata())
+        try:
+            for answer in call:
+                bad = answer.HasField("status")
+                yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
+        except grpc.RpcError as error:
+            self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
+            raise CallError([Try(name, error.code(), error.details() or "")]) from None
+        finally:
+            call.cancel()
+
+    def health(self, *, timeout: float | None = None) -> Mapping[str, str]:
+        """Per endpoint what grpc.health.v1 says of the read path: SERVING, NOT_SERVING, or the code of the failure."""
+        request = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
+        calls = [
+            health_pb2_grpc.HealthStub(channel).Check.future(request, timeout=timeout or self._options.timeout)
+            for channel in self._channels
+        ]
+        said = []
+        for call in calls:
+            try:
+                said.append(health_pb2.HealthCheckResponse.ServingStatus.Name(call.result().status))
+            except grpc.RpcError as error:
+                said.append(error.code().name)
+        return dict(zip(self._endpoints.names, said, strict=True))
+
+    def _call(
+        self, method: str, request: Any, timeout: float | None, only: int | None = None
+    ) -> tuple[Any, str, tuple[Try, ...]]:
+        endpoints = self._endpoints if only is None else self._alone[only]
+        stubs = self._stubs if only is None else [self._stubs[only]]
+        limit = self._options.timeout if timeout is None else timeout
+        race = Race(endpoints, self._options, time.monotonic(), limit, read=only is None)
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        running: dict[int, Any] = {}
+        try:
+            while True:
+                number = race.start(time.monotonic())
+                if number is not None:
+                    call = getattr(stubs[number], method).future(
+                        request, timeout=race.deadline - time.monotonic(), metadata=self._options.metadata()
+                    )
+                    running[number] = call
+                    call.add_done_callback(lambda _, number=number: ended.put(number))
+                try:
+                    wake = race.wake()
+                    number = ended.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))
+                except queue.Empty:
+                    continue
+                call = running.pop(number)
+                if call.code() is grpc.StatusCode.OK:
+                    race.won(number)
+                    return call.result(), endpoints.names[number], tuple(race.failures)
+                told = pushback(call.trailing_metadata())
+                error = race.lost(number, call.code(), call.details() or "", told, time.monotonic())
+                if error is not None:
+                    raise error
+        finally:
+            for call in running.values():
+                with contextlib.suppress(ValueError):  # the channel was closed meanwhile
+                    call.cancel()
+
+
+def recorded(names: Sequence[str], told: Sequence[Any]) -> Placement:
+    """One Placement of what each replica said; CallError when none of them recorded it."""
+    failed = [each for error in told if isinstance(error, CallError) for each in error.tries[-1:]]
+    by = [name for name, answer in zip(names, told, strict=True) if not isinstance(answer, CallError)]
+    first = next((answer for answer in told if not isinstance(answer, CallError)), None)
+    if first is None:
+        raise CallError(failed)
+    return results.placement(first, tuple(by), tuple(failed))
