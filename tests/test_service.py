@@ -90,6 +90,7 @@ class Recorder:
     stages: list[str] = field(default_factory=list)
     lookups: list[tuple[str, int, int]] = field(default_factory=list)
     tiers: list[tuple[str, str]] = field(default_factory=list)
+    usage: list[tuple[str, int, int]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     in_flight: dict[str, Callable[[], int]] = field(default_factory=dict)
 
@@ -112,6 +113,9 @@ class Recorder:
 
     def unknown_tier(self, model: str, tier: str) -> None:
         self.tiers.append((model, tier))
+
+    def observe_usage(self, model: str, predicted: int, cached: int) -> None:
+        self.usage.append((model, predicted, cached))
 
 
 class Served:
@@ -140,7 +144,7 @@ class Served:
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
         service.register(self.server, self.lookup, self.direct, self.guard, LIMITS, PlacementSettings())
         compat.register(self.server, self.lookup, self.guard, LIMITS)
-        admin.register(self.server, self.admin_fleet, self.models, self.guard)
+        admin.register(self.server, self.admin_fleet, self.models, self.lookup, LIMITS, self.guard)
         self.health.register(self.server, self.guard)
         names = (service.SERVICE, compat.SERVICE, admin.SERVICE, health.SERVICE)
         reflection.register(self.server, names, self.guard)
