@@ -89,11 +89,15 @@ def examine(facts: Facts) -> list[Finding]:
 
 def unknown_model(name: str, known: Sequence[str]) -> Finding:
     """The one finding for a model that is neither configured nor seen."""
-    evidence = f"the server knows {', '.join(sorted(known)[:16])}" if known else "the server knows no model at all"
+    shown = ", ".join(sorted(known)[:16])
+    if not name:
+        evidence = "no model is configured or seen"
+    else:
+        evidence = f"model {name!r} is neither configured nor seen; known are: {shown or 'none'}"
     return Finding(
         Status.FAIL,
-        f"model {name!r} is neither configured nor seen: {evidence}",
-        "Use the name the engines serve, or add it to models[].aliases; register a pod for it.",
+        evidence,
+        "Register a pod for it, or ask by the name that the engines serve; models[].aliases gives a model more names.",
         name="model",
         model=name,
     )
@@ -245,7 +249,7 @@ def _block_size(facts: Facts) -> Iterator[Finding]:
 
 def _seed(facts: Facts) -> Iterator[Finding]:
     if facts.seed == CONVENTIONAL_SEED:
-        yield _pass(f"seed {facts.seed}, key encoding XXH3-64 version 1")
+        yield _pass(f"seed {facts.seed}, keys by XXH3-64")
         return
     yield Finding(
         Status.WARN,

@@ -81,6 +81,8 @@ def seconds(value: float) -> str:
     """A duration in few characters; a dash below zero, which means never."""
     if value < 0:
         return "-"
+    if 0 < value < 0.001:
+        return "<1 ms"
     if value < 1:
         return f"{value * 1000:.0f} ms"
     if value < 120:
