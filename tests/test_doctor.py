@@ -543,3 +543,20 @@ def test_reported_usage_is_measured(running: Running) -> None:
             report(4, 4, **fields)
         assert (caught.value.code().name, caught.value.details()) == (code, message)
     assert value("kvindex_usage_predicted_tokens_total", {"model": MODEL}) == 128
+
+
+# --- the runbook ---
+
+
+def test_every_alert_has_its_entry() -> None:
+    """Each question of metrics.md is a heading, and each alert of the chart is named under one."""
+    page = OPERATIONS.read_text(encoding="utf-8")
+    metrics = (OPERATIONS.parent / "metrics.md").read_text(encoding="utf-8").partition("## Worth an alert")[2]
+    questions = re.findall(r"^\| ([A-Z][^|]*\?) \|", metrics, re.MULTILINE)
+    headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
+    assert len(questions) > 10
+    assert [each for each in questions if each not in headings] == []
+    alerts = (OPERATIONS.parent.parent / "deploy/helm/kvindex-server/files/alerts.yaml").read_text(encoding="utf-8")
+    names = re.findall(r"alert: (\w+)", alerts)
+    assert len(names) > 5
+    assert [each for each in names if f"`{each}`" not in page] == []

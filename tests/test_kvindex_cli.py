@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -583,3 +584,15 @@ def test_table_aligns_wide_characters() -> None:
         "節点   1  x",
         "a     22  y",
     ]
+
+
+def test_every_documented_command_is_understood() -> None:
+    """Of docs/cli.md; what they do is shown above."""
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("kvindex ")]
+    assert len(lines) > 10
+    for line in lines:
+        parser().parse_args(shlex.split(line)[1:])
+    rows = set(re.findall(r"`([a-z]+)`", page.partition("## Asking")[0]))
+    assert rows - {"kvindex"} == {*COMMANDS, "serve", "demo"}
