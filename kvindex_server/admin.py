@@ -4,13 +4,15 @@ import time
 
 import grpc
 
-from kvindex_server import __version__, pull
+from kvindex_server import __version__, codec, pull
+from kvindex_server.checkup import Checkup
 from kvindex_server.codec import decode
 from kvindex_server.errors import InvalidArgument
+from kvindex_server.explain import Explainer
 from kvindex_server.fleet import Fleet
 from kvindex_server.interceptors import Guard, service
 from kvindex_server.keeper import Keeper
-from kvindex_server.lookup import Check
+from kvindex_server.lookup import Check, Lookup
 from kvindex_server.models import Models
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pods import PodSpec
@@ -22,9 +24,12 @@ SERVICE = "kvindex.v1.KVIndexAdmin"
 class Admin:
     """The service's methods: request bytes in, answer bytes out."""
 
-    def __init__(self, fleet: Fleet, models: Models) -> None:
+    def __init__(self, fleet: Fleet, models: Models, lookup: Lookup, limits: codec.Limits) -> None:
         self._fleet = fleet
         self._models = models
+        self._limits = limits
+        self._checkup = Checkup(fleet, models, lookup)
+        self._explainer = Explainer(lookup)
         self._started = time.monotonic()
 
     def list_pods(self, data: bytes, _: Check) -> bytes:
@@ -82,16 +87,34 @@ class Admin:
             )
         return response.SerializeToString()
 
+    def check(self, data: bytes, check: Check) -> bytes:
+        """The doctor's findings."""
+        return codec.encode_check(self._checkup.examine(codec.decode_check(data, self._limits), check))
 
-def register(server: grpc.Server, fleet: Fleet, models: Models, keeper: Keeper, guard: Guard) -> None:
-    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod, GetStats and PullSnapshot."""
-    admin = Admin(fleet, models)
+    def explain(self, data: bytes, check: Check) -> bytes:
+        """Why each pod's match ends where it does."""
+        return codec.encode_explanation(self._explainer.explain(codec.decode_explain(data, self._limits), check))
+
+
+def register(
+    server: grpc.Server,
+    fleet: Fleet,
+    models: Models,
+    lookup: Lookup,
+    limits: codec.Limits,
+    keeper: Keeper,
+    guard: Guard,
+) -> None:
+    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod, GetStats, Check, Explain and PullSnapshot."""
+    admin = Admin(fleet, models, lookup, limits)
     methods = {
         "ListPods": admin.list_pods,
         "RegisterPod": admin.register_pod,
         "UnregisterPod": admin.unregister_pod,
         "ClearPod": admin.clear_pod,
         "GetStats": admin.get_stats,
+        "Check": admin.check,
+        "Explain": admin.explain,
     }
     handlers = {name: guard.admin(f"/{SERVICE}/{name}", method) for name, method in methods.items()}
     handlers["PullSnapshot"] = pull.arrival(keeper, fleet, guard)

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = parser().parse_args(argv)
     if args.command == "demo":
-        return _demo(args)
-    return _serve(args)
+        return demo(args)
+    return serve(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,30 +30,36 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kvindex-server {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="run the server", allow_abbrev=False)
-    serve.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (port 0: a free one)")
-    serve.add_argument("--metrics-listen", metavar="HOST:PORT", help="HTTP address of the metrics")
-    serve.add_argument("--admin-listen", metavar="HOST:PORT", help="separate address of the admin service")
-    serve.add_argument("--config", metavar="FILE", type=Path, help="YAML file with settings")
-    serve.add_argument(
+    add_commands(commands)
+    return top
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `serve` and `demo`, whose arguments are for the functions of these names."""
+    serving = commands.add_parser("serve", help="run the server", allow_abbrev=False)
+    serving.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (port 0: a free one)")
+    serving.add_argument("--metrics-listen", metavar="HOST:PORT", help="HTTP address of the metrics")
+    serving.add_argument("--admin-listen", metavar="HOST:PORT", help="separate address of the admin service")
+    serving.add_argument("--config", metavar="FILE", type=Path, help="YAML file with settings")
+    serving.add_argument(
         "--tokenizer",
         metavar="MODEL=DIR",
         action="append",
         default=[],
         help="tokenizer directory of a model; may be repeated",
     )
-    serve.add_argument("--log-format", metavar="FORMAT", help="json or console")
-    serve.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    serving.add_argument("--log-format", metavar="FORMAT", help="json or console")
+    serving.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
 
-    demo = commands.add_parser("demo", help="run a server against simulated pods", allow_abbrev=False)
-    demo.add_argument("--pods", type=_positive_int, default=4, help="simulated pods (default 4)")
-    demo.add_argument("--seconds", type=_seconds, default=0.0, help="time to run; 0 = until Ctrl-C (default)")
-    demo.add_argument("--rate", type=_rate, default=20.0, help="simulated requests per second (default 20)")
-    demo.add_argument("--once", action="store_true", help="show one round and end")
-    return top
+    showing = commands.add_parser("demo", help="run a server against simulated pods", allow_abbrev=False)
+    showing.add_argument("--pods", type=_positive_int, default=4, help="simulated pods (default 4)")
+    showing.add_argument("--seconds", type=_seconds, default=0.0, help="time to run; 0 = until Ctrl-C (default)")
+    showing.add_argument("--rate", type=_rate, default=20.0, help="simulated requests per second (default 20)")
+    showing.add_argument("--once", action="store_true", help="show one round and end")
 
 
-def _serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> int:
+    """Run the server until it is told to end; the exit code."""
     try:
         settings = settings_from(args)
     except ConfigError as error:
@@ -65,10 +71,11 @@ def _serve(args: argparse.Namespace) -> int:
     return server.run(settings)
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from kvindex_server import demo  # noqa: PLC0415  heavy, and not needed to serve
+def demo(args: argparse.Namespace) -> int:
+    """Run the demo; the exit code."""
+    from kvindex_server import demo as live  # noqa: PLC0415  heavy, and not needed to serve
 
-    return demo.run(args)
+    return live.run(args)
 
 
 def settings_from(args: argparse.Namespace) -> Settings:

@@ -6,30 +6,45 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from kvindex_server import _core
+from kvindex_server import _core, doctor
+from kvindex_server.checkup import CheckQuery
 from kvindex_server.errors import InvalidArgument
+from kvindex_server.explain import Explanation, tokens_of
 from kvindex_server.lookup import (
     BlocksAnswer,
     BlocksQuery,
     Kind,
     PlacementAnswer,
     PlacementQuery,
+    Query,
     ScoreAnswer,
     ScoreQuery,
+    UsageQuery,
 )
 from kvindex_server.pb.indexer.v1 import indexer_pb2
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2
+from kvindex_server.score import PodScore
 
 M = TypeVar("M", bound=Message)
-_Request = kvindex_pb2.ScoreRequest | kvindex_pb2.GetPodsForBlocksRequest | kvindex_pb2.RecordPlacementRequest
+_WithMedia = (
+    kvindex_pb2.ScoreRequest
+    | kvindex_pb2.GetPodsForBlocksRequest
+    | kvindex_pb2.RecordPlacementRequest
+    | kvindex_pb2.ExplainRequest
+)
+_Request = _WithMedia | kvindex_pb2.CheckRequest
 
 MAX_MM_FEATURES = 1024
 """Each block asks every feature whether it touches it."""
 MAX_NAME = 1024
 """Characters of a model, pod or LoRA name, a salt or a hash; they are copied into keys and messages."""
+EXPLAINED_TOKENS = 4096
+EXPLAINED_KEYS = 1024
+"""So many of a prompt's tokens and keys are in the answer to Explain."""
 
 _U32 = 0xFFFFFFFF
 _SCORE_INPUTS: dict[int, Kind] = {2: "prompt", 3: "chat", 4: "tokens", 5: "keys"}  # and of a placement
+_PROBES: dict[int, Kind] = {3: "prompt", 4: "chat", 5: "tokens"}
 _BLOCKS_INPUTS: dict[int, Kind] = {2: "keys", 3: "engine_hashes", 4: "tokens", 5: "prompt", 6: "chat"}
 
 
@@ -140,6 +155,65 @@ def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) ->
     )
 
 
+def decode_explain(data: bytes, limits: Limits) -> Query:
+    """A checked ExplainRequest."""
+    message = decode(kvindex_pb2.ExplainRequest, data)
+    _check_common(message)
+    _check_pods("pods", message.pods, limits)
+    kind = _only_input(data, message, _SCORE_INPUTS)
+    return Query(
+        message.model,
+        kind,
+        text=_text(message, kind, limits),
+        tokens=_tokens(data, kind, limits),
+        keys=_keys(data, kind, 5, limits),
+        pods=tuple(message.pods),
+        lora_name=message.lora_name,
+        cache_salt=message.cache_salt,
+        mm_features=_mm_features(data, message),
+    )
+
+
+def decode_check(data: bytes, limits: Limits) -> CheckQuery:
+    """A checked CheckRequest."""
+    message = decode(kvindex_pb2.CheckRequest, data)
+    present = _check_wires(data, kvindex_pb2.CheckRequest)
+    if message.model:
+        _check_common(message)
+    _check_pods("pods", message.pods, limits)
+    kind = _only_input(data, message, _PROBES) if present & _PROBES.keys() else None
+    tokens = _packed(data, 5, 4, "tokens.ids", limits.max_tokens, "tokens") if kind == "tokens" else b""
+    engine_tokens = b""
+    if 6 in present:
+        if kind not in ("prompt", "chat"):
+            raise InvalidArgument("engine_tokens", "must come with the prompt or chat that they were made of")
+        engine_tokens = _packed(data, 6, 4, "engine_tokens.ids", limits.max_tokens, "tokens")
+    return CheckQuery(
+        message.model,
+        tuple(message.pods),
+        kind,
+        text="" if kind is None else _text(message, kind, limits),
+        tokens=tokens,
+        engine_tokens=engine_tokens,
+        lora_name=message.lora_name,
+        cache_salt=message.cache_salt,
+    )
+
+
+def decode_usage(data: bytes) -> UsageQuery:
+    """A checked ReportUsageRequest."""
+    message = decode(kvindex_pb2.ReportUsageRequest, data)
+    _check_wires(data, kvindex_pb2.ReportUsageRequest)
+    _check_name("model", message.model)
+    _check_name("pod", message.pod)
+    for field in ("predicted_tokens", "cached_tokens"):
+        if message.prompt_tokens and getattr(message, field) > message.prompt_tokens:
+            raise InvalidArgument(field, f"is above prompt_tokens, which is {message.prompt_tokens}")
+    return UsageQuery(
+        message.model, message.pod, message.predicted_tokens, message.cached_tokens, message.prompt_tokens
+    )
+
+
 def decode_pod_scores(data: bytes, limits: Limits) -> ScoreQuery:
     """A checked indexer.v1 GetPodScoresRequest."""
     message = decode(indexer_pb2.GetPodScoresRequest, data)
@@ -159,20 +233,23 @@ def encode_score(answer: ScoreAnswer) -> bytes:
     )
     add = response.scores.add
     for each in answer.scores:
-        score = add(
-            pod=each.pod,
-            trust=kvindex_pb2.Trust.ValueType(each.trust),
-            trust_reason=each.trust_reason,
-            age_seconds=each.age_seconds,
-        )
-        if each.hit:  # of many candidates most have none, and a zero needs no setting
-            score.score = each.score
-            score.matched_blocks = each.matched_blocks
-            score.matched_tokens = min(each.matched_blocks * answer.block_size, _U32)
-            score.rank = each.rank
-            score.tier_blocks.update(each.tier_blocks)
-            score.speculative_blocks = each.speculative_blocks
+        fill_score(add(), each, answer.block_size)
     return response.SerializeToString()
+
+
+def fill_score(score: kvindex_pb2.PodScore, each: PodScore, block_size: int) -> None:
+    """One candidate's line of an answer."""
+    score.pod = each.pod
+    score.trust = kvindex_pb2.Trust.ValueType(each.trust)
+    score.trust_reason = each.trust_reason
+    score.age_seconds = each.age_seconds
+    if each.hit:  # of many candidates most have none, and a zero needs no setting
+        score.score = each.score
+        score.matched_blocks = each.matched_blocks
+        score.matched_tokens = min(each.matched_blocks * block_size, _U32)
+        score.rank = each.rank
+        score.tier_blocks.update(each.tier_blocks)
+        score.speculative_blocks = each.speculative_blocks
 
 
 def encode_score_status(code: int, message: str) -> bytes:
@@ -199,6 +276,43 @@ def encode_placement(answer: PlacementAnswer) -> bytes:
         rank=answer.rank,
         ttl_seconds=answer.ttl,
     ).SerializeToString()
+
+
+def encode_check(findings: Sequence[doctor.Finding]) -> bytes:
+    """A CheckResponse."""
+    response = kvindex_pb2.CheckResponse(status=kvindex_pb2.CheckStatus.ValueType(doctor.worst(findings)))
+    for each in findings:
+        response.checks.add(
+            name=each.name,
+            status=kvindex_pb2.CheckStatus.ValueType(each.status),
+            model=each.model,
+            pod=each.pod,
+            rank=each.rank,
+            evidence=each.evidence,
+            remedy=each.remedy,
+        )
+    return response.SerializeToString()
+
+
+def encode_explanation(explanation: Explanation) -> bytes:
+    """An ExplainResponse."""
+    prompt = explanation.prompt
+    response = kvindex_pb2.ExplainResponse(
+        model=prompt.model.name,
+        lora_name=prompt.lora_name,
+        block_size=prompt.block_size,
+        total_blocks=len(prompt.keys) // 8,
+        total_tokens=min(prompt.total_tokens, _U32),
+        tokens=tokens_of(prompt.tokens, EXPLAINED_TOKENS),
+        keys=memoryview(prompt.keys[: EXPLAINED_KEYS * 8]).cast("Q"),
+        more_pods=explanation.more_pods,
+    )
+    for each in explanation.pods:
+        pod = response.pods.add(end=kvindex_pb2.MatchEnd.ValueType(each.end), why=each.why)
+        fill_score(pod.score, each.score, prompt.block_size)
+        for tier, blocks in each.runs:
+            pod.runs.add(tier=tier, blocks=blocks)
+    return response.SerializeToString()
 
 
 def encode_pod_scores(answer: ScoreAnswer) -> bytes:
@@ -317,7 +431,7 @@ def _packed(data: bytes, field: int, width: int, name: str, limit: int, what: st
     return values
 
 
-def _mm_features(data: bytes, message: _Request) -> tuple[tuple[str, int, int], ...]:
+def _mm_features(data: bytes, message: _WithMedia) -> tuple[tuple[str, int, int], ...]:
     if not message.mm_features:
         return ()
     _check_wires(data, type(message), message.DESCRIPTOR.fields_by_name["mm_features"].number)

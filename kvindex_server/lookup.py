@@ -63,6 +63,29 @@ class PlacementQuery(Query):
 
 
 @dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """After a request: prompt tokens foreseen to be cached on the pod, and found; `prompt_tokens` 0 is not known."""
+
+    model: str
+    pod: str
+    predicted_tokens: int
+    cached_tokens: int
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as it is looked up; no tokens when the caller sent keys."""
+
+    model: Model
+    lora_name: str
+    tokens: bytes
+    keys: bytes
+    block_size: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreAnswer:
     """What is answered to a ScoreQuery."""
 
@@ -104,6 +127,7 @@ class Metrics(Protocol):
     def observe_stage(self, stage: str, seconds: float) -> None: ...
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None: ...
     def unknown_tier(self, model: str, tier: str) -> None: ...
+    def observe_usage(self, model: str, predicted: int, cached: int) -> None: ...
 
 
 class Lookup:
@@ -130,14 +154,12 @@ class Lookup:
         keys, block_size, total_tokens = self._keys(model, lora, query, check)
         candidates = query.pods or tuple(self._fleet.pods(model.name))
         matching = time.perf_counter()
-        matches = model.index.score(keys, candidates, self._weights.of(model.index.tiers)) if candidates else []
+        matches = model.index.score(keys, candidates, self.weights(model)) if candidates else []
         # Read again: a tier first seen a moment ago may be in the answer, and tiers are only ever added.
         scores = ranked(candidates, matches, model.index.tiers, query.top_k)
         self._metrics.observe_stage("match", time.perf_counter() - matching)
         check()
-        for each in scores:
-            rank = each.rank if each.hit else None
-            each.trust, each.trust_reason, each.age_seconds = self._fleet.trust(model.name, each.pod, rank)
+        self._add_trust(model, scores)
         for tier in self._weights.unknown({tier for each in scores for tier in each.tier_blocks}):
             self._metrics.unknown_tier(model.name, tier)
         total_blocks = len(keys) // 8
@@ -176,6 +198,40 @@ class Lookup:
             raise ResourceExhausted("as many blocks are placed as the model may have: see placement.max_blocks")
         return PlacementAnswer(len(keys) // 8, held, rank, query.ttl)
 
+    def report(self, query: UsageQuery) -> None:
+        """Measure how far a prediction was off. NotFound when the pod is not registered for the model."""
+        model = self._models.get(query.model)
+        if query.pod not in self._fleet.pods(model.name):
+            raise NotFound(f"pod: {query.pod!r} is not registered for model {query.model!r}")
+        self._metrics.observe_usage(model.name, query.predicted_tokens, query.cached_tokens)
+
+    def prompt(self, query: Query, check: Check) -> Prompt:
+        """The tokens and keys of a prompt, for who wants to see them; answers a router nothing."""
+        model, lora = self._models.resolve(query.model)
+        if query.kind == "keys":
+            keys, block_size, total = self._keys(model, lora, query, check)
+            return Prompt(model, query.lora_name or lora, b"", keys, block_size, total)
+        tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query, check)
+        keys, block_size, total = self._keys_of_tokens(model, lora, query, tokens, check)
+        return Prompt(model, query.lora_name or lora, tokens, keys, block_size, total)
+
+    def standings(self, model: Model, keys: bytes, pods: Sequence[str]) -> list[PodScore]:
+        """What `score` says of these keys, without being counted as a request; without pods, all of the model."""
+        candidates = pods or self._fleet.pods(model.name)
+        matches = model.index.score(keys, candidates, self.weights(model)) if candidates else []
+        scores = ranked(candidates, matches, model.index.tiers)
+        self._add_trust(model, scores)
+        return scores
+
+    def weights(self, model: Model) -> list[float]:
+        """By tier bit of the model's index."""
+        return self._weights.of(model.index.tiers)
+
+    def _add_trust(self, model: Model, scores: Sequence[PodScore]) -> None:
+        for each in scores:
+            rank = each.rank if each.hit else None
+            each.trust, each.trust_reason, each.age_seconds = self._fleet.trust(model.name, each.pod, rank)
+
     def _keys(self, model: Model, lora: str, query: Query, check: Check) -> tuple[bytes, int, int]:
         """(keys, block size, total tokens) of the prompt; no keys while the block size is not known."""
         block_size = model.index.block_size
@@ -186,8 +242,13 @@ class Lookup:
             keyed = self.keys_of_text(model, kind, query.text, query.lora_name or lora, query.cache_salt, check)
             return keyed.keys, block_size, keyed.tokens
         tokens = query.tokens if query.kind == "tokens" else self._tokenize(model, query, check)
+        return self._keys_of_tokens(model, lora, query, tokens, check)
+
+    def _keys_of_tokens(
+        self, model: Model, lora: str, query: Query, tokens: bytes, check: Check
+    ) -> tuple[bytes, int, int]:
         check()
-        total = len(tokens) // 4
+        block_size, total = model.index.block_size, len(tokens) // 4
         for _, offset, length in query.mm_features:
             if offset + length > total:
                 raise InvalidArgument("mm_features", f"offset + length is beyond the {total} tokens")

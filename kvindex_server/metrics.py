@@ -28,6 +28,7 @@ STAGE_BOUNDS = (
 )
 RPC_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 MATCH_BOUNDS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+USAGE_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
 RATIO_BOUNDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 MAX_METHODS = 64
@@ -61,6 +62,16 @@ REQUESTS = (
     MetricName("kvindex_best_match_blocks", "histogram", ("model",), "Blocks the best pod held, by request"),
     MetricName("kvindex_best_match_ratio", "histogram", ("model",), "Share the best pod held, by request"),
     MetricName("kvindex_unknown_tier_total", "counter", ("model",), "Scores over a tier that has no weight"),
+    MetricName("kvindex_usage_predicted_tokens_total", "counter", ("model",), "Cached tokens foreseen, as reported"),
+    MetricName(
+        "kvindex_usage_cached_tokens_total", "counter", ("model",), "Cached tokens that engines found, likewise"
+    ),
+    MetricName(
+        "kvindex_usage_error_tokens",
+        "histogram",
+        ("model", "direction"),
+        "Foreseen against found, by report: too many (`over`), too few (`under`), or equal (`exact`)",
+    ),
 )
 
 TEXT = (
@@ -196,6 +207,9 @@ class Metrics:
         self._best = Histogram(*of("kvindex_best_match_blocks"), buckets=MATCH_BOUNDS, registry=self.registry)
         self._ratio = Histogram(*of("kvindex_best_match_ratio"), buckets=RATIO_BOUNDS, registry=self.registry)
         self._unknown_tiers = Counter(*of("kvindex_unknown_tier_total"), registry=self.registry)
+        self._foreseen = Counter(*of("kvindex_usage_predicted_tokens_total"), registry=self.registry)
+        self._found = Counter(*of("kvindex_usage_cached_tokens_total"), registry=self.registry)
+        self._off = Histogram(*of("kvindex_usage_error_tokens"), buckets=USAGE_BOUNDS, registry=self.registry)
         ProcessCollector(registry=self.registry)
         # `labels()` validates and locks; the read path keeps the children it needs instead.
         self._of_stage: dict[str, Histogram] = {}
@@ -263,6 +277,13 @@ class Metrics:
                 self._warned_tiers.add((model, tier))
         if first:
             logs.event(logger, logging.WARNING, "tier has no weight; weighs as the lowest", model=model, tier=tier)
+
+    def observe_usage(self, model: str, predicted: int, cached: int) -> None:
+        """One report of tokens foreseen to be cached and tokens found. Known models only."""
+        self._foreseen.labels(model).inc(predicted)
+        self._found.labels(model).inc(cached)
+        direction = "over" if predicted > cached else "under" if predicted < cached else "exact"
+        self._off.labels(model, direction).observe(abs(predicted - cached))
 
     def ready(self, ready: bool) -> None:
         """Say whether the server is ready to answer."""

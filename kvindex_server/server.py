@@ -93,13 +93,13 @@ class Server:
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:
-            admin.register(self._public, self.fleet, self.models, self._keeper, guard)
+            admin.register(self._public, self.fleet, self.models, lookup, limits, self._keeper, guard)
             described: tuple[str, ...] = (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE)
         else:
             described = (*READ_SERVICES, health.SERVICE)
             behind = self._guard(settings, gate)
             self._admin = _grpc_server(settings, behind)
-            admin.register(self._admin, self.fleet, self.models, self._keeper, behind)
+            admin.register(self._admin, self.fleet, self.models, lookup, limits, self._keeper, behind)
             self._health.register(self._admin, behind)
             if settings.server.reflection:
                 reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)

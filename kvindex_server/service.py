@@ -18,7 +18,7 @@ def register(
     limits: codec.Limits,
     placement: codec.PlacementLimits,
 ) -> None:
-    """Serve Score, ScoreStream, GetPodsForBlocks and RecordPlacement."""
+    """Serve Score, ScoreStream, GetPodsForBlocks, RecordPlacement and ReportUsage."""
 
     def blocks(data: bytes, check: Check) -> bytes:
         return codec.encode_blocks(lookup.blocks(codec.decode_blocks(data, limits), check))
@@ -26,10 +26,15 @@ def register(
     def place(data: bytes, check: Check) -> bytes:
         return codec.encode_placement(lookup.place(codec.decode_placement(data, limits, placement), check))
 
+    def report(data: bytes, _: Check) -> bytes:
+        lookup.report(codec.decode_usage(data))
+        return b""  # an empty ReportUsageResponse
+
     handlers = {
         "Score": guard.read(f"/{SERVICE}/Score", direct.score),
         "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", direct.score, codec.encode_score_status),
         "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", blocks),
         "RecordPlacement": guard.read(f"/{SERVICE}/RecordPlacement", place),
+        "ReportUsage": guard.read(f"/{SERVICE}/ReportUsage", report),
     }
     server.add_generic_rpc_handlers(service(SERVICE, handlers))

@@ -123,9 +123,12 @@ def test_requests() -> None:
     metrics.observe_rpc("/kvindex.v1.KVIndex/Score", "OK", 0.001)
     metrics.unknown_tier("m", "nvme")
     metrics.unknown_tier("m", "nvme")
+    metrics.observe_usage("m", 96, 64)
     method = "/kvindex.v1.KVIndex/Score"
     assert value(metrics, "kvindex_score_stage_seconds_bucket", stage="hash", le="2.5e-05") == 0
     assert value(metrics, "kvindex_score_stage_seconds_bucket", stage="hash", le="5e-05") == 1
+    assert value(metrics, "kvindex_usage_error_tokens_bucket", model="m", direction="over", le="16.0") == 0
+    assert value(metrics, "kvindex_usage_error_tokens_bucket", model="m", direction="over", le="64.0") == 1
     assert value(metrics, "kvindex_blocks_looked_up_total", model="m") == 10
     assert value(metrics, "kvindex_blocks_matched_total", model="m") == 4
     assert value(metrics, "kvindex_best_match_blocks_count", model="m") == 2
@@ -295,6 +298,7 @@ def test_labels_are_as_declared() -> None:
     metrics.observe_lookup("m", 1, 1)
     metrics.observe_rpc("method", "OK", 1.0)
     metrics.unknown_tier("m", "t")
+    metrics.observe_usage("m", 2, 1)
     metrics.shed("method", "in_flight")
     metrics.watch_in_flight("method", lambda: 1)
     metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
@@ -319,7 +323,7 @@ def test_documented_table_is_the_code() -> None:
 def test_documented_alerts_name_real_metrics() -> None:
     declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
-    assert {re.sub(r"_bucket$", "", name) for name in named} - {"kvindex_server"} <= declared
+    assert {re.sub(r"_(bucket|sum)$", "", name) for name in named} - {"kvindex_server"} <= declared
 
 
 def test_the_text_cache_is_read_at_scrape() -> None:

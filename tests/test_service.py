@@ -26,6 +26,7 @@ from kvindex_server.errors import InvalidArgument
 from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
 from kvindex_server.interceptors import MAX_MESSAGE, Bounds, Guard
+from kvindex_server.keeper import Keeper
 from kvindex_server.lookup import Lookup
 from kvindex_server.models import Model, Models
 from kvindex_server.pb.indexer.v1 import indexer_pb2
@@ -90,6 +91,7 @@ class Recorder:
     stages: list[str] = field(default_factory=list)
     lookups: list[tuple[str, int, int]] = field(default_factory=list)
     tiers: list[tuple[str, str]] = field(default_factory=list)
+    usage: list[tuple[str, int, int]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     in_flight: dict[str, Callable[[], int]] = field(default_factory=dict)
 
@@ -112,6 +114,9 @@ class Recorder:
 
     def unknown_tier(self, model: str, tier: str) -> None:
         self.tiers.append((model, tier))
+
+    def observe_usage(self, model: str, predicted: int, cached: int) -> None:
+        self.usage.append((model, predicted, cached))
 
 
 class Served:
@@ -140,7 +145,8 @@ class Served:
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
         service.register(self.server, self.lookup, self.direct, self.guard, LIMITS, PlacementSettings())
         compat.register(self.server, self.lookup, self.guard, LIMITS)
-        admin.register(self.server, self.admin_fleet, self.models, self.guard)
+        keeper = Keeper(None, 1, 60.0, 60.0)
+        admin.register(self.server, self.admin_fleet, self.models, self.lookup, LIMITS, keeper, self.guard)
         self.health.register(self.server, self.guard)
         names = (service.SERVICE, compat.SERVICE, admin.SERVICE, health.SERVICE)
         reflection.register(self.server, names, self.guard)

@@ -72,6 +72,91 @@ STREAM_STATE_GAP: StreamState.ValueType  # 4
 STREAM_STATE_DOWN: StreamState.ValueType  # 5
 Global___StreamState: _TypeAlias = StreamState  # noqa: Y015
 
+class _CheckStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CheckStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CheckStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECK_STATUS_UNSPECIFIED: _CheckStatus.ValueType  # 0
+    CHECK_STATUS_PASS: _CheckStatus.ValueType  # 1
+    CHECK_STATUS_WARN: _CheckStatus.ValueType  # 2
+    """Hits may be missed, or it looks so and cannot be told for sure."""
+    CHECK_STATUS_FAIL: _CheckStatus.ValueType  # 3
+    """Hits are missed."""
+    CHECK_STATUS_SKIP: _CheckStatus.ValueType  # 4
+    """Cannot be judged: the evidence says what is missing."""
+
+class CheckStatus(_CheckStatus, metaclass=_CheckStatusEnumTypeWrapper): ...
+
+CHECK_STATUS_UNSPECIFIED: CheckStatus.ValueType  # 0
+CHECK_STATUS_PASS: CheckStatus.ValueType  # 1
+CHECK_STATUS_WARN: CheckStatus.ValueType  # 2
+"""Hits may be missed, or it looks so and cannot be told for sure."""
+CHECK_STATUS_FAIL: CheckStatus.ValueType  # 3
+"""Hits are missed."""
+CHECK_STATUS_SKIP: CheckStatus.ValueType  # 4
+"""Cannot be judged: the evidence says what is missing."""
+Global___CheckStatus: _TypeAlias = CheckStatus  # noqa: Y015
+
+class _MatchEnd:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MatchEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatchEnd.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MATCH_END_UNSPECIFIED: _MatchEnd.ValueType  # 0
+    MATCH_END_WHOLE_PROMPT: _MatchEnd.ValueType  # 1
+    """It is not: every full block of the prompt is held."""
+    MATCH_END_NO_BLOCK_SIZE: _MatchEnd.ValueType  # 2
+    """The model's block size is not known, so the prompt has no keys."""
+    MATCH_END_NO_FULL_BLOCK: _MatchEnd.ValueType  # 3
+    """The prompt is shorter than one block."""
+    MATCH_END_NOT_REGISTERED: _MatchEnd.ValueType  # 4
+    """The pod is not registered for the model."""
+    MATCH_END_NOTHING_HEARD: _MatchEnd.ValueType  # 5
+    """Nothing is known of the pod's cache."""
+    MATCH_END_REMOVED: _MatchEnd.ValueType  # 6
+    """The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept."""
+    MATCH_END_OTHER_RANK: _MatchEnd.ValueType  # 7
+    """Another rank of the pod holds the next block; a match counts on one rank only."""
+    MATCH_END_OTHER_GROUP: _MatchEnd.ValueType  # 8
+    """The rank holds the next block, but not in the KV-cache groups that a hybrid model needs."""
+    MATCH_END_OTHER_CONTEXT: _MatchEnd.ValueType  # 9
+    """The pod holds more of the same tokens under another LoRA adapter or without the salt."""
+    MATCH_END_ELSEWHERE: _MatchEnd.ValueType  # 10
+    """Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept."""
+    MATCH_END_UNKNOWN_KEY: _MatchEnd.ValueType  # 11
+    """No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept."""
+
+class MatchEnd(_MatchEnd, metaclass=_MatchEndEnumTypeWrapper):
+    """Why a match is no longer than it is."""
+
+MATCH_END_UNSPECIFIED: MatchEnd.ValueType  # 0
+MATCH_END_WHOLE_PROMPT: MatchEnd.ValueType  # 1
+"""It is not: every full block of the prompt is held."""
+MATCH_END_NO_BLOCK_SIZE: MatchEnd.ValueType  # 2
+"""The model's block size is not known, so the prompt has no keys."""
+MATCH_END_NO_FULL_BLOCK: MatchEnd.ValueType  # 3
+"""The prompt is shorter than one block."""
+MATCH_END_NOT_REGISTERED: MatchEnd.ValueType  # 4
+"""The pod is not registered for the model."""
+MATCH_END_NOTHING_HEARD: MatchEnd.ValueType  # 5
+"""Nothing is known of the pod's cache."""
+MATCH_END_REMOVED: MatchEnd.ValueType  # 6
+"""The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept."""
+MATCH_END_OTHER_RANK: MatchEnd.ValueType  # 7
+"""Another rank of the pod holds the next block; a match counts on one rank only."""
+MATCH_END_OTHER_GROUP: MatchEnd.ValueType  # 8
+"""The rank holds the next block, but not in the KV-cache groups that a hybrid model needs."""
+MATCH_END_OTHER_CONTEXT: MatchEnd.ValueType  # 9
+"""The pod holds more of the same tokens under another LoRA adapter or without the salt."""
+MATCH_END_ELSEWHERE: MatchEnd.ValueType  # 10
+"""Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept."""
+MATCH_END_UNKNOWN_KEY: MatchEnd.ValueType  # 11
+"""No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept."""
+Global___MatchEnd: _TypeAlias = MatchEnd  # noqa: Y015
+
 @_typing.final
 class Tokens(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -601,6 +686,56 @@ class RecordPlacementResponse(_message.Message):
 Global___RecordPlacementResponse: _TypeAlias = RecordPlacementResponse  # noqa: Y015
 
 @_typing.final
+class ReportUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    PREDICTED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    pod: _builtins.str
+    """The pod that has served the request; a registered one."""
+    predicted_tokens: _builtins.int
+    """Prompt tokens that the answer to Score said the pod held."""
+    cached_tokens: _builtins.int
+    """Prompt tokens that the engine found in its cache: `usage.prompt_tokens_details.cached_tokens` of its answer."""
+    prompt_tokens: _builtins.int
+    """The whole prompt, when known; neither of the two may be above it."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        predicted_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "model", b"model", "pod", b"pod", "predicted_tokens", b"predicted_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportUsageRequest: _TypeAlias = ReportUsageRequest  # noqa: Y015
+
+@_typing.final
+class ReportUsageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportUsageResponse: _TypeAlias = ReportUsageResponse  # noqa: Y015
+
+@_typing.final
 class ListPodsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1087,3 +1222,288 @@ class GetStatsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class CheckRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ENGINE_TOKENS_FIELD_NUMBER: _builtins.int
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only this model; empty means all."""
+    prompt: _builtins.str
+    chat: _builtins.str
+    """An OpenAI chat-completions body as JSON."""
+    lora_name: _builtins.str
+    cache_salt: _builtins.str
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The pods that the router chooses among, as it names them."""
+
+    @_builtins.property
+    def tokens(self) -> Global___Tokens: ...
+    @_builtins.property
+    def engine_tokens(self) -> Global___Tokens:
+        """What the engine made of the probe (vLLM: POST /tokenize), to be compared with what the server makes of it."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pods: _abc.Iterable[_builtins.str] | None = ...,
+        prompt: _builtins.str = ...,
+        chat: _builtins.str = ...,
+        tokens: Global___Tokens | None = ...,
+        engine_tokens: Global___Tokens | None = ...,
+        lora_name: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "engine_tokens", b"engine_tokens", "probe", b"probe", "prompt", b"prompt", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "engine_tokens", b"engine_tokens", "lora_name", b"lora_name", "model", b"model", "pods", b"pods", "probe", b"probe", "prompt", b"prompt", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_probe: _TypeAlias = _typing.Literal["prompt", "chat", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_probe: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_probe) -> _WhichOneofReturnType_probe | None: ...
+
+Global___CheckRequest: _TypeAlias = CheckRequest  # noqa: Y015
+
+@_typing.final
+class CheckResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """One of a fixed set, such as block_size; see docs/operations.md."""
+    status: Global___CheckStatus.ValueType
+    model: _builtins.str
+    """Empty for the whole server."""
+    pod: _builtins.str
+    """Empty when it is about the model as a whole."""
+    rank: _builtins.int
+    """Absent when it is about the pod as a whole."""
+    evidence: _builtins.str
+    """What was seen."""
+    remedy: _builtins.str
+    """What to do; empty when nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        status: Global___CheckStatus.ValueType = ...,
+        model: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        rank: _builtins.int | None = ...,
+        evidence: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "evidence", b"evidence", "model", b"model", "name", b"name", "pod", b"pod", "rank", b"rank", "remedy", b"remedy", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+
+Global___CheckResult: _TypeAlias = CheckResult  # noqa: Y015
+
+@_typing.final
+class CheckResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    status: Global___CheckStatus.ValueType
+    """The worst status of all, SKIP aside."""
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckResult]:
+        """In a fixed order of checks. Of one check at most 64 results that are not PASS; a last one says how many more."""
+
+    def __init__(
+        self,
+        *,
+        checks: _abc.Iterable[Global___CheckResult] | None = ...,
+        status: Global___CheckStatus.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckResponse: _TypeAlias = CheckResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    MM_FEATURES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    prompt: _builtins.str
+    chat: _builtins.str
+    """An OpenAI chat-completions body as JSON."""
+    lora_name: _builtins.str
+    cache_salt: _builtins.str
+    @_builtins.property
+    def tokens(self) -> Global___Tokens: ...
+    @_builtins.property
+    def keys(self) -> Global___Keys: ...
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these pods; empty means all known for the model."""
+
+    @_builtins.property
+    def mm_features(self) -> _containers.RepeatedCompositeFieldContainer[Global___MmFeature]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        chat: _builtins.str = ...,
+        tokens: Global___Tokens | None = ...,
+        keys: Global___Keys | None = ...,
+        pods: _abc.Iterable[_builtins.str] | None = ...,
+        lora_name: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        mm_features: _abc.Iterable[Global___MmFeature] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "keys", b"keys", "prompt", b"prompt", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "keys", b"keys", "lora_name", b"lora_name", "mm_features", b"mm_features", "model", b"model", "pods", b"pods", "prompt", b"prompt", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens", "keys"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class TierRun(_message.Message):
+    """Consecutive matched blocks on one tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierRun: _TypeAlias = TierRun  # noqa: Y015
+
+@_typing.final
+class PodExplanation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    end: Global___MatchEnd.ValueType
+    why: _builtins.str
+    """The same in words, with what is known around it."""
+    @_builtins.property
+    def score(self) -> Global___PodScore: ...
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierRun]:
+        """The match from its beginning, best tier of each block; covers at most the first 4,096 blocks."""
+
+    def __init__(
+        self,
+        *,
+        score: Global___PodScore | None = ...,
+        end: Global___MatchEnd.ValueType = ...,
+        why: _builtins.str = ...,
+        runs: _abc.Iterable[Global___TierRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "runs", b"runs", "score", b"score", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PodExplanation: _TypeAlias = PodExplanation  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    MORE_PODS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's own name, and the adapter in force."""
+    lora_name: _builtins.str
+    block_size: _builtins.int
+    total_blocks: _builtins.int
+    total_tokens: _builtins.int
+    more_pods: _builtins.int
+    """Pods left out."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first 4,096 token ids; none when keys were sent."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first 1,024 keys."""
+
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedCompositeFieldContainer[Global___PodExplanation]:
+        """Best first, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        lora_name: _builtins.str = ...,
+        block_size: _builtins.int = ...,
+        total_blocks: _builtins.int = ...,
+        total_tokens: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        keys: _abc.Iterable[_builtins.int] | None = ...,
+        pods: _abc.Iterable[Global___PodExplanation] | None = ...,
+        more_pods: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "keys", b"keys", "lora_name", b"lora_name", "model", b"model", "more_pods", b"more_pods", "pods", b"pods", "tokens", b"tokens", "total_blocks", b"total_blocks", "total_tokens", b"total_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class KVIndexStub:
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementRequest.SerializeToString,
                 response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementResponse.FromString,
                 _registered_method=True)
+        self.ReportUsage = channel.unary_unary(
+                '/kvindex.v1.KVIndex/ReportUsage',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.ReportUsageRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.ReportUsageResponse.FromString,
+                _registered_method=True)
 
 
 class KVIndexServicer:
@@ -90,6 +95,14 @@ class KVIndexServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportUsage(self, request, context):
+        """What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+        far predictions are off, and as nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVIndexServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_KVIndexServicer_to_server(servicer, server):
                     servicer.RecordPlacement,
                     request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementRequest.FromString,
                     response_serializer=kvindex_dot_v1_dot_kvindex__pb2.RecordPlacementResponse.SerializeToString,
+            ),
+            'ReportUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportUsage,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.ReportUsageRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.ReportUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -233,6 +251,33 @@ class KVIndex:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ReportUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvindex.v1.KVIndex/ReportUsage',
+            kvindex_dot_v1_dot_kvindex__pb2.ReportUsageRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.ReportUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class KVIndexAdminStub:
     """Operating the fleet; may be served on a separate, protected port.
@@ -273,6 +318,16 @@ class KVIndexAdminStub:
                 '/kvindex.v1.KVIndexAdmin/PullSnapshot',
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
                 response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/kvindex.v1.KVIndexAdmin/Check',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.CheckRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.CheckResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvindex.v1.KVIndexAdmin/Explain',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.ExplainResponse.FromString,
                 _registered_method=True)
 
 
@@ -322,6 +377,20 @@ class KVIndexAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """The doctor: every known reason for which a cache hit is missed without an error, as a named check.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """For one prompt: its tokens and keys, and where each pod's match ends and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVIndexAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -354,6 +423,16 @@ def add_KVIndexAdminServicer_to_server(servicer, server):
                     servicer.PullSnapshot,
                     request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.FromString,
                     response_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.CheckRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.CheckResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.ExplainRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -519,6 +598,60 @@ class KVIndexAdmin:
             '/kvindex.v1.KVIndexAdmin/PullSnapshot',
             kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
             kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvindex.v1.KVIndexAdmin/Check',
+            kvindex_dot_v1_dot_kvindex__pb2.CheckRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.CheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvindex.v1.KVIndexAdmin/Explain',
+            kvindex_dot_v1_dot_kvindex__pb2.ExplainRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class KVIndexStub:
     """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
     short time at most, its blocks count as held there, apart from what engines have announced.
     """
+    ReportUsage: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.ReportUsageRequest, _kvindex_pb2.ReportUsageResponse]
+    """What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+    far predictions are off, and as nothing else.
+    """
 
 @_typing.type_check_only
 class KVIndexAsyncStub(KVIndexStub):
@@ -58,6 +62,10 @@ class KVIndexAsyncStub(KVIndexStub):
     RecordPlacement: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.RecordPlacementRequest, _kvindex_pb2.RecordPlacementResponse]  # type: ignore[assignment]
     """The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
     short time at most, its blocks count as held there, apart from what engines have announced.
+    """
+    ReportUsage: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.ReportUsageRequest, _kvindex_pb2.ReportUsageResponse]  # type: ignore[assignment]
+    """What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+    far predictions are off, and as nothing else.
     """
 
 class KVIndexServicer(metaclass=_abc_1.ABCMeta):
@@ -97,6 +105,16 @@ class KVIndexServicer(metaclass=_abc_1.ABCMeta):
         short time at most, its blocks count as held there, apart from what engines have announced.
         """
 
+    @_abc_1.abstractmethod
+    def ReportUsage(
+        self,
+        request: _kvindex_pb2.ReportUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvindex_pb2.ReportUsageResponse, _abc.Awaitable[_kvindex_pb2.ReportUsageResponse]]:
+        """What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+        far predictions are off, and as nothing else.
+        """
+
 def add_KVIndexServicer_to_server(servicer: KVIndexServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class KVIndexAdminStub:
@@ -118,6 +136,10 @@ class KVIndexAdminStub:
     """Size of the index, per model."""
     PullSnapshot: _grpc.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]
     """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+    Check: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.CheckRequest, _kvindex_pb2.CheckResponse]
+    """The doctor: every known reason for which a cache hit is missed without an error, as a named check."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.ExplainRequest, _kvindex_pb2.ExplainResponse]
+    """For one prompt: its tokens and keys, and where each pod's match ends and why."""
 
 @_typing.type_check_only
 class KVIndexAdminAsyncStub(KVIndexAdminStub):
@@ -136,6 +158,10 @@ class KVIndexAdminAsyncStub(KVIndexAdminStub):
     """Size of the index, per model."""
     PullSnapshot: _aio.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]  # type: ignore[assignment]
     """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+    Check: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.CheckRequest, _kvindex_pb2.CheckResponse]  # type: ignore[assignment]
+    """The doctor: every known reason for which a cache hit is missed without an error, as a named check."""
+    Explain: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.ExplainRequest, _kvindex_pb2.ExplainResponse]  # type: ignore[assignment]
+    """For one prompt: its tokens and keys, and where each pod's match ends and why."""
 
 class KVIndexAdminServicer(metaclass=_abc_1.ABCMeta):
     """Operating the fleet; may be served on a separate, protected port."""
@@ -187,5 +213,21 @@ class KVIndexAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvindex_pb2.PullSnapshotChunk], _abc.AsyncIterator[_kvindex_pb2.PullSnapshotChunk]]:
         """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _kvindex_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvindex_pb2.CheckResponse, _abc.Awaitable[_kvindex_pb2.CheckResponse]]:
+        """The doctor: every known reason for which a cache hit is missed without an error, as a named check."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _kvindex_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvindex_pb2.ExplainResponse, _abc.Awaitable[_kvindex_pb2.ExplainResponse]]:
+        """For one prompt: its tokens and keys, and where each pod's match ends and why."""
 
 def add_KVIndexAdminServicer_to_server(servicer: KVIndexAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

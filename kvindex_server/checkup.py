@@ -1,0 +1,116 @@
+"""Gathers what the doctor judges: streams, registrations, tokenizers, a probe, and who answers at silent endpoints."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+from kvindex_server import doctor
+from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError, NotFound
+from kvindex_server.explain import Explainer, tokens_of
+from kvindex_server.fleet import Fleet
+from kvindex_server.lookup import Check, Kind, Lookup, Query
+from kvindex_server.models import Model, Models
+from kvindex_server.pods import PodSpec
+from kvindex_server.reach import reach
+from kvindex_server.stream import StreamState, StreamStatus
+
+REACH_SECONDS = 1.0
+MAX_REACHED = 128
+"""Endpoints per model that a connection is tried to."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckQuery:
+    """A checked CheckRequest; `kind` is None without a probe, tokens are u32 little-endian."""
+
+    model: str = ""
+    pods: tuple[str, ...] = ()
+    kind: Kind | None = None
+    text: str = ""
+    tokens: bytes = b""
+    engine_tokens: bytes = b""
+    lora_name: str = ""
+    cache_salt: str = ""
+
+
+class Checkup:
+    """Answers Check; safe from many threads."""
+
+    def __init__(self, fleet: Fleet, models: Models, lookup: Lookup) -> None:
+        self._fleet = fleet
+        self._models = models
+        self._lookup = lookup
+        self._explainer = Explainer(lookup)
+
+    def examine(self, query: CheckQuery, check: Check) -> list[doctor.Finding]:
+        """Findings of the model asked for, or of every model. An unknown model is a finding, too."""
+        if not query.model:
+            if query.kind is not None:
+                raise InvalidArgument("model", "must not be empty when a probe is given")
+            models = self._models.all()
+        else:
+            try:
+                models = [self._models.get(query.model)]
+            except NotFound:
+                return [doctor.unknown_model(query.model, [each.name for each in self._models.all()])]
+        if not models:
+            return [doctor.unknown_model("", [])]
+        found = []
+        for model in models:
+            found += doctor.examine(self._facts(model, query, check))
+            check()
+        return found
+
+    def _facts(self, model: Model, query: CheckQuery, check: Check) -> doctor.Facts:
+        registrations = [spec for spec, _ in self._fleet.registrations()]
+        specs = {spec.pod: spec for spec in registrations if spec.model == model.name}
+        streams = self._fleet.statuses(model.name)
+        tokenizer = model.tokenizer
+        return doctor.Facts(
+            model=model.name,
+            block_size=model.index.block_size,
+            seed=model.index.seed,
+            coverage=self._fleet.coverage(model.name),
+            streams=streams,
+            specs=specs,
+            loras=model.loras,
+            tokenizer=None if tokenizer is None else (tokenizer.mode, tokenizer.reason, tokenizer.has_chat_template),
+            candidates=query.pods,
+            pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},
+            reached=_reached(streams, specs),
+            probe=None if query.kind is None else self._probe(query, query.kind, check),
+        )
+
+    def _probe(self, query: CheckQuery, kind: Kind, check: Check) -> doctor.Probe:
+        asked = Query(query.model, kind, query.text, query.tokens, b"", query.pods, query.lora_name, query.cache_salt)
+        engine_tokens = tokens_of(query.engine_tokens, len(query.engine_tokens) // 4)
+        try:
+            prompt = self._lookup.prompt(asked, check)
+            scores = self._lookup.standings(prompt.model, prompt.keys, query.pods)
+            others = self._explainer.other_contexts(prompt, asked, check)
+        except DeadlineExceeded:
+            raise
+        except KvindexError as error:
+            return doctor.Probe(kind, error=error.message, engine_tokens=engine_tokens)
+        return doctor.Probe(
+            kind,
+            tokens=tokens_of(prompt.tokens, prompt.total_tokens),
+            engine_tokens=engine_tokens,
+            total_blocks=len(prompt.keys) // 8,
+            blocks={each.pod: each.matched_blocks for each in scores if each.matched_blocks},
+            lora_name=prompt.lora_name,
+            salted=bool(query.cache_salt),
+            other_contexts={label: max(blocks.values(), default=0) for label, blocks in others.items()},
+        )
+
+
+def _reached(streams: list[StreamStatus], specs: dict[str, PodSpec]) -> dict[str, str]:
+    """A connection is tried only where something is missing; an engine that dials in cannot be called."""
+    endpoints = []
+    for stream in streams:
+        silent = not stream.messages or stream.state is StreamState.DOWN
+        spec = specs.get(stream.pod)
+        if silent and spec is not None and not spec.bind:
+            endpoints.append(stream.endpoint)
+        if stream.replay_endpoint and (silent or "not answered" in stream.trust_reason):
+            endpoints.append(stream.replay_endpoint)
+    return reach(islice(endpoints, MAX_REACHED), REACH_SECONDS)

@@ -1,0 +1,61 @@
+"""`kvindex check`: the doctor's findings, with what to do about each."""
+
+import argparse
+
+from kvindex_server.commands import prompt, screen
+from kvindex_server.commands.connection import Connection
+from kvindex_server.commands.failure import FAILED
+from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
+
+MARKS = {
+    pb.CHECK_STATUS_PASS: "pass",
+    pb.CHECK_STATUS_WARN: "WARN",
+    pb.CHECK_STATUS_FAIL: "FAIL",
+    pb.CHECK_STATUS_SKIP: "skip",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Beside those of the connection."""
+    parser.add_argument("--model", default="", help="only this model; needed with a probe")
+    parser.add_argument("--pod", action="append", default=[], help="pod as the router names it; may be repeated")
+    parser.add_argument(
+        "--engine-tokens", metavar="IDS", help="what the engine's POST /tokenize makes of the probe, as 1,2,3 or @FILE"
+    )
+    parser.add_argument("--problems", action="store_true", help="leave out what is well or cannot be judged")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 also for a WARN")
+    prompt.add_options(parser, needed=False, keys=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 1 when a check fails."""
+    fields = prompt.fields(args)
+    if args.engine_tokens is not None:
+        fields["engine_tokens"] = pb.Tokens(ids=prompt.numbers(args.engine_tokens, "--engine-tokens", 32))
+    with Connection(args) as connection:
+        request = pb.CheckRequest(model=args.model, pods=args.pod, **fields)
+        answer = connection.call(connection.admin.Check, request)
+    if args.json:
+        screen.write_json(answer)
+    else:
+        _show(answer, args.problems)
+    worst = pb.CHECK_STATUS_WARN if args.strict else pb.CHECK_STATUS_FAIL
+    return FAILED if answer.status in (worst, pb.CHECK_STATUS_FAIL) else 0
+
+
+def _show(answer: pb.CheckResponse, problems: bool) -> None:
+    bad = (pb.CHECK_STATUS_WARN, pb.CHECK_STATUS_FAIL)
+    model = ""
+    for each in answer.checks:
+        if problems and each.status not in bad:
+            continue
+        if each.model != model:
+            model = each.model
+            screen.write(f"model {model}")
+        rank = f" rank {each.rank}" if each.HasField("rank") else ""
+        subject = f"{each.pod}{rank}: " if each.pod else ""
+        screen.write(f"  {MARKS[each.status]}  {each.name:<14} {subject}{each.evidence}")
+        if each.remedy:
+            screen.write(f"        {'':<14} -> {each.remedy}")
+    counts = {mark: sum(each.status == status for each in answer.checks) for status, mark in MARKS.items()}
+    screen.write(", ".join(f"{count} {mark.lower()}" for mark, count in counts.items()))

@@ -1,0 +1,577 @@
+"""The doctor: judges every known reason for which a cache hit is missed without an error; facts in, findings out."""
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvindex_server.pods import PodSpec
+from kvindex_server.stream import LAG_BOUNDS, Cause, StreamState, StreamStatus, Trust
+
+NO_SALT = "no salt"
+"""Among `Probe.other_contexts`: the same prompt without its salt."""
+MAX_FINDINGS = 64
+"""Of one check, beside PASS; a last finding counts the rest."""
+CONVENTIONAL_SEED = 1337
+LATE_SECONDS = 1.0
+SKEW_SECONDS = 5.0
+
+
+class Status(enum.IntEnum):
+    """The values are those of the proto."""
+
+    PASS = 1
+    WARN = 2
+    FAIL = 3
+    SKIP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One judgement; without pod or rank it is about the model as a whole."""
+
+    status: Status
+    evidence: str
+    remedy: str = ""
+    pod: str = ""
+    rank: int | None = None
+    name: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt looked up as the router would; `blocks` are per pod, of the match."""
+
+    kind: str
+    error: str = ""
+    tokens: Sequence[int] = ()
+    engine_tokens: Sequence[int] = ()
+    total_blocks: int = 0
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    lora_name: str = ""
+    salted: bool = False
+    other_contexts: Mapping[str, int] = field(default_factory=dict)
+    """Best match of any pod for the same tokens under another adapter, or without the salt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of one model."""
+
+    model: str
+    block_size: int
+    seed: int
+    coverage: float
+    streams: Sequence[StreamStatus]
+    specs: Mapping[str, PodSpec]
+    loras: Sequence[str] = ()
+    tokenizer: tuple[str, str, bool] | None = None  # mode, reason, has a chat template
+    candidates: Sequence[str] = ()
+    pods_of_others: Mapping[str, str] = field(default_factory=dict)  # pod -> another model it is registered for
+    reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; silent streams only
+    probe: Probe | None = None
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """Findings of every check, in the order of CHECKS, at least one each."""
+    found: list[Finding] = []
+    for name, check in CHECKS.items():
+        judged = list(check(facts))
+        problems = [each for each in judged if each.status is not Status.PASS]
+        more = len(problems) - MAX_FINDINGS
+        if more > 0:
+            worst = max((each.status for each in problems if each.status is not Status.SKIP), default=Status.SKIP)
+            problems = [*problems[:MAX_FINDINGS], Finding(worst, f"{more} more")]
+        for each in problems or judged[:1]:
+            found.append(_named(each, name, facts.model))
+    return found
+
+
+def unknown_model(name: str, known: Sequence[str]) -> Finding:
+    """The one finding for a model that is neither configured nor seen."""
+    shown = ", ".join(sorted(known)[:16])
+    if not name:
+        evidence = "no model is configured or seen"
+    else:
+        evidence = f"model {name!r} is neither configured nor seen; known are: {shown or 'none'}"
+    return Finding(
+        Status.FAIL,
+        evidence,
+        "Register a pod for it, or ask by the name that the engines serve; models[].aliases gives a model more names.",
+        name="model",
+        model=name,
+    )
+
+
+def worst(findings: Iterable[Finding]) -> Status:
+    """The worst status, SKIP aside; PASS when there is none."""
+    return max((each.status for each in findings if each.status is not Status.SKIP), default=Status.PASS)
+
+
+def _named(finding: Finding, name: str, model: str) -> Finding:
+    return Finding(finding.status, finding.evidence, finding.remedy, finding.pod, finding.rank, name, model)
+
+
+def _of(stream: StreamStatus, status: Status, evidence: str, remedy: str = "") -> Finding:
+    return Finding(status, evidence, remedy, stream.pod, stream.rank)
+
+
+def _pass(evidence: str) -> Finding:
+    return Finding(Status.PASS, evidence)
+
+
+def _model(facts: Facts) -> Iterator[Finding]:
+    if facts.specs:
+        yield _pass(f"{len(facts.specs)} pods with {len(facts.streams)} streams")
+        return
+    yield Finding(
+        Status.FAIL,
+        "no pod is registered for the model, so every prompt scores zero",
+        "List pods in the configuration, call RegisterPod, or turn discovery on.",
+    )
+
+
+def _candidates(facts: Facts) -> Iterator[Finding]:
+    if not facts.candidates:
+        yield Finding(Status.SKIP, "no candidates were given", "Give the pod names that the router uses: --pod NAME.")
+        return
+    for candidate in facts.candidates:
+        if candidate not in facts.specs:
+            yield _stranger(facts, candidate)
+    for pod in facts.specs:
+        if pod not in facts.candidates:
+            yield Finding(
+                Status.WARN,
+                "it is followed, but the router does not have it as a candidate",
+                "Compare the names: a pod must be registered under the string that the router uses, often ip:port.",
+                pod,
+            )
+    yield _pass(f"all {len(facts.candidates)} candidates are registered")
+
+
+def _stranger(facts: Facts, candidate: str) -> Finding:
+    if candidate in facts.pods_of_others:
+        return Finding(
+            Status.FAIL,
+            f"this candidate is registered for model {facts.pods_of_others[candidate]!r} only",
+            "Register it for this model, or ask with that model's name or an alias.",
+            candidate,
+        )
+    host = _host(candidate)
+    alike = next((pod for pod, spec in facts.specs.items() if host in (pod, _host(pod), _endpoint_host(spec))), "")
+    evidence = "nobody publishes for this candidate: no such pod is registered"
+    if alike:
+        evidence += f"; {alike!r} has the same host"
+    return Finding(
+        Status.FAIL,
+        evidence,
+        "Register the pod under exactly the name that the router uses.",
+        candidate,
+    )
+
+
+def _host(name: str) -> str:
+    return name.rpartition(":")[0] or name
+
+
+def _endpoint_host(spec: PodSpec) -> str:
+    return _host(spec.endpoint.removeprefix("tcp://"))
+
+
+def _events(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        if stream.messages or stream.last_sequence is not None:
+            continue
+        refused = facts.reached.get(stream.endpoint)
+        if refused:
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"nothing heard, and {stream.endpoint} does not accept a connection: {refused}",
+                "Start the engine with KV events enabled (vLLM: --kv-events-config with enable_kv_cache_events and "
+                "publisher zmq) on that port, bound to *; check port, rank and network policies.",
+            )
+        elif refused is None:
+            yield _of(
+                stream,
+                Status.WARN,
+                "nothing heard; whether somebody is at the other end is not known",
+                "Send the pod a request longer than a block; when still nothing comes, check that the engine dials "
+                "this endpoint and publishes KV events.",
+            )
+        else:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"nothing heard, though {stream.endpoint} accepts connections: an idle engine is silent",
+                "Send the pod a request longer than a block. When still nothing comes: is prefix caching on, are "
+                "enable_kv_cache_events and publisher zmq set, is this the events' port?",
+            )
+    yield _pass(f"all {len(facts.streams)} streams have been heard")
+
+
+def _topic(facts: Facts) -> Iterator[Finding]:
+    silent = {each.pod for each in facts.streams if not each.messages and each.last_sequence is None}
+    filtered = [spec for spec in facts.specs.values() if spec.topic]
+    for spec in filtered:
+        if spec.pod in silent:
+            yield Finding(
+                Status.WARN,
+                f"nothing heard with the topic prefix {spec.topic!r}",
+                "Register the pod with an empty topic: the registration names it, the topic is only a filter.",
+                spec.pod,
+            )
+    if filtered:
+        yield _pass(f"{len(filtered)} pods filter by topic, and all of them have been heard")
+    else:
+        yield _pass("no pod filters by topic; pod and model come from the registration")
+
+
+def _block_size(facts: Facts) -> Iterator[Finding]:
+    if not facts.block_size:
+        yield Finding(
+            Status.FAIL,
+            "the block size is not known yet, so every prompt scores zero",
+            "It comes with the first event. Set models[].block_size to the engine's block size to have it at once.",
+        )
+        return
+    for stream in facts.streams:
+        count = stream.dropped.get("block_size_mismatch", 0)
+        if count:
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"{count} events had a block size that does not fit the model's {facts.block_size}",
+                "Run every pod of a model with one block size, or with multiples of it; correct models[].block_size.",
+            )
+    yield _pass(f"{facts.block_size} tokens, and no stream disagrees")
+
+
+def _seed(facts: Facts) -> Iterator[Finding]:
+    if facts.seed == CONVENTIONAL_SEED:
+        yield _pass(f"seed {facts.seed}, keys by XXH3-64")
+        return
+    yield Finding(
+        Status.WARN,
+        f"the seed is {facts.seed}, not the conventional {CONVENTIONAL_SEED}",
+        "Clients that send keys must use the same seed; those that send tokens or text need nothing.",
+    )
+
+
+def _engine_hashes(facts: Facts) -> Iterator[Finding]:
+    waiting = [each for each in facts.streams if each.unresolved or each.orphans]
+    for stream in waiting:
+        yield _of(
+            stream,
+            Status.WARN,
+            f"{stream.orphans} blocks wait for a parent, {stream.unresolved} claims for their tokens; none scores",
+            "After joining late this is the unknown past. Give the pod a replay endpoint, or ClearPod once it has one.",
+        )
+    unknown = [each for each in facts.streams if each.dropped.get("unknown_removal")]
+    for stream in unknown:
+        if stream.trust is Trust.EXACT:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"{stream.dropped['unknown_removal']} removals named a hash that was never stored, on an EXACT stream",
+                "The engine's own hashes do not agree with themselves: report the engine's version, then ClearPod.",
+            )
+    yield _pass("every stored hash has its tokens and its parent; the hashes themselves are opaque and never computed")
+
+
+def _replay(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        if not stream.replay_endpoint:
+            yield _of(
+                stream,
+                Status.WARN,
+                "no replay endpoint: what was published before the server came, or was lost, stays unknown",
+                "Start the engine with a replay_endpoint and register it.",
+            )
+        elif refused := facts.reached.get(stream.replay_endpoint):
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"{stream.replay_endpoint} does not accept a connection: {refused}",
+                "Check the port (rank r is at port + r) and network policies.",
+            )
+        elif "replay was not answered" in stream.trust_reason:
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"{stream.replays} replays were asked for at {stream.replay_endpoint}: {stream.trust_reason}",
+                "Check that it is the replay port and not the events' port; a busy engine may be slow.",
+            )
+    yield _pass(f"no replay of {len(facts.streams)} streams is known to fail")
+
+
+def _ranks(facts: Facts) -> Iterator[Finding]:
+    heard: dict[str, list[bool]] = {}
+    for stream in facts.streams:
+        heard.setdefault(stream.pod, []).append(bool(stream.messages or stream.last_sequence is not None))
+    for stream in facts.streams:
+        others = heard[stream.pod]
+        if any(others) and not stream.messages and stream.last_sequence is None:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"rank {stream.rank} never spoke at {stream.endpoint}, {sum(others)} of {len(others)} ranks did",
+                "Set ranks to the engine's data-parallel size; rank r publishes at port + r.",
+            )
+        if count := stream.dropped.get("rank_mismatch", 0):
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"{count} batches said they are of another rank",
+                "Two ranks' ports are mixed up: register the endpoint of rank 0, and no other.",
+            )
+    yield _pass(f"all ranks of {len(heard)} pods speak for themselves")
+
+
+def _tokenizer(facts: Facts) -> Iterator[Finding]:
+    if facts.tokenizer is None:
+        needed = facts.probe is not None and facts.probe.kind in ("prompt", "chat")
+        yield Finding(
+            Status.FAIL if needed else Status.WARN,
+            "the model has no tokenizer: prompts and chats are refused, tokens and keys are answered",
+            "Start the server with --tokenizer MODEL=DIR, or set text.tokenizer_dirs or the model's tokenize_url.",
+        )
+        return
+    mode, reason, _ = facts.tokenizer
+    if mode == "native":
+        yield _pass("native, and its self-test against the reference has passed")
+    elif mode == "remote":
+        yield _pass(f"remote: {reason}")
+    elif "self-test" in reason or "differ" in reason:
+        yield Finding(Status.WARN, f"reference: {reason}", "Answers are right but slower; report the tokenizer.")
+    else:
+        yield _pass(f"reference: {reason}")
+
+
+def _tokens_agree(facts: Facts) -> Iterator[Finding]:
+    probe = facts.probe
+    if probe is None or not probe.engine_tokens:
+        yield Finding(
+            Status.SKIP,
+            "no tokens of the engine were given to compare with",
+            "Give a probe text and what the engine's POST /tokenize makes of it: --engine-tokens FILE.",
+        )
+        return
+    if probe.error:
+        yield Finding(Status.FAIL, f"the probe cannot be tokenized: {probe.error}", "Mend what the message names.")
+        return
+    ours, theirs = probe.tokens, probe.engine_tokens
+    if list(ours) == list(theirs):
+        yield _pass(f"all {len(ours)} tokens of the probe are equal")
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    remedy = "Give the server the engine's own tokenizer directory"
+    remedy += " and chat template." if probe.kind == "chat" else "; a first difference at 0 is often the BOS token."
+    yield Finding(
+        Status.FAIL,
+        f"the server makes {len(ours)} tokens of the probe, the engine {len(theirs)}; they differ from {at} on",
+        remedy,
+    )
+
+
+def _template(facts: Facts) -> Iterator[Finding]:
+    if facts.tokenizer is None:
+        yield Finding(Status.SKIP, "no tokenizer, so no chat template")
+    elif facts.tokenizer[2]:
+        yield _pass("present; whether it equals the engine's only a chat probe with the engine's tokens can tell")
+    else:
+        needed = facts.probe is not None and facts.probe.kind == "chat"
+        yield Finding(
+            Status.FAIL if needed else Status.WARN,
+            "the tokenizer has no chat template: chats are refused",
+            "Put the engine's chat_template.jinja into the tokenizer directory, or send prompts or tokens.",
+        )
+
+
+def _lora(facts: Facts) -> Iterator[Finding]:
+    probe = facts.probe
+    if probe is None:
+        known = ", ".join(facts.loras[:16]) or "none"
+        yield Finding(
+            Status.SKIP, f"no probe; adapters known by name: {known}", "Give a probe: --prompt, --chat, --tokens."
+        )
+        return
+    best = max(probe.blocks.values(), default=0)
+    longer = {name: blocks for name, blocks in probe.other_contexts.items() if name != NO_SALT and blocks > best}
+    for name, blocks in longer.items():
+        yield Finding(
+            Status.FAIL,
+            f"{blocks} blocks of the probe are held with {name}, {best} as it was asked",
+            "Ask with the adapter that serves the request: its own name in lora_name, or as the model.",
+        )
+    yield _pass(f"no adapter known by name holds more of the probe than the {best} blocks found")
+
+
+def _salt(facts: Facts) -> Iterator[Finding]:
+    probe = facts.probe
+    if probe is None or not probe.salted:
+        yield Finding(Status.SKIP, "no salt was asked with; a salt that engines used is not kept here")
+        return
+    best, bare = max(probe.blocks.values(), default=0), probe.other_contexts.get(NO_SALT, 0)
+    if bare > best:
+        yield Finding(
+            Status.FAIL,
+            f"{bare} blocks of the probe are held without the salt, {best} with it",
+            "Send the same cache_salt to the index as to the engine.",
+        )
+        return
+    yield _pass(f"the salt is not in the way: {best} blocks with it, {bare} without")
+
+
+def _probe(facts: Facts) -> Iterator[Finding]:
+    probe = facts.probe
+    if probe is None:
+        yield Finding(Status.SKIP, "no probe was given", "Give a prompt that a pod has just served.")
+    elif probe.error:
+        yield Finding(Status.FAIL, f"the probe cannot be looked up: {probe.error}", "Mend what the message names.")
+    elif not probe.total_blocks:
+        yield Finding(Status.FAIL, f"the probe's {len(probe.tokens)} tokens fill no block", "Give a longer prompt.")
+    elif best := max(probe.blocks.values(), default=0):
+        pod = next(pod for pod, blocks in probe.blocks.items() if blocks == best)
+        yield _pass(f"{best} of {probe.total_blocks} blocks are held by {pod}")
+    else:
+        yield Finding(
+            Status.WARN,
+            f"no pod holds the first of the probe's {probe.total_blocks} blocks",
+            "When a pod has served it: compare tokens (tokens_agree), adapter and salt; `kvindex explain` shows more.",
+        )
+
+
+def _clocks(facts: Facts) -> Iterator[Finding]:
+    timed = 0
+    for stream in facts.streams:
+        count = stream.lag_buckets[-1]
+        if not count:
+            continue
+        timed += 1
+        within = next((i for i, n in enumerate(stream.lag_buckets) if n), len(LAG_BOUNDS))
+        least = LAG_BOUNDS[within - 1] if within else 0.0
+        if stream.lag_sum == 0.0:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"none of {count} batches was ever late at all: the engine's clock is ahead of the server's",
+                "Synchronise the clocks (NTP). Scores do not depend on them, lag metrics do.",
+            )
+        elif least >= SKEW_SECONDS:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"each of {count} batches was over {least:g} s late: its clock is behind, or all was replayed",
+                "Synchronise the clocks (NTP). Scores do not depend on them, lag metrics do.",
+            )
+    if not timed:
+        yield Finding(Status.SKIP, "no batch had a time yet")
+    yield _pass(f"nothing odd in the times of {timed} streams")
+
+
+def _lag(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        if stream.state is StreamState.LIVE and stream.lag_seconds > LATE_SECONDS:
+            yield _of(
+                stream,
+                Status.WARN,
+                f"the last batch was applied {stream.lag_seconds:.1f} s after the engine made it",
+                "Look at the server's CPU and the network; replayed batches and skewed clocks look the same.",
+            )
+    latest = max((each.lag_seconds for each in facts.streams), default=0.0)
+    yield _pass(f"at most {latest * 1000:.0f} ms, of the last batches")
+
+
+def _decode_errors(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        if stream.decode_errors:
+            yield _of(
+                stream,
+                Status.FAIL,
+                "not understood: " + _counts(stream.decode_errors),
+                "Is this an events port of a supported engine release? Keep a sample: kvindex capture.",
+            )
+    yield _pass("every message and event was understood")
+
+
+def _dropped(facts: Facts) -> Iterator[Finding]:
+    own_check = ("block_size_mismatch", "rank_mismatch", "unknown_removal")
+    for stream in facts.streams:
+        dropped = {reason: count for reason, count in stream.dropped.items() if reason not in own_check}
+        if dropped:
+            yield _of(
+                stream,
+                Status.WARN,
+                "dropped or left open: " + _counts(dropped),
+                "A limit is reached (see limits.*), or the engine's events are of a kind that is not taken in.",
+            )
+    yield _pass("nothing was dropped")
+
+
+def _trust(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        evidence = f"{stream.trust.name} ({stream.trust_cause}): {stream.trust_reason}"
+        if stream.trust is Trust.STALE:
+            yield _of(stream, Status.FAIL, evidence, "Claims may be wrong. If it stays so, call ClearPod.")
+        elif stream.trust is Trust.PARTIAL:
+            yield _of(stream, Status.WARN, evidence, "Hits may be missed. A replay buffer that reaches back cures it.")
+        elif stream.trust is Trust.COLD:
+            remedy = "" if stream.trust_cause is Cause.NOTHING_HEARD else "It fills with the engine's next requests."
+            yield _of(stream, Status.WARN, evidence, remedy)
+    yield _pass(f"all {len(facts.streams)} streams are EXACT")
+
+
+def _state(facts: Facts) -> Iterator[Finding]:
+    for stream in facts.streams:
+        if stream.state in (StreamState.GAP, StreamState.DOWN):
+            yield _of(
+                stream,
+                Status.FAIL,
+                f"{stream.state.name}, {stream.gaps} holes, {stream.restarts} restarts so far",
+                "DOWN: is the pod gone? Then take it away. GAP: messages were lost and could not be replayed.",
+            )
+        elif stream.state is StreamState.SYNCING:
+            yield _of(stream, Status.WARN, "a replay is under way", "Wait for its end.")
+    yield _pass("no stream has an open hole or a lost connection")
+
+
+def _coverage(facts: Facts) -> Iterator[Finding]:
+    if facts.coverage < 1:
+        yield Finding(
+            Status.WARN,
+            f"{facts.coverage:.0%} of the streams are synchronised",
+            "See events_heard, replay and trust for those that are not.",
+        )
+    yield _pass("every stream is synchronised, or there is none")
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+
+
+CHECKS: Mapping[str, Callable[[Facts], Iterator[Finding]]] = {
+    "model": _model,
+    "candidates": _candidates,
+    "events_heard": _events,
+    "topic": _topic,
+    "block_size": _block_size,
+    "hash_seed": _seed,
+    "engine_hashes": _engine_hashes,
+    "replay": _replay,
+    "rank_ports": _ranks,
+    "tokenizer": _tokenizer,
+    "tokens_agree": _tokens_agree,
+    "chat_template": _template,
+    "lora": _lora,
+    "salt": _salt,
+    "probe": _probe,
+    "clock_skew": _clocks,
+    "lag": _lag,
+    "decode_errors": _decode_errors,
+    "dropped": _dropped,
+    "trust": _trust,
+    "stream_state": _state,
+    "coverage": _coverage,
+}
+"""By name, in the order of the answer. The PASS that a check yields counts only when it found nothing else."""

@@ -1,0 +1,598 @@
+"""The command `kvindex` as a person runs it: processes of their own against a real server and real sockets."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from event_encoding import Stored, maps
+from publisher import Publisher, free_port
+from tokenizers_at_hand import byte_level
+
+from kvindex_server.commands import completion, screen
+from kvindex_server.commands.main import COMMANDS, parser
+from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
+from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
+from kvindex_server.tokenize.registry import load_tokenizer
+
+KVINDEX = str(Path(sys.executable).parent / "kvindex")
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT = "the quick brown fox jumps over the lazy dog, doesn't it? I'll say we've 1234 reasons"
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+CHAT = json.dumps({"messages": [{"role": "user", "content": PROMPT}]})
+
+
+@dataclass(frozen=True)
+class Done:
+    """An ended process."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def kvindex(*words: str, stdin: str = "", timeout: float = 60) -> Done:
+    """Runs the installed command."""
+    done = subprocess.run(
+        [KVINDEX, *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+class ServerProcess:
+    """`kvindex serve` with these flags."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [KVINDEX, "serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *flags]
+        self._popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._popen.stdout is not None
+        self.line = self._popen.stdout.readline()
+        found = re.search(r"listening grpc=(\S+) metrics=\S+(?: admin=(\S+))?", self.line)
+        assert found is not None, self.line
+        self.address, self.admin_address = found[1], found[2] or found[1]
+
+    def close(self) -> int:
+        self._popen.send_signal(signal.SIGTERM)
+        self._popen.communicate(timeout=20)
+        return self._popen.returncode
+
+
+@dataclass
+class Site:
+    """A server with a tokenizer, and a pod `a` that holds the chat's blocks, the last one on cpu."""
+
+    address: str
+    tokens: list[int]
+    prompt_tokens: list[int]
+    publisher: Publisher
+
+    @property
+    def server(self) -> tuple[str, str]:
+        return "--server", self.address
+
+    @property
+    def blocks(self) -> int:
+        return len(self.tokens) // 4
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    directory = tmp_path_factory.mktemp("site")
+    byte_level().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    tokenizer = load_tokenizer(directory)
+    tokens, prompt_tokens = (
+        list(struct.unpack(f"<{len(raw) // 4}I", raw))
+        for raw in (tokenizer.encode_chat(CHAT), tokenizer.encode_prompt(PROMPT))
+    )
+    config = directory / "k.yaml"
+    with Publisher() as publisher:
+        pod = {"pod": "a", "model": "m", "endpoint": publisher.endpoint, "replay_endpoint": publisher.replay_endpoint}
+        config.write_text(
+            json.dumps({"models": [{"name": "m", "block_size": 4, "tokenizer": str(directory)}], "pods": [pod]})
+        )
+        last = len(tokens) // 4 - 1
+        publisher.publish(
+            maps(
+                Stored([100 + each for each in range(last)], None, tokens[: last * 4], 4),
+                Stored([100 + last], 100 + last - 1, tokens[last * 4 : last * 4 + 4], 4, "CPU"),
+            )
+        )
+        server = ServerProcess("--config", str(config))
+        try:
+            with grpc.insecure_channel(server.address) as channel:
+                read = rpc.KVIndexStub(channel)
+                ends = time.monotonic() + 20
+                while time.monotonic() < ends:
+                    try:
+                        answer = read.Score(
+                            pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=tokens)), wait_for_ready=True, timeout=10
+                        )
+                    except grpc.RpcError:
+                        time.sleep(0.05)
+                        continue
+                    if answer.scores[0].matched_blocks == last + 1:
+                        break
+                else:
+                    raise AssertionError("the events did not arrive")
+            yield Site(server.address, tokens, prompt_tokens, publisher)
+        finally:
+            assert server.close() == 0
+
+
+# --- asking ---
+
+
+def test_score_of_a_chat_file_draws_a_bar_by_tier(site: Site, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    file.write_text(CHAT)
+    done = kvindex("score", *site.server, "--model", "m", "--chat", str(file))
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0] == f"{len(site.tokens)} tokens, {site.blocks} full blocks of 4"
+    assert re.match(rf"a +0 +[0-9.]+ +{site.blocks}/{site.blocks} 100%  █+▓+  EXACT$", lines[2]), lines[2]
+    piped = kvindex("score", *site.server, "--model", "m", "--chat", "-", stdin=CHAT)
+    assert piped.out == done.out
+
+
+def test_score_takes_text_tokens_and_keys_and_says_the_same(site: Site, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps({"tokens": site.tokens}))
+    base = ("score", *site.server, "--model", "m", "--json")
+    by_tokens = kvindex(*base, "--tokens", ",".join(map(str, site.tokens))).json
+    assert kvindex(*base, "--tokens", f"@{file}").json["scores"][0]["score"] == by_tokens["scores"][0]["score"]
+    assert by_tokens["scores"][0]["tier_blocks"] == {"gpu": site.blocks - 1, "cpu": 1}
+    explained = kvindex("explain", *site.server, "--model", "m", "--json", "--chat", "-", stdin=CHAT).json
+    by_keys = kvindex(*base, "--keys", " ".join(explained["keys"])).json
+    assert by_keys["scores"][0]["matched_blocks"] == site.blocks
+    by_text = kvindex(*base, "--prompt", PROMPT).json
+    assert by_text["total_tokens"] == len(site.prompt_tokens)
+
+
+def test_pods_shows_the_stream(site: Site) -> None:
+    done = kvindex("pods", *site.server)
+    assert done.code == 0
+    head, row = done.out.splitlines()
+    assert head.split()[:6] == ["pod", "rank", "model", "state", "trust", "blocks"]
+    assert row.split()[:6] == ["a", "0", "m", "LIVE", "EXACT", str(site.blocks)]
+    (stream,) = kvindex("pods", *site.server, "--json").json["streams"]
+    assert (stream["pod"], stream["trust"], stream["blocks"]) == ("a", "TRUST_EXACT", str(site.blocks))
+
+
+def test_watch_shows_it_again_and_again(site: Site) -> None:
+    done = kvindex("watch", *site.server, "--count", "2", "--interval", "0.1")
+    assert done.code == 0
+    assert len(re.findall(r"1 streams, 1 EXACT", done.out)) == 2
+    lines = kvindex("watch", *site.server, "--count", "2", "--interval", "0.1", "--json").out.splitlines()
+    assert [json.loads(line)["streams"][0]["pod"] for line in lines] == ["a", "a"]
+
+
+def test_watch_ends_with_a_signal(site: Site) -> None:
+    popen = subprocess.Popen(
+        [KVINDEX, "watch", *site.server], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert popen.stdout is not None
+    assert "1 EXACT" in popen.stdout.readline()
+    popen.send_signal(signal.SIGINT)
+    _, err = popen.communicate(timeout=20)
+    assert (popen.returncode, err) == (130, "")
+
+
+def test_blocks_by_prompt_and_by_engine_hash(site: Site) -> None:
+    done = kvindex("blocks", *site.server, "--model", "m", "--chat", "-", stdin=CHAT)
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()[1:]]
+    assert [row[2] for row in rows] == ["a/0:gpu"] * (site.blocks - 1) + ["a/0:cpu"]
+    by_hash = kvindex("blocks", *site.server, "--model", "m", "--engine-hashes", "100 0x1")
+    assert [line.split()[1:] for line in by_hash.out.splitlines()[1:]] == [[rows[0][1], "a/0:gpu"], ["-", "-"]]
+    none = kvindex("blocks", *site.server, "--model", "m")
+    assert (none.code, none.err.count("\n")) == (2, 1)
+
+
+def test_explain_says_where_the_match_ends(site: Site) -> None:
+    longer = [*site.tokens[: site.blocks * 4], 1, 2, 3, 4]
+    done = kvindex("explain", *site.server, "--model", "m", "--tokens", ",".join(map(str, longer)))
+    assert done.code == 0
+    assert f"a: UNKNOWN_KEY: no pod holds block {site.blocks}: never stored, or removed everywhere" in done.out
+
+
+def test_check_fails_by_exit_code_with_a_remedy(site: Site) -> None:
+    well = kvindex("check", *site.server, "--model", "m", "--pod", "a", "--chat", "-", stdin=CHAT)
+    assert well.code == 0, well.out
+    assert re.search(rf"pass +probe +{site.blocks} of {site.blocks} blocks are held by a", well.out)
+    same = ",".join(map(str, site.tokens))
+    base = ("check", *site.server, "--model", "m", "--pod", "a", "--chat", "-", "--engine-tokens")
+    agreed = kvindex(*base, same, stdin=CHAT)
+    assert agreed.code == 0
+    assert f"all {len(site.tokens)} tokens of the probe are equal" in agreed.out
+    wrong = kvindex(*base, same + ",5", "--problems", stdin=CHAT)
+    assert wrong.code == 1
+    assert "FAIL  tokens_agree" in wrong.out
+    assert "-> Give the server the engine's own tokenizer directory and chat template." in wrong.out
+    assert "pass  " not in wrong.out
+    stranger = kvindex("check", *site.server, "--model", "m", "--pod", "b", "--json")
+    assert stranger.code == 1
+    bad = [each for each in stranger.json["checks"] if each["name"] == "candidates"]
+    assert [(each["pod"], each["status"]) for each in bad] == [("b", "CHECK_STATUS_FAIL"), ("a", "CHECK_STATUS_WARN")]
+
+
+def test_strict_check_fails_for_a_warning(site: Site) -> None:
+    asked = ("check", *site.server, "--model", "m", "--tokens", "1,2,3,4,1,2,3,4")
+    assert kvindex(*asked).code == 0
+    assert kvindex(*asked, "--strict").code == 1
+
+
+def test_bench_times_calls(site: Site) -> None:
+    words = ("bench", *site.server, "--model", "m", "--seconds", "0.5", "--in-flight", "2", "--length", "64", "--json")
+    done = kvindex(*words)
+    assert done.code == 0
+    assert done.json["calls"] > 0
+    assert 0 < done.json["p50_ms"] <= done.json["p99_ms"] <= done.json["max_ms"]
+
+
+# --- failures ---
+
+
+def test_nobody_listens() -> None:
+    server = f"127.0.0.1:{free_port()}"
+    done = kvindex("pods", "--server", server)
+    assert (done.code, done.out) == (3, "")
+    assert done.err == (
+        f"kvindex: nobody listens at {server}: connection refused. Is kvindex-server running there? (--server)\n"
+    )
+
+
+def test_an_unknown_model_names_the_known_ones(site: Site) -> None:
+    done = kvindex("score", *site.server, "--model", "nope", "--tokens", "1")
+    assert done.code == 1
+    assert done.err == "kvindex: NOT_FOUND: model: 'nope' is neither configured nor seen; known are: m\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("score", "--model", "m", "--tokens", "1,x"),
+            "--tokens: must be numbers, as 1,2,3, or @FILE with a JSON list",
+        ),
+        (("score", "--model", "m", "--tokens", "4294967296"), "--tokens: every number must be in 0..2^32-1"),
+        (("score", "--model", "m", "--tokens", ""), "--tokens: must not be empty"),
+        (("score", "--model", "m", "--chat", "/nowhere"), "/nowhere: cannot be read: No such file or directory"),
+        (("pods", "--token-file", "/nowhere"), "/nowhere: cannot read the token: No such file or directory"),
+        (("pods", "--tls-cert", "x"), "--tls-cert and --tls-key go together"),
+        (("capture", "/tmp/none", "--endpoint", "x"), "--endpoint: must have the form tcp://host:port"),
+        (("replay", "/nowhere"), "/nowhere/frames.jsonl: cannot be read: No such file or directory"),
+        (("replay", "/nowhere", "--register", "p"), "--register needs --model"),
+        (("simulate", "--pods", "0"), "--pods must be in 1..256"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str) -> None:
+    done = kvindex(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"kvindex: {message}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("fly",), ("score",), ("score", "--model", "m", "--prompt", "a", "--keys", "1")])
+def test_argparse_refuses(words: tuple[str, ...]) -> None:
+    done = kvindex(*words)
+    assert done.code == 2
+    assert "usage: kvindex" in done.err
+
+
+def test_a_server_that_is_not_ready_says_so(tmp_path: Path) -> None:
+    config = tmp_path / "k.yaml"
+    pod = {"pod": "p", "model": "m", "endpoint": f"tcp://127.0.0.1:{free_port()}"}
+    pod["replay_endpoint"] = f"tcp://127.0.0.1:{free_port()}"
+    config.write_text(json.dumps({"server": {"ready_timeout_seconds": 600}, "pods": [pod]}))
+    server = ServerProcess("--config", str(config))
+    try:
+        done = kvindex("score", "--server", server.address, "--model", "m", "--tokens", "1")
+        assert done.code == 3
+        assert "is not ready" in done.err
+        # The doctor answers all the same.
+        check = kvindex("check", "--server", server.address)
+        assert check.code == 1
+        assert re.search(r"FAIL  events_heard +p rank 0: nothing heard, and tcp://\S+ does not accept", check.out)
+    finally:
+        server.close()
+
+
+def test_tls_tokens_and_an_admin_port_of_its_own(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    (tmp_path / "reader").write_text("reader-token-0123456789abcdef\n")
+    (tmp_path / "operator").write_text("operator-token-0123456789abcdef\n")
+    config = tmp_path / "k.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "models": [{"name": "m", "block_size": 4}],
+                "tls": {"cert_file": str(tmp_path / "cert.pem"), "key_file": str(tmp_path / "key.pem")},
+                "auth": {"tokens_file": str(tmp_path / "reader"), "admin_tokens_file": str(tmp_path / "operator")},
+            }
+        )
+    )
+    server = ServerProcess("--config", str(config), "--admin-listen", "127.0.0.1:0")
+    try:
+        assert server.admin_address != server.address
+        tls = ("--server", server.address, "--tls-ca", str(tmp_path / "ca.pem"))
+        admin = (*tls, "--admin", server.admin_address)
+        score = ("score", "--model", "m", "--tokens", "1,2,3,4")
+        reader, operator = ("--token-file", str(tmp_path / "reader")), ("--token-file", str(tmp_path / "operator"))
+        assert kvindex(*score, *tls, *reader).code == 0
+        assert kvindex("pods", *admin, *operator).code == 0
+        assert kvindex(*score, *tls).code == 4
+        refused = kvindex("pods", *admin, *reader)
+        assert refused.code == 4
+        assert f"{server.admin_address} does not allow this" in refused.err
+        misplaced = kvindex("pods", *tls, *operator)
+        assert misplaced.code == 1
+        assert "--admin" in misplaced.err
+        plain = kvindex(*score, "--server", server.address, *reader)
+        assert plain.code == 3
+        assert "--tls-ca" in plain.err
+    finally:
+        server.close()
+
+
+# --- recording and playing ---
+
+
+def test_a_capture_is_what_was_sent_byte_for_byte(tmp_path: Path) -> None:
+    with Publisher(topic=b"kv@a@m") as publisher:
+        payloads = [maps(Stored([number], None, [number] * 4, 4)) for number in range(1, 6)]
+        for payload in payloads[:2]:
+            publisher.publish(payload)
+        where = ("--endpoint", publisher.endpoint, "--replay-endpoint", publisher.replay_endpoint)
+        popen = subprocess.Popen(
+            [KVINDEX, "capture", str(tmp_path / "c"), *where, "--messages", "3", "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        publisher.wait_subscriber(30)
+        for payload in payloads[2:]:
+            publisher.publish(payload)
+        out, _ = popen.communicate(timeout=30)
+    assert popen.returncode == 0
+    told = json.loads(out)
+    assert (told["heard"], told["first"], told["last"], told["holes"], told["replay"]) == (3, 2, 4, 0, "complete")
+    frames = [json.loads(line)["frames"] for line in (tmp_path / "c" / "frames.jsonl").read_text().splitlines()]
+    assert [[base64.b64decode(each) for each in message] for message in frames] == [
+        [b"kv@a@m", number.to_bytes(8, "big"), payloads[number]] for number in (2, 3, 4)
+    ]
+    replayed = [json.loads(line)["frames"] for line in (tmp_path / "c" / "replay.jsonl").read_text().splitlines()]
+    assert [base64.b64decode(each) for each in replayed[0]] == [b"", b"kv@a@m", bytes(8), payloads[0]]
+    assert base64.b64decode(replayed[-1][-2]) == b"\xff" * 8
+
+
+def test_a_capture_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "frames.jsonl").write_text("precious")
+    done = kvindex("capture", str(tmp_path), "--endpoint", f"tcp://127.0.0.1:{free_port()}", "--seconds", "0.1")
+    assert done.code == 2
+    assert (tmp_path / "frames.jsonl").read_text() == "precious"
+
+
+def test_a_capture_that_hears_nothing_fails(tmp_path: Path) -> None:
+    words = ("capture", str(tmp_path / "c"), "--endpoint", f"tcp://127.0.0.1:{free_port()}", "--seconds", "0.2")
+    done = kvindex(*words)
+    assert done.code == 1
+    assert "nothing came from" in done.err
+
+
+@pytest.mark.parametrize("speed", ["0", "200"])
+def test_a_replayed_recording_leaves_the_index_as_the_engine_was(site: Site, tmp_path: Path, speed: str) -> None:
+    """A recording of a real engine; its second half only in replay.jsonl's reach is asked for, too."""
+    case = GOLDEN / "vllm-0.32.0" / "basic-cbor-seed0"
+    checkpoint = json.loads((case / "expected.json").read_text())["checkpoints"][-1]
+    resident = [entry["hash_u64"] for entry in checkpoint["resident"]]
+    # The first half as if it had been published before the recorder came.
+    frames = (case / "frames.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "frames.jsonl").write_text("".join(frames[len(frames) // 2 :]))
+    shutil.copy(case / "replay.jsonl", tmp_path)
+    words = ("--register", "rec", "--model", f"rec-{speed}", "--speed", speed, "--linger", "30")
+    popen = subprocess.Popen(
+        [KVINDEX, "replay", str(tmp_path), *site.server, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with grpc.insecure_channel(site.address) as channel:
+            admin, read = rpc.KVIndexAdminStub(channel), rpc.KVIndexStub(channel)
+            ends = time.monotonic() + 30
+            while True:
+                assert time.monotonic() < ends
+                streams = [each for each in admin.ListPods(pb.ListPodsRequest()).streams if each.pod == "rec"]
+                if streams and streams[0].last_sequence == len(frames) - 1:
+                    break
+                time.sleep(0.05)
+            assert (streams[0].trust, streams[0].gaps) == (pb.TRUST_EXACT, 0)
+            assert streams[0].blocks == len(resident)
+            asked = pb.GetPodsForBlocksRequest(model=f"rec-{speed}", engine_hashes=pb.EngineHashes(ints=resident))
+            assert all(block.holders for block in read.GetPodsForBlocks(asked).blocks)
+    finally:
+        popen.send_signal(signal.SIGTERM)
+        out, _ = popen.communicate(timeout=30)
+    assert popen.returncode == 0
+    assert f"{len(frames) - len(frames) // 2} messages published, 1 replay requests answered" in out
+    assert not [each for each in kvindex("pods", *site.server, "--json").json["streams"] if each["pod"] == "rec"]
+
+
+def test_what_is_played_is_what_was_recorded(tmp_path: Path) -> None:
+    """replay into capture: the same frames come out."""
+    case = GOLDEN / "sglang-0.5.23" / "page16"
+    port, replay_port = free_port(), free_port()
+    where = ("--endpoint", f"tcp://127.0.0.1:{port}", "--replay-endpoint", f"tcp://127.0.0.1:{replay_port}")
+    frames = (case / "frames.jsonl").read_text().splitlines()
+    recorder = subprocess.Popen(
+        [KVINDEX, "capture", str(tmp_path / "c"), *where, "--messages", str(len(frames)), "--seconds", "40"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    played = kvindex("replay", str(case), *where, "--speed", "0", "--wait", "30", "--linger", "3")
+    out, _ = recorder.communicate(timeout=60)
+    assert (played.code, recorder.returncode) == (0, 0), out
+    copied = (tmp_path / "c" / "frames.jsonl").read_text().splitlines()
+    assert [json.loads(each)["frames"] for each in copied] == [json.loads(each)["frames"] for each in frames]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "is no recording"),
+        ("[]", "is no recording"),
+        ('{"frames": ["*"]}', ":1: frames must be a list of base64 strings"),
+        ('{"frames": ["", "AA==", ""]}', ":1: no event message: sequence_frame"),
+        ("", "the recording is empty"),
+    ],
+)
+def test_a_broken_recording_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "frames.jsonl").write_text(line)
+    done = kvindex("replay", str(tmp_path))
+    assert done.code == 2
+    assert message in done.err
+
+
+# --- engines, completion, the rest ---
+
+
+def test_simulated_engines_are_followed_and_gone_afterwards(site: Site) -> None:
+    words = ("simulate", *site.server, "--register", "--model", "sim", "--pods", "2", "--rate", "50", "--seconds", "3")
+    popen = subprocess.Popen([KVINDEX, *words, "--json"], stdout=subprocess.PIPE, text=True)
+    with grpc.insecure_channel(site.address) as channel:
+        admin = rpc.KVIndexAdminStub(channel)
+        seen: set[str] = set()
+        while popen.poll() is None:
+            seen |= {
+                each.pod
+                for each in admin.ListPods(pb.ListPodsRequest()).streams
+                if each.model == "sim" and each.trust == pb.TRUST_EXACT
+            }
+            time.sleep(0.1)
+    out, _ = popen.communicate(timeout=30)
+    assert popen.returncode == 0
+    *pods, summary = [json.loads(line) for line in out.splitlines()]
+    assert seen == {each["pod"] for each in pods} == {"sim-0", "sim-1"}
+    assert summary["requests"] > 0
+    assert summary["hit_ratio"] > 0
+    assert not [each for each in kvindex("pods", *site.server, "--json").json["streams"] if each["model"] == "sim"]
+
+
+def test_demo_runs_under_this_name_too() -> None:
+    done = kvindex("demo", "--once", "--pods", "2", "--seconds", "5", "--rate", "50")
+    assert done.code == 0
+    assert "requests in" in done.out
+
+
+def complete(script: Path, *words: str) -> list[str]:
+    """What bash offers behind these words."""
+    line = " ".join(f"'{word}'" for word in words)
+    program = (
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _kvindex; "
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
+    script = tmp_path / "kvindex.bash"
+    script.write_text(kvindex("completion", "bash").out)
+    assert complete(script, "kvindex", "s") == ["score", "simulate", "serve"]
+    assert complete(script, "kvindex", "score", "--to") == ["--top", "--tokens", "--token-file"]
+    (tmp_path / "recorded").mkdir()
+    assert complete(script, "kvindex", "replay", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
+    assert complete(script, "kvindex", "completion", "f") == ["fish"]
+
+
+def test_every_command_is_in_every_completion_script() -> None:
+    for shell in completion.SHELLS:
+        script = completion.script(shell, parser())
+        for name in (*COMMANDS, "serve", "demo", "completion"):
+            assert re.search(rf"\b{name}\b", script)
+        assert "replay-endpoint" in script
+
+
+def test_help_of_every_command_names_its_options() -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            parser().parse_args([name, "--help"])
+        assert caught.value.code == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(site: Site) -> None:
+    done = subprocess.run(
+        f"{KVINDEX} watch --server {site.address} --interval 0.05 --count 200 | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "Traceback" not in done.stderr
+
+
+# --- drawing ---
+
+
+@pytest.mark.parametrize(
+    ("blocks", "total", "placed", "line"),
+    [
+        ({"gpu": 5}, 10, 0, "█████·····"),
+        ({"cpu": 5, "gpu": 5}, 10, 0, "█████▓▓▓▓▓"),
+        ({"gpu": 1, "cpu": 1, "disk": 1, "shared": 1}, 4, 0, "██▓▓▓▒▒▒░░"),
+        ({"gpu": 1}, 1000, 0, "█·········"),
+        ({"gpu": 2}, 10, 3, "██+++·····"),
+        ({}, 0, 0, "··········"),
+        ({"gpu": 30}, 10, 0, "██████████"),
+    ],
+)
+def test_bar(blocks: dict[str, int], total: int, placed: int, line: str) -> None:
+    assert screen.bar(blocks, total, 10, placed) == line
+
+
+def test_table_aligns_wide_characters() -> None:
+    assert screen.table(("pod", "n", "why "), [("節点", "1", "x"), ("a", "22", "y")]) == [
+        "pod    n  why",
+        "節点   1  x",
+        "a     22  y",
+    ]
+
+
+def test_every_documented_command_is_understood() -> None:
+    """Of docs/cli.md; what they do is shown above."""
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("kvindex ")]
+    assert len(lines) > 10
+    for line in lines:
+        parser().parse_args(shlex.split(line)[1:])
+    rows = set(re.findall(r"`([a-z]+)`", page.partition("## Asking")[0]))
+    assert rows - {"kvindex"} == {*COMMANDS, "serve", "demo"}
