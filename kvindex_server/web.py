@@ -2,6 +2,7 @@
 
 import email.message
 import logging
+import math
 import socket
 import socketserver
 import threading
@@ -76,16 +77,20 @@ class WebServer:
             thread.start()
 
     def stop(self) -> None:
-        """Close the port and wait for the accepting thread to end."""
+        """Close the port and every connection that waits for a request; what is at work is still answered."""
         self._stopped.set()
+        self._http.stopping = True
         self._http.shutdown()
         self._http.server_close()
+        self._http.end_arriving(before=math.inf, how=socket.SHUT_RD)
         for thread in self._threads:
             thread.join(timeout=5)
 
     def _sweep(self) -> None:
+        # A time-out per read is none for a client that sends a byte now and then.
         while not self._stopped.wait(_SWEEP_SECONDS):
-            self._http.cut_slow()
+            now = time.monotonic()
+            self._http.end_arriving(before=now)
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -100,16 +105,16 @@ class _HTTPServer(ThreadingHTTPServer):
         self.paths = {path for _, path in routes}
         self.bounds = bounds
         self.arriving: dict[socket.socket, float] = {}
+        self.stopping = False
         self._places = threading.BoundedSemaphore(bounds.connections)
         super().__init__((host, port), _Handler)
 
-    def cut_slow(self) -> None:
-        """A time-out per read is none for a client that sends a byte now and then: end what takes too long in all."""
-        now = time.monotonic()
+    def end_arriving(self, before: float, how: int = socket.SHUT_RDWR) -> None:
+        """End the connections whose request should be here before this time, and is not."""
         for connection, ends in list(self.arriving.items()):
-            if now > ends:
+            if ends < before:
                 try:
-                    connection.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(how)
                 except OSError:  # gone already
                     pass
 
@@ -148,6 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self._server.arriving[self.connection] = time.monotonic() + IDLE_SECONDS
+        if self._server.stopping:
+            self.close_connection = True
+            return
         super().handle_one_request()
 
     def parse_request(self) -> bool:

@@ -2,6 +2,8 @@
 
 import { svg } from "./draw.js";
 
+// Seconds that a chart may reach back; it begins with the shortest.
+const SPANS = [60, 120, 300, 600];
 const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 
 export class Ring {
@@ -23,11 +25,13 @@ export class Chart {
     const { clientWidth: width, clientHeight: height } = this.place;
     if (!width) return;
     const now = performance.now() / 1000;
-    const shown = this.ring.items.filter((each) => now - each.at <= this.span);
+    const oldest = this.ring.items.length ? now - this.ring.items[0].at : 0;
+    const span = SPANS.find((each) => each >= Math.min(oldest, this.span)) ?? this.span;
+    const shown = this.ring.items.filter((each) => now - each.at <= span);
     const values = this.lines.map((line) => shown.map(line));
     const top = this.ceiling ?? round(Math.max(0, ...values.flat().filter((value) => value !== null)));
     const inner = { width: width - LEFT - RIGHT, height: height - TOP - BOTTOM };
-    const x = (at) => LEFT + inner.width * (1 - (now - at) / this.span);
+    const x = (at) => LEFT + inner.width * (1 - (now - at) / span);
     const y = (value) => TOP + inner.height * (1 - Math.min(1, value / top));
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": this.words(values[0]) });
     for (const part of [0, 0.5, 1]) {
@@ -38,7 +42,7 @@ export class Chart {
       );
     }
     picture.append(
-      svg("text", { x: LEFT, y: height - 4 }, `${Math.round(this.span / 60)} min ago`),
+      svg("text", { x: LEFT, y: height - 4 }, `${span / 60} min ago`),
       svg("text", { x: width - RIGHT, y: height - 4, "text-anchor": "end" }, "now"),
     );
     values.forEach((line, number) => {

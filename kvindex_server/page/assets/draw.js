@@ -41,6 +41,7 @@ export const count = (value) => whole.format(value);
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0 s";
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
   if (value < 1) return `${(value * 1e3).toFixed(value < 0.01 ? 1 : 0)} ms`;
   if (value < 120) return `${value.toFixed(value < 10 ? 1 : 0)} s`;
@@ -48,7 +49,7 @@ export function seconds(value) {
   return `${(value / 3600).toFixed(0)} h`;
 }
 
-export const percent = (value) => (value === null ? "–" : `${(value * 100).toFixed(value < 0.1 ? 1 : 0)} %`);
+export const percent = (value) => (value === null ? "–" : `${(value * 100).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %`);
 
 export function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -1,11 +1,12 @@
 // Asks the server every two seconds and hands the answer to the parts of the page.
 
 import { Chart } from "./chart.js";
-import { bytes, count, percent, seconds } from "./draw.js";
+import { bytes, count, element, percent, seconds } from "./draw.js";
 import { FleetTable } from "./fleet.js";
 import { PromptBox } from "./prompt.js";
 
 const STEP = 2, SPAN = 600;
+const TRUSTS = ["EXACT", "PARTIAL", "STALE", "COLD"];
 const at = (id) => document.getElementById(id);
 
 const theme = at("theme");
@@ -49,12 +50,13 @@ function show(fleet) {
   hits.push({ ratio });
   lags.push({ mean, worst: known.length ? Math.max(...known) : null });
   before = now;
-  at("hit-now").textContent = ratio !== null ? percent(ratio) : now.lookedUp ? `${percent(now.matched / now.lookedUp)} since start` : "–";
-  at("lag-now").textContent = mean !== null ? seconds(mean) : known.length ? "quiet" : "–";
+  const ever = now.lookedUp ? [`${percent(now.matched / now.lookedUp)} `, element("small", {}, "since the start")] : ["–"];
+  at("hit-now").replaceChildren(...(ratio !== null ? [percent(ratio)] : ever));
+  at("lag-now").replaceChildren(mean !== null ? seconds(mean) : element("small", {}, known.length ? "nothing has arrived" : "–"));
   at("version").textContent = fleet.version;
   badge("ready", fleet.ready ? "ready" : "not ready", fleet.ready ? "good" : "bad");
   at("streams-total").textContent = count(fleet.streams_total);
-  at("streams-trust").textContent = Object.entries(fleet.trust).filter(([, many]) => many).map(([name, many]) => `${count(many)} ${name}`).join(" · ") || "no pod is registered";
+  at("streams-trust").textContent = TRUSTS.filter((name) => fleet.trust[name]).map((name) => `${count(fleet.trust[name])} ${name}`).join(" · ") || "no pod is registered";
   const add = (name) => fleet.models.reduce((sum, model) => sum + model[name], 0);
   at("blocks-total").textContent = count(add("blocks"));
   at("blocks-bytes").textContent = `${count(add("claims"))} claims in ${bytes(add("bytes"))}`;
