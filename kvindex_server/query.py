@@ -12,6 +12,7 @@ from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
 from kvindex_server.rest import Calls, Fields
 from kvindex_server.score import PodScore
+from kvindex_server.stream import StreamStatus
 from kvindex_server.web import Routes
 
 TENANT = "default"
@@ -34,6 +35,7 @@ class Fleet(Protocol):
     """What is asked of the fleet."""
 
     def registrations(self) -> list[tuple[PodSpec, bool]]: ...
+    def statuses(self, model: str | None = None) -> list[StreamStatus]: ...
 
 
 @dataclass(slots=True)
@@ -86,14 +88,19 @@ def routes(calls: Calls, lookup: Lookup, models: Models, fleet: Fleet, limits: L
         reaches = {
             each.pod: {rank: _Reach(0, {}, {}) for rank in range(ranks.get(each.pod, 1))} for each in answer.scores
         }
+        # A tier alone can hide behind a faster one in a score, but not in what a stream holds in all.
+        held_on: dict[str, set[str]] = {}
+        if asked.shape == "mooncake":
+            for status in fleet.statuses(name):
+                held_on.setdefault(status.pod, set()).update(status.blocks_by_tier)
         at_length = []
         for each in answer.scores:
             if not each.matched_blocks:
                 continue
-            only_device = set(each.tier_blocks) <= {_DEVICE} and not each.speculative_blocks
-            if asked.shape == "dynamo" and only_device and ranks.get(each.pod) == 1:
+            tiers = held_on.get(each.pod, set()) | set(each.tier_blocks)
+            if tiers <= {_DEVICE} and ranks.get(each.pod) == 1 and not each.speculative_blocks:
                 blocks = each.matched_blocks
-                reaches[each.pod] = {each.rank: _Reach(blocks, {}, dict.fromkeys(_NAMED, blocks))}
+                reaches[each.pod] = {each.rank: _Reach(blocks, {_DEVICE: blocks}, dict.fromkeys(_NAMED, blocks))}
             else:
                 at_length.append(each)
         if at_length:
@@ -109,9 +116,8 @@ def routes(calls: Calls, lookup: Lookup, models: Models, fleet: Fleet, limits: L
                 cache_salt=named.cache_salt,
             )
             found = lookup.blocks(part, check)
-            held = [holders for _, holders in found.blocks]
-            for each in at_length:
-                reaches[each.pod].update(_reaches(each, held, found.tiers))
+            for pod, of_pod in _reaches(at_length, [holders for _, holders in found.blocks], found.tiers).items():
+                reaches[pod].update(of_pod)
         return _SHAPES[asked.shape](answer.scores, reaches, answer.block_size)
 
     return {
@@ -167,23 +173,37 @@ def _chained(local: bytes, seed: int) -> bytes:
     return b"".join(keys)
 
 
-def _reaches(score: PodScore, held: Sequence[Sequence[Located]], tiers: Sequence[str]) -> dict[int, _Reach]:
-    """Of each rank of the pod, as far as the pod's own match goes."""
-    masks: dict[int, list[int]] = {}
-    groups: dict[int, set[int]] = {}
-    for at in range(score.matched_blocks):
-        for pod, rank, tier, group, speculative in held[at]:
-            if pod == score.pod and not speculative:
-                masks.setdefault(rank, [0] * score.matched_blocks)[at] |= 1 << tier
-                groups.setdefault(rank, set()).add(group)
-    # What a rank with several KV-cache groups needs of each of them only the core can tell: it has for the best rank.
-    found = {rank: _reach(of_rank, tiers) for rank, of_rank in masks.items() if len(groups[rank]) == 1}
-    if score.rank not in found:
+def _reaches(
+    scores: Sequence[PodScore], held: Sequence[Sequence[Located]], tiers: Sequence[str]
+) -> dict[str, dict[int, _Reach]]:
+    """Of each rank of these pods, as far as its pod's own match goes."""
+    masks: dict[tuple[str, int], list[int]] = {}
+    groups: dict[tuple[str, int], set[int]] = {}
+    for at, holders in enumerate(held):
+        for pod, rank, tier, group, speculative in holders:
+            if speculative:
+                continue
+            of_rank = masks.get((pod, rank))
+            if of_rank is None:
+                of_rank = masks[pod, rank] = [0] * len(held)
+                groups[pod, rank] = set()
+            of_rank[at] |= 1 << tier
+            groups[pod, rank].add(group)
+    reaches: dict[str, dict[int, _Reach]] = {}
+    for score in scores:
         whole = score.matched_blocks
-        slowest = max((tiers.index(tier) for tier in score.tier_blocks), default=0)
-        through = {tier: whole for bit, tier in enumerate(tiers) if bit >= slowest}
-        found[score.rank] = _Reach(whole, through if len(score.tier_blocks) == 1 else {}, through)
-    return found
+        # What a rank with several KV-cache groups needs of each only the core can tell: it has for the best rank.
+        reaches[score.pod] = {
+            rank: _reach(of_rank[:whole], tiers)
+            for (pod, rank), of_rank in masks.items()
+            if pod == score.pod and len(groups[pod, rank]) == 1
+        }
+        if score.rank not in reaches[score.pod]:
+            slowest = max((tiers.index(tier) for tier in score.tier_blocks), default=0)
+            through = {tier: whole for bit, tier in enumerate(tiers) if bit >= slowest}
+            alone = dict.fromkeys(score.tier_blocks, whole) if len(score.tier_blocks) == 1 else {}
+            reaches[score.pod][score.rank] = _Reach(whole, alone, through)
+    return reaches
 
 
 def _reach(masks: Sequence[int], tiers: Sequence[str]) -> _Reach:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from page_fleet import eventually, serving
 from publisher import Publisher, free_port
 
 from kvindex_server import _core
+from kvindex_server.config import Settings
 from kvindex_server.pods import PodSpec
 from kvindex_server.rest import Calls, Fields
 from kvindex_server.server import Server
+from kvindex_server.web import Request
 
 BLOCK = 4
 TOKENS = list(range(1, 8 * BLOCK + 1))
@@ -233,18 +236,17 @@ def test_counted_as_calls_are(server: Server) -> None:
 
 
 def test_not_ready_says_so() -> None:
-    """A pod whose engine does not answer keeps the server from being ready; a query then is no silent miss."""
-    pods = [{"pod": "p", "model": "m", "endpoint": f"tcp://127.0.0.1:{free_port()}"}]
-    from kvindex_server.config import Settings
-
-    ports = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"}
-    server = Server(Settings.model_validate({**ports, "pods": pods, "http": {"listen": "127.0.0.1:0"}}))
-    server.start()
-    try:
-        status, headers, answer = post(server, "/query", {"model": "m", "token_ids": [1]})
-        assert (status, headers["Retry-After"], answer["error"]["code"]) == (503, "1", "UNAVAILABLE")
-    finally:
-        server.stop(0)
+    """Before the configured pods are synchronised a query is refused, and no silent miss."""
+    with Publisher(mute=True) as engine:
+        pod = {"pod": "p", "model": "m", "endpoint": engine.endpoint, "replay_endpoint": engine.replay_endpoint}
+        ports = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "http": {"listen": "127.0.0.1:0"}}
+        server = Server(Settings.model_validate({**ports, "pods": [pod]}))
+        server.start()
+        try:
+            status, headers, answer = post(server, "/query", {"model": "m", "token_ids": [1]})
+            assert (status, headers["Retry-After"], answer["error"]["code"]) == (503, "1", "UNAVAILABLE")
+        finally:
+            server.stop(0)
 
 
 def test_tokens_are_asked_for(tmp_path: Path) -> None:
@@ -322,10 +324,6 @@ def test_permits_and_time_limit() -> None:
         inside.set()
         assert leave.wait(5)
         return {}
-
-    from email.message import Message
-
-    from kvindex_server.web import Request
 
     headers = Message()
     headers["Content-Type"] = "application/json"
