@@ -11,11 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import grpc
+from typing import Protocol
 
 from kvindex_server.errors import KvindexError, PermissionDenied, Unauthenticated, Unavailable
 from kvindex_server.files import Rotated
@@ -136,6 +135,13 @@ class Revoked:
         return _fingerprint(pem) in self._fingerprints.value
 
 
+class Caller(Protocol):
+    """What is asked of a call on its own thread; gRPC's context is one."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]: ...
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
+
+
 @dataclass(frozen=True)
 class Gate:
     """Lets calls in by role. Without any credential configured everybody may do everything."""
@@ -154,6 +160,10 @@ class Gate:
             guarded.add(Role.ADMIN)
         object.__setattr__(self, "_guarded", frozenset(guarded))
 
+    def asks(self, role: Role) -> bool:
+        """Whether this role needs a token."""
+        return role in self._guarded
+
     def at_arrival(self, role: Role, metadata: Sequence[tuple[str, str | bytes]] | None) -> KvindexError | None:
         """What can be refused at once, without waiting for anybody."""
         if role not in self._guarded:
@@ -166,7 +176,7 @@ class Gate:
             return None if self.review else Unauthenticated("the bearer token is not known")
         return None if known >= role else _not_enough(role)
 
-    def in_call(self, role: Role, context: grpc.ServicerContext) -> KvindexError | None:
+    def in_call(self, role: Role, context: Caller) -> KvindexError | None:
         """The rest, on the call's own thread."""
         if self.revoked is not None:
             for pem in context.auth_context().get("x509_pem_cert", ()):

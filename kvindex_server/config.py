@@ -432,6 +432,24 @@ class AuthSettings(_Section):
         return self
 
 
+class PageSettings(_Section):
+    """The page for people on `metrics_listen`."""
+
+    enabled: bool = Field(default=True, description="Serve the page at `/`")
+    prompt: bool = Field(
+        default=False,
+        description="Let it ask who holds a prompt; with `auth` for a bearer token, without for everybody",
+    )
+
+
+class HttpSettings(_Section):
+    """`/query` and `/query_by_hash` by HTTP and JSON, plain text on the wire."""
+
+    listen: Address | None = Field(default=None, description="HTTP address; unset = off, port 0 picks a free one")
+    max_connections: Integer = Field(default=64, ge=1, le=4096, description="Open connections; each has a thread")
+    request_seconds: Seconds = Field(default=10.0, gt=0, description="Time for a request to come, and for its answer")
+
+
 class LogSettings(_Section):
     """What is written to stderr."""
 
@@ -453,7 +471,7 @@ class Settings(_Section):
         default=None, description="Separate address of the admin service; unset = it shares `listen`"
     )
     metrics_listen: Address = Field(
-        default="0.0.0.0:9090", description="HTTP address of `/metrics`, `/healthz` and `/readyz`"
+        default="0.0.0.0:9090", description="HTTP address of `/metrics`, `/healthz`, `/readyz` and the page"
     )
     models: tuple[ModelSettings, ...] = Field(default=(), description="Models known from the start")
     pods: tuple[PodSettings, ...] = Field(default=(), description="Pods subscribed to from the start")
@@ -471,26 +489,30 @@ class Settings(_Section):
     tls: TlsSettings = Field(default=TlsSettings(), description="TLS of the gRPC ports")
     auth: AuthSettings = Field(default=AuthSettings(), description="Who may call")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")
+    page: PageSettings = Field(default=PageSettings(), description="The page")
+    http: HttpSettings = Field(default=HttpSettings(), description="Queries by HTTP")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         self._check_addresses()
         self._check_transport()
+        self._check_plain()
         self._check_names()
         self._check_pods()
         return self
 
     def _check_addresses(self) -> None:
         taken: list[tuple[str, str, int]] = []
-        for key in ("listen", "metrics_listen", "admin_listen"):
-            if getattr(self, key) is None:
+        addresses = {key: getattr(self, key) for key in ("listen", "metrics_listen", "admin_listen")}
+        for key, address in {**addresses, "http.listen": self.http.listen}.items():
+            if address is None:
                 continue
-            if getattr(self, key).startswith("unix:"):
+            if address.startswith("unix:"):
                 if key == "admin_listen" and self.admin_listen == self.listen:
                     raise _WrongField(key, "is the same address as listen")
                 continue
-            host, port = split_address(getattr(self, key))
+            host, port = split_address(address)
             for other, other_host, other_port in taken:
                 same_host = host == other_host or host in _WILDCARDS or other_host in _WILDCARDS
                 if port and port == other_port and same_host:
@@ -502,6 +524,12 @@ class Settings(_Section):
             for key, given in (("tls.cert_file", self.tls.cert_file), ("auth.review.url", self.auth.review.url)):
                 if given:
                     raise _WrongField("server.transport", f"native does not go with {key}")
+
+    def _check_plain(self) -> None:
+        # Neither port has TLS: each would let in those whom the gRPC port asks for a certificate.
+        for key, given in (("page.prompt", self.page.prompt), ("http.listen", self.http.listen)):
+            if given and self.tls.cert_file:
+                raise _WrongField(key, "is plain HTTP and does not go with tls.cert_file")
 
     def _check_names(self) -> None:
         seen: dict[str, str] = {}

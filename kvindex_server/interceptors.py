@@ -13,7 +13,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
 from kvindex_server import logs
-from kvindex_server.auth import Gate, Role
+from kvindex_server.auth import Caller, Gate, Role
 from kvindex_server.errors import (
     DeadlineExceeded,
     KvindexError,
@@ -123,7 +123,7 @@ class Guard:
             lane.heard()
             try:
                 check = self._checker(method, context)
-                self._identify(method, Role.READ, context)
+                self.identify(method, Role.READ, context)
                 self._check_ready(method)
                 for data in self.watched(requests, context):
                     check()
@@ -288,7 +288,8 @@ class Guard:
         elif isinstance(error, PermissionDenied):
             self.shed(method, "permission_denied")
 
-    def _identify(self, method: str, role: Role, context: grpc.ServicerContext) -> None:
+    def identify(self, method: str, role: Role, context: Caller) -> None:
+        """The rest of what may turn a call away, after `at_arrival`; it may wait for the Kubernetes API server."""
         error = self._gate.in_call(role, context)
         if error is not None:
             self._count_refusal(method, error)
@@ -306,7 +307,7 @@ class Guard:
             check = self._checker(method, context)
             try:
                 check()  # it may have waited for a thread longer than its caller waits for it
-                self._identify(method, role, context)
+                self.identify(method, role, context)
                 with lane.turn():
                     check()
                     answer = handler(data, check)

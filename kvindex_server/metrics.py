@@ -1,13 +1,10 @@
 """Prometheus metrics: what requests cost, and the state of every stream and model, read at scrape."""
 
 import logging
-import socket
-import socketserver
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -19,6 +16,7 @@ from prometheus_client.registry import Collector
 from kvindex_server import __version__, logs
 from kvindex_server.discovery.reconciler import SourceStatus
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
+from kvindex_server.web import Answer, Bounds, Request, Routes, WebServer, text
 
 logger = logging.getLogger(__name__)
 
@@ -307,9 +305,19 @@ class Metrics:
         """Show how the index is kept, in every scrape."""
         self.registry.register(SnapshotCollector(stats))
 
-    def serve(self, host: str, port: int) -> "MetricsServer":
-        """Answer HTTP on this address; port 0 picks a free one."""
-        return MetricsServer(self, host, port)
+    def lookups(self) -> dict[str, tuple[int, int]]:
+        """Per model: the blocks of the prompts asked about, and those of them the best pod held, since the start."""
+        matched = _by_model(self._matched)
+        return {model: (blocks, matched.get(model, 0)) for model, blocks in _by_model(self._looked_up).items()}
+
+    def serve(self, host: str, port: int, routes: Routes | None = None, body_bytes: int = 0) -> "MetricsServer":
+        """Answer HTTP on this address, also by `routes`, whose bodies are bounded; port 0 picks a free one."""
+        return MetricsServer(self, host, port, routes, body_bytes)
+
+
+def _by_model(counter: Counter) -> dict[str, int]:
+    samples = (sample for family in counter.collect() for sample in family.samples)
+    return {sample.labels["model"]: int(sample.value) for sample in samples}
 
 
 class FleetCollector(Collector):
@@ -460,104 +468,36 @@ def _add_stream(families: dict[str, Metric], status: StreamStatus) -> None:
 
 
 class MetricsServer:
-    """A running HTTP server with `/metrics`, `/healthz` and `/readyz`."""
+    """A running HTTP server with `/metrics`, `/healthz` and `/readyz`, and what else is given to it."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        self._http = _HTTPServer(metrics, host, port)
-        self.port: int = self._http.server_address[1]
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics-http", daemon=True
-        )
-        self._thread.start()
+    def __init__(
+        self, metrics: Metrics, host: str, port: int, routes: Routes | None = None, body_bytes: int = 0
+    ) -> None:
+        self._metrics = metrics
+        own = {("GET", "/metrics"): self._scrape, ("GET", "/healthz"): self._alive, ("GET", "/readyz"): self._ready}
+        bounds = Bounds(connections=MAX_HTTP_CONNECTIONS, body_bytes=body_bytes)
+        self._web = WebServer("metrics", host, port, {**own, **(routes or {})}, bounds)
+        self.port = self._web.port
 
     def stop(self) -> None:
         """Close the port and wait for the accepting thread to end."""
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join(timeout=5)
+        self._web.stop()
+
+    def _scrape(self, request: Request) -> Answer:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        try:
+            return Answer(200, content_type, encode(self._metrics.registry))
+        except Exception:  # noqa: BLE001  a scrape must not end the connection without an answer
+            logs.event(logger, logging.ERROR, "scrape failed", exc_info=True)
+            return text(500, "scrape failed\n")
+
+    def _alive(self, _: Request) -> Answer:
+        return text(200, "ok\n")
+
+    def _ready(self, _: Request) -> Answer:
+        ready = self._metrics.is_ready
+        return text(200 if ready else 503, "ready\n" if ready else "not ready\n")
 
 
 MAX_HTTP_CONNECTIONS = 32
 """Each has a thread; one more is closed at once."""
-
-
-class _HTTPServer(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False  # an idle scraper must not hold up the end
-    request_queue_size = 32
-
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        host = host.strip("[]")
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.metrics = metrics
-        self._places = threading.BoundedSemaphore(MAX_HTTP_CONNECTIONS)
-        super().__init__((host, port), _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-    def server_bind(self) -> None:
-        # HTTPServer.server_bind asks DNS for the host's full name, which can hang and is used for nothing.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        logs.event(logger, logging.DEBUG, "metrics connection failed", exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "kvindex-server"
-    sys_version = ""
-    timeout = 30  # a silent client gives its thread back
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            self._metrics()
-        elif path == "/healthz":
-            self._text(200, "ok\n")
-        elif path == "/readyz":
-            ready = self._server.metrics.is_ready
-            self._text(200 if ready else 503, "ready\n" if ready else "not ready\n")
-        else:
-            self._text(404, "not found\n")
-
-    do_HEAD = do_GET
-
-    @property
-    def _server(self) -> _HTTPServer:
-        return cast(_HTTPServer, self.server)
-
-    def _metrics(self) -> None:
-        encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-        try:
-            body = encode(self._server.metrics.registry)
-        except Exception:  # noqa: BLE001  a scrape must not end the connection without an answer
-            logs.event(logger, logging.ERROR, "scrape failed", exc_info=True)
-            self._text(500, "scrape failed\n")
-            return
-        self._send(200, content_type, body)
-
-    def _text(self, status: int, text: str) -> None:
-        self._send(status, "text/plain; charset=utf-8", text.encode())
-
-    def _send(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not logged: a scrape every few seconds is noise."""

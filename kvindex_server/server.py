@@ -16,9 +16,9 @@ from pathlib import Path
 
 import grpc
 
-from kvindex_server import admin, compat, health, interceptors, reflection, service, wire
+from kvindex_server import admin, compat, health, interceptors, query, reflection, service, web, wire
 from kvindex_server._core import Index, TextCache
-from kvindex_server.auth import Gate, ReviewSettings, Revoked, TokenFile, TokenReview
+from kvindex_server.auth import Gate, ReviewSettings, Revoked, Role, TokenFile, TokenReview
 from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.direct import Direct
 from kvindex_server.discovery.dns import DnsSource
@@ -36,8 +36,12 @@ from kvindex_server.keeper import Keeper, register_again
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
+from kvindex_server.page import routes as page
+from kvindex_server.page.fleet import FleetView
+from kvindex_server.page.prompt import MAX_TEXT_BYTES, PromptView
 from kvindex_server.pods import PodSpec
 from kvindex_server.pull import Peers
+from kvindex_server.rest import Calls
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
@@ -106,6 +110,10 @@ class Server:
         if settings.server.reflection:
             reflection.register(self._public, described, guard)
         self._metrics_server: MetricsServer | None = None
+        self._page = self._page_routes(gate, guard, lookup) if settings.page.enabled else {}
+        self._queries = query.routes(self._calls(guard), lookup, self.models, self.fleet, settings.limits)
+        self._query_server: web.WebServer | None = None
+        self.http_address = ""
         self.grpc_address = ""
         self.metrics_address = ""
         self.admin_address = ""
@@ -120,6 +128,23 @@ class Server:
         guard = Guard(self.metrics, self._ready.is_set, bounds, gate)
         self._guards.append(guard)
         return guard
+
+    def _calls(self, guard: Guard) -> Calls:
+        """Of one HTTP port: its permits are not those of another one."""
+        settings = self._settings
+        return Calls(
+            guard,
+            workers=settings.server.workers,
+            max_in_flight=settings.limits.max_in_flight,
+            seconds=settings.http.request_seconds,
+        )
+
+    def _page_routes(self, gate: Gate, guard: Guard, lookup: Lookup) -> web.Routes:
+        settings = self._settings
+        box = PromptView(lookup, settings.limits) if settings.page.prompt else None
+        how = "off" if box is None else "token" if gate.asks(Role.READ) else "open"
+        fleet = FleetView(self.fleet.statuses, self._sizes, self.metrics, how)
+        return page.routes(fleet, box, self._calls(guard))
 
     def start(self) -> None:
         """Bind the ports and begin to listen to the configured pods. ConfigError when a port cannot be bound."""
@@ -140,10 +165,12 @@ class Server:
         self.metrics.watch_snapshots(lambda: self._keeper.stats)
         host, _, port = settings.metrics_listen.rpartition(":")
         try:
-            self._metrics_server = self.metrics.serve(host.strip("[]"), int(port))
+            self._metrics_server = self.metrics.serve(host, int(port), self._page, 8 * MAX_TEXT_BYTES)
         except OSError as error:
             raise ConfigError("metrics_listen", f"{settings.metrics_listen}: {error.strerror}") from error
         self.metrics_address = f"{host}:{self._metrics_server.port}"
+        if settings.http.listen is not None:
+            self._serve_queries(settings.http.listen)
         again = self._load()
         try:
             self.fleet.start()
@@ -170,6 +197,18 @@ class Server:
                     return pulled
         with _config_errors("snapshot.directory"):
             return self._keeper.load()
+
+    def _serve_queries(self, address: str) -> None:
+        settings = self._settings
+        bounds = web.Bounds(
+            settings.http.max_connections, settings.limits.max_message_bytes, settings.http.request_seconds
+        )
+        host, _, port = address.rpartition(":")
+        try:
+            self._query_server = web.WebServer("query", host, int(port), self._queries, bounds)
+        except OSError as error:
+            raise ConfigError("http.listen", f"{address}: {error.strerror}") from error
+        self.http_address = f"{host}:{self._query_server.port}"
 
     def _become_ready(self) -> None:
         ends = time.monotonic() + self._settings.server.ready_timeout_seconds
@@ -200,6 +239,8 @@ class Server:
         self._stopping.set()
         self._health.stop()
         self.metrics.ready(False)
+        if self._query_server is not None:
+            self._query_server.stop()
         servers = [server for server in (self._public, self._admin) if server is not None]
         draining = [(guard, server.stop(grace)) for guard, server in zip(self._guards, servers, strict=True)]
         for guard, stopped in draining:
@@ -283,6 +324,8 @@ def run(settings: Settings) -> int:
         line = f"listening grpc={server.grpc_address} metrics={server.metrics_address}"
         if settings.admin_listen:
             line += f" admin={server.admin_address}"
+        if server.http_address:
+            line += f" http={server.http_address}"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
         # What was built so far lives as long as the process: no collection need look at it again.

@@ -249,7 +249,7 @@ def test_http_health_and_readiness(server: tuple[Metrics, MetricsServer]) -> Non
     assert get(running.port, "/readyz")[0] == 503
     assert get(running.port, "/")[0] == 404
     assert get(running.port, "/metrics/x")[0] == 404
-    assert get(running.port, "/metrics", method="POST")[0] == 501
+    assert get(running.port, "/metrics", method="POST")[0] == 405
 
 
 def test_a_failing_scrape_answers_and_reveals_nothing(server: tuple[Metrics, MetricsServer]) -> None:

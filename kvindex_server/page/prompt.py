@@ -1,0 +1,95 @@
+"""What the page shows of one prompt: per pod its score, and block by block where the pod holds it."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Literal, Protocol
+
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.lookup import BlocksQuery, Check, Located, Lookup, ScoreQuery
+from kvindex_server.rest import Fields
+from kvindex_server.score import PodScore
+
+MAX_PODS = 64
+"""Pods shown, the best ones; the answer says how many there are."""
+MAX_TEXT_BYTES = 256 * 1024
+"""Every block of the prompt is looked up at every pod shown."""
+
+
+class Limits(Protocol):
+    """Bounds on one request."""
+
+    @property
+    def max_prompt_bytes(self) -> int: ...
+
+
+class PromptView:
+    """Answers `/api/score`. Nothing of the prompt is kept, logged or sent back."""
+
+    def __init__(self, lookup: Lookup, limits: Limits) -> None:
+        self._lookup = lookup
+        self._max_bytes = min(MAX_TEXT_BYTES, limits.max_prompt_bytes)
+
+    def shown(self, fields: Fields, check: Check) -> Mapping[str, object]:
+        """`model`, `kind` (`prompt` or `chat`), `text`, and optionally `lora_name` and `cache_salt`."""
+        kind = fields.text("kind")
+        if kind not in ("prompt", "chat"):
+            raise InvalidArgument("kind", "must be prompt or chat")
+        of: Literal["prompt", "chat"] = "chat" if kind == "chat" else "prompt"
+        text = fields.text("text", limit=self._max_bytes)
+        model = fields.text("model")
+        lora, salt = fields.text("lora_name", ""), fields.text("cache_salt", "")
+        fields.done()
+        if not text:
+            raise InvalidArgument("text", "must not be empty")
+        if len(text.encode(errors="surrogatepass")) > self._max_bytes:
+            raise InvalidArgument("text", f"is longer than {self._max_bytes} bytes, the most this page asks about")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument("text", "has half of a surrogate pair") from None
+        answer = self._lookup.score(ScoreQuery(model, of, text=text, lora_name=lora, cache_salt=salt), check)
+        scores = answer.scores[:MAX_PODS]
+        pods = tuple(each.pod for each in scores)
+        blocks: list[tuple[int, list[Located]]] = []
+        tiers: Sequence[str] = ()
+        if pods and answer.total_blocks:
+            query = BlocksQuery(model, of, text=text, lora_name=lora, cache_salt=salt, pods=pods)
+            found = self._lookup.blocks(query, check)
+            blocks, tiers = found.blocks, found.tiers
+        held = _held(blocks, tiers, {each.pod: each.rank for each in scores})
+        return {
+            "total_tokens": answer.total_tokens,
+            "total_blocks": answer.total_blocks,
+            "block_size": answer.block_size,
+            "pods_total": len(answer.scores),
+            "pods": [_pod(each, held[each.pod]) for each in scores],
+        }
+
+
+def _held(
+    blocks: Sequence[tuple[int, list[Located]]], tiers: Sequence[str], ranks: Mapping[str, int]
+) -> Mapping[str, list[str]]:
+    """Per pod, of the rank that scores: where each block lies best, `speculative` when only placed, or empty."""
+    held = {pod: [""] * len(blocks) for pod in ranks}
+    best = {pod: [len(tiers) + 1] * len(blocks) for pod in ranks}
+    for at, (_, holders) in enumerate(blocks):
+        for pod, rank, tier, _group, speculative in holders:
+            order = len(tiers) if speculative else tier
+            if rank == ranks.get(pod) and order < best[pod][at]:
+                best[pod][at] = order
+                held[pod][at] = "speculative" if speculative else tiers[tier]
+    return held
+
+
+def _pod(score: PodScore, held: Sequence[str]) -> Mapping[str, object]:
+    return {
+        "pod": score.pod,
+        "rank": score.rank,
+        "score": score.score,
+        "matched_blocks": score.matched_blocks,
+        "speculative_blocks": score.speculative_blocks,
+        "tier_blocks": dict(score.tier_blocks),
+        "trust": score.trust.name,
+        # Runs of equal blocks from the first on: [where, how many].
+        "runs": [[where, sum(1 for _ in run)] for where, run in groupby(held)],
+    }
