@@ -331,7 +331,7 @@ class Running:
         publisher = self.publishers[pod]
         sequence = publisher.publish(maps(*events))
         self.until(
-            lambda: any((each.pod, each.rank, each.last_sequence) == (pod, 0, sequence) for each in self.streams())
+            lambda: any((each.pod, each.rank, each.messages) == (pod, 0, sequence + 1) for each in self.streams())
         )
 
     def streams(self) -> list[pb.StreamInfo]:
