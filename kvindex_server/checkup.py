@@ -14,8 +14,8 @@ from kvindex_server.reach import reach
 from kvindex_server.stream import StreamState, StreamStatus
 
 REACH_SECONDS = 1.0
-MAX_REACHED = 128
-"""Endpoints per model that a connection is tried to."""
+MAX_REACHED = 256
+"""Endpoints that a connection is tried to, all at once; of the others it is not known who is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,28 @@ class Checkup:
                 return [doctor.unknown_model(query.model, [each.name for each in self._models.all()])]
         if not models:
             return [doctor.unknown_model("", [])]
+        registrations = [spec for spec, _ in self._fleet.registrations()]
+        names = {model.name for model in models}
+        streams = [each for each in self._fleet.statuses() if each.model in names]
+        reached = _reached(streams, registrations)
+        check()
         found = []
         for model in models:
-            found += doctor.examine(self._facts(model, query, check))
+            of_model = [each for each in streams if each.model == model.name]
+            found += doctor.examine(self._facts(model, of_model, registrations, reached, query, check))
             check()
         return found
 
-    def _facts(self, model: Model, query: CheckQuery, check: Check) -> doctor.Facts:
-        registrations = [spec for spec, _ in self._fleet.registrations()]
+    def _facts(
+        self,
+        model: Model,
+        streams: list[StreamStatus],
+        registrations: list[PodSpec],
+        reached: dict[str, str],
+        query: CheckQuery,
+        check: Check,
+    ) -> doctor.Facts:
         specs = {spec.pod: spec for spec in registrations if spec.model == model.name}
-        streams = self._fleet.statuses(model.name)
         tokenizer = model.tokenizer
         return doctor.Facts(
             model=model.name,
@@ -76,7 +88,7 @@ class Checkup:
             tokenizer=None if tokenizer is None else (tokenizer.mode, tokenizer.reason, tokenizer.has_chat_template),
             candidates=query.pods,
             pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},
-            reached=_reached(streams, specs),
+            reached=reached,
             probe=None if query.kind is None else self._probe(query, query.kind, check),
         )
 
@@ -103,13 +115,13 @@ class Checkup:
         )
 
 
-def _reached(streams: list[StreamStatus], specs: dict[str, PodSpec]) -> dict[str, str]:
+def _reached(streams: list[StreamStatus], registrations: list[PodSpec]) -> dict[str, str]:
     """A connection is tried only where something is missing; an engine that dials in cannot be called."""
+    dial_in = {(spec.model, spec.pod) for spec in registrations if spec.bind}
     endpoints = []
     for stream in streams:
         silent = not stream.messages or stream.state is StreamState.DOWN
-        spec = specs.get(stream.pod)
-        if silent and spec is not None and not spec.bind:
+        if silent and (stream.model, stream.pod) not in dial_in:
             endpoints.append(stream.endpoint)
         if stream.replay_endpoint and (silent or "not answered" in stream.trust_reason):
             endpoints.append(stream.replay_endpoint)

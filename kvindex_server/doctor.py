@@ -135,9 +135,10 @@ def _candidates(facts: Facts) -> Iterator[Finding]:
     if not facts.candidates:
         yield Finding(Status.SKIP, "no candidates were given", "Give the pod names that the router uses: --pod NAME.")
         return
+    by_host = {host: pod for pod, spec in facts.specs.items() for host in (pod, _endpoint_host(spec), _host(pod))}
     for candidate in facts.candidates:
         if candidate not in facts.specs:
-            yield _stranger(facts, candidate)
+            yield _stranger(facts, candidate, by_host.get(_host(candidate), ""))
     for pod in facts.specs:
         if pod not in facts.candidates:
             yield Finding(
@@ -149,7 +150,7 @@ def _candidates(facts: Facts) -> Iterator[Finding]:
     yield _pass(f"all {len(facts.candidates)} candidates are registered")
 
 
-def _stranger(facts: Facts, candidate: str) -> Finding:
+def _stranger(facts: Facts, candidate: str, alike: str) -> Finding:
     if candidate in facts.pods_of_others:
         return Finding(
             Status.FAIL,
@@ -157,8 +158,6 @@ def _stranger(facts: Facts, candidate: str) -> Finding:
             "Register it for this model, or ask with that model's name or an alias.",
             candidate,
         )
-    host = _host(candidate)
-    alike = next((pod for pod, spec in facts.specs.items() if host in (pod, _host(pod), _endpoint_host(spec))), "")
     evidence = "nobody publishes for this candidate: no such pod is registered"
     if alike:
         evidence += f"; {alike!r} has the same host"

@@ -12,7 +12,8 @@ from kvindex_server.score import PodScore
 from kvindex_server.stream import Trust
 
 MAX_PODS = 64
-MAX_RUN_BLOCKS = 4096
+MAX_RUN_BLOCKS = 1024
+"""Of one pod: a Python object is made of each of them."""
 AHEAD_BLOCKS = 256
 """So far behind the end of a match it is looked for blocks that are still held."""
 MAX_ADAPTERS = 16

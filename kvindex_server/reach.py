@@ -14,16 +14,18 @@ NO_ANSWER = "no answer"
 
 
 def reach(endpoints: Iterable[str], seconds: float) -> dict[str, str]:
-    """By `tcp://host:port`: empty when it accepts a connection, else why not. Names are resolved one after another."""
+    """By `tcp://host:port`: empty when it accepts a connection, else why not.
+
+    Names are resolved one after another; an endpoint for which no time was left is not in the answer.
+    """
     ends = time.monotonic() + seconds
     found: dict[str, str] = {}
     with selectors.DefaultSelector() as selector:
         try:
             for endpoint in dict.fromkeys(endpoints):
                 if time.monotonic() >= ends:
-                    found[endpoint] = NO_ANSWER
-                else:
-                    _begin(selector, endpoint, found)
+                    break
+                _begin(selector, endpoint, found)
             while selector.get_map() and (left := ends - time.monotonic()) > 0:
                 for key, _ in selector.select(left):
                     found[key.data] = _reason(_socket(key).getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,9 +15,13 @@ from event_encoding import Removed, Stored, maps
 from publisher import Publisher, free_port
 
 from kvindex_server import doctor
+from kvindex_server._core import Index
 from kvindex_server.config import ModelSettings, PodSettings, Settings
 from kvindex_server.doctor import Facts, Finding, Probe, Status, examine
-from kvindex_server.explain import End
+from kvindex_server.explain import End, Explainer, PodExplanation
+from kvindex_server.lookup import Lookup, Query
+from kvindex_server.metrics import Metrics
+from kvindex_server.models import Model, Models
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.pods import PodSpec
@@ -331,7 +336,7 @@ class Running:
         publisher = self.publishers[pod]
         sequence = publisher.publish(maps(*events))
         self.until(
-            lambda: any((each.pod, each.rank, each.last_sequence) == (pod, 0, sequence) for each in self.streams())
+            lambda: any((each.pod, each.rank, each.messages) == (pod, 0, sequence + 1) for each in self.streams())
         )
 
     def streams(self) -> list[pb.StreamInfo]:
@@ -560,3 +565,49 @@ def test_every_alert_has_its_entry() -> None:
     names = re.findall(r"alert: (\w+)", alerts)
     assert len(names) > 5
     assert [each for each in names if f"`{each}`" not in page] == []
+
+
+# --- ends that need ranks or groups of their own ---
+
+
+class OnePod:
+    """A fleet of one pod that is trusted."""
+
+    def pods(self, model: str) -> list[str]:
+        return ["p"]
+
+    def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]:
+        return Trust.EXACT, "", 0.1
+
+
+def explained(index: Index) -> PodExplanation:
+    lookup = Lookup(Models([Model(MODEL, index)]), OnePod(), {"gpu": 1.0, "cpu": 0.8}, Metrics())
+    query = Query(MODEL, "tokens", tokens=struct.pack(f"<{len(TOKENS)}I", *TOKENS))
+    (found,) = Explainer(lookup).explain(query, lambda: None).pods
+    return found
+
+
+def test_a_block_that_another_rank_holds() -> None:
+    index = Index(4)
+    first, second = index.add_stream("p", 0), index.add_stream("p", 1)
+    first.apply([maps(stored(0, 2))])
+    second.apply([maps(stored(0, 3), Removed([100]), rank=1)])
+    found = explained(index)
+    assert (found.end, found.why) == (End.OTHER_RANK, "block 2 is held by rank 1, the match is rank 0's")
+    assert (found.score.rank, found.runs) == (0, [("gpu", 2)])
+
+
+def test_a_block_that_a_window_alone_holds() -> None:
+    index = Index(4)
+    stream = index.add_stream("p", 0)
+    stream.apply(
+        [
+            maps(
+                stored(0, 3, group=0, kind="full_attention"),
+                stored(0, 3, group=1, kind="sliding_window", window=8),
+                Removed([102], group=0),
+            )
+        ]
+    )
+    found = explained(index)
+    assert (found.end, found.why) == (End.OTHER_GROUP, "block 2 is held in KV-cache group 1 only")

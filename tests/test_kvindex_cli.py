@@ -202,6 +202,29 @@ def test_watch_ends_with_a_signal(site: Site) -> None:
     assert (popen.returncode, err) == (130, "")
 
 
+def test_watch_outlives_a_restart_of_the_server(tmp_path: Path) -> None:
+    address, config = f"127.0.0.1:{free_port()}", tmp_path / "k.yaml"
+    config.write_text(json.dumps({"pods": [{"pod": "p", "model": "m", "endpoint": f"tcp://127.0.0.1:{free_port()}"}]}))
+    server = ServerProcess("--listen", address)
+    popen = subprocess.Popen(
+        [KVINDEX, "watch", "--server", address, "--interval", "0.2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert popen.stdout is not None and popen.stderr is not None
+    try:
+        assert "0 streams" in popen.stdout.readline()
+        server.close()
+        assert address in popen.stderr.readline()
+        server = ServerProcess("--listen", address, "--config", str(config))
+        assert any("1 streams" in line for line in popen.stdout)
+    finally:
+        server.close()
+        popen.send_signal(signal.SIGTERM)
+        popen.communicate(timeout=20)
+
+
 def test_blocks_by_prompt_and_by_engine_hash(site: Site) -> None:
     done = kvindex("blocks", *site.server, "--model", "m", "--chat", "-", stdin=CHAT)
     assert done.code == 0
@@ -279,6 +302,8 @@ def test_an_unknown_model_names_the_known_ones(site: Site) -> None:
             ("score", "--model", "m", "--tokens", "1,x"),
             "--tokens: must be numbers, as 1,2,3, or @FILE with a JSON list",
         ),
+        (("score", "--model", "m", "--tokens", "[1, 2.5]"), "--tokens: must be numbers, as 1,2,3, or @FILE"),
+        (("pods", "--token-file", os.devnull), "/dev/null: must hold one token, on one line and in printable ASCII"),
         (("score", "--model", "m", "--tokens", "4294967296"), "--tokens: every number must be in 0..2^32-1"),
         (("score", "--model", "m", "--tokens", ""), "--tokens: must not be empty"),
         (("score", "--model", "m", "--chat", "/nowhere"), "/nowhere: cannot be read: No such file or directory"),

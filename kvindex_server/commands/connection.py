@@ -37,7 +37,7 @@ class Connection:
         self._timeout = args.timeout
         self._metadata: tuple[tuple[str, str], ...] = ()
         if args.token_file:
-            self._metadata = (("authorization", f"Bearer {_read(args.token_file, 'token').decode().strip()}"),)
+            self._metadata = (("authorization", f"Bearer {_token(args.token_file)}"),)
         credentials = _credentials(args)
         self.server = args.server
         self._admin_server = args.admin or args.server
@@ -121,6 +121,13 @@ def _channel(server: str, credentials: grpc.ChannelCredentials | None) -> grpc.C
     if credentials is None:
         return grpc.insecure_channel(server, options)
     return grpc.secure_channel(server, credentials, options)
+
+
+def _token(path: Path) -> str:
+    token = _read(path, "token").strip()
+    if not token or not all(0x21 <= byte <= 0x7E for byte in token):
+        raise CommandError(f"{path}: must hold one token, on one line and in printable ASCII", USAGE)
+    return token.decode("ascii")
 
 
 def _read(path: Path, what: str) -> bytes:

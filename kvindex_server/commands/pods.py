@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvindex_server.commands import screen
 from kvindex_server.commands.connection import Connection
+from kvindex_server.commands.failure import UNREACHABLE, CommandError
 from kvindex_server.commands.score import trust
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
@@ -60,7 +61,14 @@ def watch(args: argparse.Namespace) -> int:
     shown, last = 0, (0.0, 0)
     with Connection(args) as connection:
         while True:
-            answer = connection.call(connection.admin.ListPods, pb.ListPodsRequest(model=args.model))
+            try:
+                answer = connection.call(connection.admin.ListPods, pb.ListPodsRequest(model=args.model))
+            except CommandError as error:
+                if not shown or args.count or error.code != UNREACHABLE:
+                    raise
+                screen.note(f"kvindex: {error.message}")  # it may come back: that is what is watched
+                time.sleep(max(0.05, args.interval))
+                continue
             now, messages = time.monotonic(), sum(each.messages for each in answer.streams)
             rate = max(0, messages - last[1]) / (now - last[0]) if shown else 0.0
             last = (now, messages)

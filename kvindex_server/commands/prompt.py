@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import operator
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def numbers(given: str, option: str, bits: int) -> Sequence[int]:
     try:
         if text.lstrip().startswith(("[", "{")):
             loaded: Any = json.loads(text)
-            values = [int(each) for each in (loaded["tokens"] if isinstance(loaded, dict) else loaded)]
+            values = [operator.index(each) for each in (loaded["tokens"] if isinstance(loaded, dict) else loaded)]
         else:
             values = [int(each, 0) for each in text.replace(",", " ").split()]
     except (ValueError, TypeError, KeyError):

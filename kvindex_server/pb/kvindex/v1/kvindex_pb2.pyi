@@ -1436,7 +1436,7 @@ class PodExplanation(_message.Message):
     def score(self) -> Global___PodScore: ...
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierRun]:
-        """The match from its beginning, best tier of each block; covers at most the first 4,096 blocks."""
+        """The match from its beginning, best tier of each block; covers at most the first 1,024 blocks."""
 
     def __init__(
         self,
