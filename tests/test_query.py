@@ -18,7 +18,9 @@ from publisher import Publisher, free_port
 from kvindex_server import _core
 from kvindex_server.config import Settings
 from kvindex_server.pods import PodSpec
+from kvindex_server.query import _Reach, _reaches
 from kvindex_server.rest import Calls, Fields
+from kvindex_server.score import PodScore
 from kvindex_server.server import Server
 from kvindex_server.web import Request
 
@@ -341,3 +343,22 @@ def test_permits_and_time_limit() -> None:
         thread.join(5)
     assert sorted(found) == [200, 504]
     assert {"in_flight", "deadline"} == set(guard.shed_for)
+
+
+def test_several_cache_groups() -> None:
+    """Of a rank with several KV-cache groups only the core's own match is said: other ranks and tiers say less."""
+    held = [[("p", 0, 0, 0, False), ("p", 0, 0, 1, False), ("p", 1, 0, 0, False), ("p", 1, 1, 1, False)]] * 3
+    tiers = ["gpu", "cpu", "disk"]
+    score = PodScore("p", 3.0, 3, 0, {"gpu": 3})
+    assert _reaches([score], held, tiers) == {
+        "p": {0: _Reach(3, {"gpu": 3}, {"gpu": 3, "cpu": 3, "disk": 3})},
+    }
+    score.tier_blocks = {"gpu": 2, "cpu": 1}
+    assert _reaches([score], held, tiers)["p"][0] == _Reach(3, {}, {"cpu": 3, "disk": 3})
+
+
+def test_what_is_only_placed_does_not_count() -> None:
+    """A router's own decision is no match yet, on no tier."""
+    held = [[("p", 0, 1, 0, False), ("p", 0, 0, 0, True)], [("p", 0, 0, 0, True)]]
+    found = _reaches([PodScore("p", 2.0, 1, 0, {"cpu": 1}, 1)], held, ["gpu", "cpu"])
+    assert found == {"p": {0: _Reach(1, {"gpu": 0, "cpu": 1}, {"gpu": 0, "cpu": 1})}}
