@@ -198,8 +198,18 @@ def test_what_is_no_request(server: Server) -> None:
     assert raw(server, twice).startswith(b"HTTP/1.1 400 ")
     chunked = b"POST /query HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
     assert raw(server, chunked).startswith(b"HTTP/1.1 411 ")
-    quoted = raw(server, b"BAD <secret>\r\n\r\n")
-    assert b"secret" not in quoted
+    for line in (b"BAD <secret>", b"POST /query secret HTTP/1.1", b"GET / secret/1.1", b"SECRET / HTTP/1.1"):
+        answer = raw(server, line + b"\r\n\r\n")
+        assert b"HTTP/1.1 400 " in answer or b"HTTP/1.1 501 " in answer or answer == b"400\n", line
+        assert b"secret" not in answer.lower()
+
+
+def test_a_body_is_never_taken_for_a_request(server: Server) -> None:
+    """What is refused before its body was read ends the connection, whatever the body looks like."""
+    hidden = b"GET /query HTTP/1.1\r\n\r\n"
+    for start in (b"GET /other", b"POST /other", b"GET /query"):
+        answer = raw(server, start + b" HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(hidden) + hidden)
+        assert answer.count(b"HTTP/1.1 ") == 1, start
 
 
 def raw(server: Server, data: bytes) -> bytes:
