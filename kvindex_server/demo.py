@@ -18,7 +18,7 @@ from types import FrameType
 import grpc
 
 from kvindex_server import logs
-from kvindex_server.config import ConfigError, ModelSettings, Settings
+from kvindex_server.config import ConfigError, ModelSettings, PageSettings, Settings
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.server import Server
@@ -260,7 +260,7 @@ class _Demo:
             f"  buf curl --protocol grpc --http2-prior-knowledge -d '{body}' http://{address}/{method}"
             for method, body in calls
         ]
-        return [*lines, f"  curl http://{metrics}/metrics"]
+        return [*lines, f"  curl http://{metrics}/metrics", f"or open http://{metrics}/ in a browser"]
 
     def _tokenized_system_prompts(self) -> Sequence[Sequence[int]]:
         tokenizer = self._server.models.get(MODEL).tokenizer
@@ -327,6 +327,7 @@ def _start_server(tokenizer: str | Path | None) -> Server:
         listen=_address(50051),
         metrics_listen=_address(9090),
         models=(ModelSettings(name=MODEL, tokenizer=str(tokenizer) if tokenizer else None),),
+        page=PageSettings(prompt=tokenizer is not None),
     )
     server = Server(settings)
     server.start()

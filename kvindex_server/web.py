@@ -147,7 +147,6 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = IDLE_SECONDS
     wbufsize = 65536  # headers and body leave in one piece
     disable_nagle_algorithm = True
-    # The library's own answers quote the request.
     error_content_type = "text/plain; charset=utf-8"
     error_message_format = "%(code)d\n"
 
@@ -161,6 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         self._server.arriving[self.connection] = time.monotonic() + self._server.bounds.request_seconds
         return super().parse_request()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        # The library's own words quote the request.
+        super().send_error(code)
 
     def do_GET(self) -> None:
         self._answer("GET")
@@ -185,8 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body()
         self._server.arriving.pop(self.connection, None)
         if handler is None or isinstance(body, Answer):
-            # Behind a POST there is a body that nobody has read.
-            self.close_connection = self.close_connection or self.command == "POST" or handler is not None
+            # A body that nobody has read would be taken for the next request.
+            if handler is not None or "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+                self.close_connection = True
             self._send(cast(Answer, body))
             return
         try:

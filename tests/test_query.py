@@ -18,7 +18,9 @@ from publisher import Publisher, free_port
 from kvindex_server import _core
 from kvindex_server.config import Settings
 from kvindex_server.pods import PodSpec
+from kvindex_server.query import _Reach, _reaches
 from kvindex_server.rest import Calls, Fields
+from kvindex_server.score import PodScore
 from kvindex_server.server import Server
 from kvindex_server.web import Request
 
@@ -196,8 +198,18 @@ def test_what_is_no_request(server: Server) -> None:
     assert raw(server, twice).startswith(b"HTTP/1.1 400 ")
     chunked = b"POST /query HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
     assert raw(server, chunked).startswith(b"HTTP/1.1 411 ")
-    quoted = raw(server, b"BAD <secret>\r\n\r\n")
-    assert b"secret" not in quoted
+    for line in (b"BAD <secret>", b"POST /query secret HTTP/1.1", b"GET / secret/1.1", b"SECRET / HTTP/1.1"):
+        answer = raw(server, line + b"\r\n\r\n")
+        assert b"HTTP/1.1 400 " in answer or b"HTTP/1.1 501 " in answer or answer == b"400\n", line
+        assert b"secret" not in answer.lower()
+
+
+def test_a_body_is_never_taken_for_a_request(server: Server) -> None:
+    """What is refused before its body was read ends the connection, whatever the body looks like."""
+    hidden = b"GET /query HTTP/1.1\r\n\r\n"
+    for start in (b"GET /other", b"POST /other", b"GET /query"):
+        answer = raw(server, start + b" HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(hidden) + hidden)
+        assert answer.count(b"HTTP/1.1 ") == 1, start
 
 
 def raw(server: Server, data: bytes) -> bytes:
@@ -341,3 +353,22 @@ def test_permits_and_time_limit() -> None:
         thread.join(5)
     assert sorted(found) == [200, 504]
     assert {"in_flight", "deadline"} == set(guard.shed_for)
+
+
+def test_several_cache_groups() -> None:
+    """Of a rank with several KV-cache groups only the core's own match is said: other ranks and tiers say less."""
+    held = [[("p", 0, 0, 0, False), ("p", 0, 0, 1, False), ("p", 1, 0, 0, False), ("p", 1, 1, 1, False)]] * 3
+    tiers = ["gpu", "cpu", "disk"]
+    score = PodScore("p", 3.0, 3, 0, {"gpu": 3})
+    assert _reaches([score], held, tiers) == {
+        "p": {0: _Reach(3, {"gpu": 3}, {"gpu": 3, "cpu": 3, "disk": 3})},
+    }
+    score.tier_blocks = {"gpu": 2, "cpu": 1}
+    assert _reaches([score], held, tiers)["p"][0] == _Reach(3, {}, {"cpu": 3, "disk": 3})
+
+
+def test_what_is_only_placed_does_not_count() -> None:
+    """A router's own decision is no match yet, on no tier."""
+    held = [[("p", 0, 1, 0, False), ("p", 0, 0, 0, True)], [("p", 0, 0, 0, True)]]
+    found = _reaches([PodScore("p", 2.0, 1, 0, {"cpu": 1}, 1)], held, ["gpu", "cpu"])
+    assert found == {"p": {0: _Reach(1, {"gpu": 0, "cpu": 1}, {"gpu": 0, "cpu": 1})}}

@@ -4,7 +4,7 @@ import { svg } from "./draw.js";
 
 // Seconds that a chart may reach back; it begins with the shortest.
 const SPANS = [60, 120, 300, 600];
-const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
+const LEFT = 54, RIGHT = 8, TOP = 8, BOTTOM = 20;
 
 export class Ring {
   constructor(size) { this.size = size; this.items = []; }
