@@ -28,13 +28,7 @@ class AsyncClient:
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
         self._alone = [Endpoints((name,), self._options) for name in names]
-        credentials, arguments = self._options.credentials(), self._options.channel_arguments()
-        self._channels = [
-            grpc.aio.insecure_channel(name, arguments)
-            if credentials is None
-            else grpc.aio.secure_channel(name, credentials, arguments)
-            for name in names
-        ]
+        self._channels = [self._channel(name) for name in names]
         self._stubs: list[Any] = [KVIndexStub(channel) for channel in self._channels]
 
     async def __aenter__(self) -> Self:
@@ -111,17 +105,24 @@ class AsyncClient:
         """As `Client.health`."""
         request = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
 
-        async def ask(channel: Any) -> str:
-            try:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(
-                    request, timeout=timeout or self._options.timeout
-                )
-            except grpc.aio.AioRpcError as error:
-                return str(error.code().name)
-            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        limit = self._options.timeout if timeout is None else timeout
 
-        said = await asyncio.gather(*(ask(channel) for channel in self._channels))
+        async def ask(name: str) -> str:
+            async with self._channel(name, watched=False) as channel:
+                try:
+                    answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=limit)
+                except grpc.aio.AioRpcError as error:
+                    return str(error.code().name)
+                return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+        said = await asyncio.gather(*(ask(name) for name in self._endpoints.names))
         return dict(zip(self._endpoints.names, said, strict=True))
+
+    def _channel(self, name: str, *, watched: bool = True) -> Any:
+        credentials, arguments = self._options.credentials(), self._options.channel_arguments(watched=watched)
+        if credentials is None:
+            return grpc.aio.insecure_channel(name, arguments)
+        return grpc.aio.secure_channel(name, credentials, arguments)
 
     async def _call(
         self, method: str, request: Any, timeout: float | None, only: int | None = None

@@ -32,13 +32,7 @@ class Client:
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
         self._alone = [Endpoints((name,), self._options) for name in names]
-        credentials, arguments = self._options.credentials(), self._options.channel_arguments()
-        self._channels = [
-            grpc.insecure_channel(name, arguments)
-            if credentials is None
-            else grpc.secure_channel(name, credentials, arguments)
-            for name in names
-        ]
+        self._channels = [self._channel(name) for name in names]
         self._stubs = [KVIndexStub(channel) for channel in self._channels]
         self._side_by_side = ThreadPoolExecutor(max(1, 2 * len(names)), "kvindex-placement")
 
@@ -119,17 +113,24 @@ class Client:
     def health(self, *, timeout: float | None = None) -> Mapping[str, str]:
         """Per endpoint what grpc.health.v1 says of the read path: SERVING, NOT_SERVING, or the code of the failure."""
         request = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
-        calls = [
-            health_pb2_grpc.HealthStub(channel).Check.future(request, timeout=timeout or self._options.timeout)
-            for channel in self._channels
-        ]
+        limit = self._options.timeout if timeout is None else timeout
         said = []
-        for call in calls:
-            try:
-                said.append(health_pb2.HealthCheckResponse.ServingStatus.Name(call.result().status))
-            except grpc.RpcError as error:
-                said.append(error.code().name)
+        with contextlib.ExitStack() as stack:
+            # On connections of its own: those of the calls refuse everything while an endpoint is not serving.
+            channels = [stack.enter_context(self._channel(name, watched=False)) for name in self._endpoints.names]
+            calls = [health_pb2_grpc.HealthStub(each).Check.future(request, timeout=limit) for each in channels]
+            for call in calls:
+                try:
+                    said.append(health_pb2.HealthCheckResponse.ServingStatus.Name(call.result().status))
+                except grpc.RpcError as error:
+                    said.append(error.code().name)
         return dict(zip(self._endpoints.names, said, strict=True))
+
+    def _channel(self, name: str, *, watched: bool = True) -> grpc.Channel:
+        credentials, arguments = self._options.credentials(), self._options.channel_arguments(watched=watched)
+        if credentials is None:
+            return grpc.insecure_channel(name, arguments)
+        return grpc.secure_channel(name, credentials, arguments)
 
     def _call(
         self, method: str, request: Any, timeout: float | None, only: int | None = None

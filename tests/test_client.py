@@ -20,6 +20,8 @@ import pytest
 import trustme
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 from publisher import free_port
 
 from kvindex_client import AsyncClient, CallError, Client, MmFeature, Options, Query, Scores, Tls, Trust
@@ -75,8 +77,6 @@ class Replica:
 
 
 def wait_healthy(channel: grpc.Channel) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
     ask = health_pb2.HealthCheckRequest(service="kvindex.v1.KVIndex")
     eventually(
         lambda: (
@@ -373,10 +373,52 @@ def test_the_loser_of_a_hedge_is_cancelled(kind: str) -> None:
     assert answer.endpoint == fast and answer.total_blocks == 4
 
 
+@pytest.mark.parametrize("kind", ["threads", "asyncio"])
+def test_a_replica_that_is_not_ready_is_not_asked(kind: str) -> None:
+    """Its health keeps calls away before any of them reaches it, and lets them in when it is ready."""
+    asked: list[str] = []
+
+    def answer(blocks: int) -> Callable[..., pb.ScoreResponse]:
+        def score(request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
+            asked.append(str(blocks))
+            return pb.ScoreResponse(total_blocks=blocks)
+
+        return score
+
+    serving, status = health_pb2.HealthCheckResponse, HealthServicer()
+    status.set("kvindex.v1.KVIndex", serving.NOT_SERVING)
+    with plain_server(answer(1), status) as unready, plain_server(answer(2)) as ready:
+        options = Options(timeout=20, retry_budget=1000)
+        if kind == "threads":
+            with Client([unready, ready], options) as client:
+                assert [client.score(QUERY).total_blocks for _ in range(6)] == [2] * 6
+                assert client.health() == {unready: "NOT_SERVING", ready: "SERVING"}
+                status.set("kvindex.v1.KVIndex", serving.SERVING)
+                eventually(lambda: client.score(QUERY).total_blocks == 1)
+        else:
+
+            async def ask() -> None:
+                async with AsyncClient([unready, ready], options) as client:
+                    assert [(await client.score(QUERY)).total_blocks for _ in range(6)] == [2] * 6
+                    assert await client.health() == {unready: "NOT_SERVING", ready: "SERVING"}
+                    status.set("kvindex.v1.KVIndex", serving.SERVING)
+                    ends = time.monotonic() + 20
+                    while (await client.score(QUERY)).total_blocks != 1:
+                        assert time.monotonic() < ends
+                        await asyncio.sleep(0.02)
+
+            asyncio.run(ask())
+    assert asked[:6] == ["2"] * 6
+
+
 @contextlib.contextmanager
-def plain_server(score: Callable[..., Any]) -> Iterator[str]:
-    """A gRPC server of which only Score is there."""
-    server = grpc.server(futures.ThreadPoolExecutor(2))
+def plain_server(score: Callable[..., Any], health: HealthServicer | None = None) -> Iterator[str]:
+    """A gRPC server of which only Score and health are there."""
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    if health is None:
+        health = HealthServicer()
+        health.set("kvindex.v1.KVIndex", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     handler = grpc.unary_unary_rpc_method_handler(
         score, pb.ScoreRequest.FromString, lambda answer: answer and answer.SerializeToString()
     )
