@@ -96,7 +96,8 @@ class AsyncClient:
                 bad = answer.HasField("status")
                 yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
         except grpc.aio.AioRpcError as error:
-            self._endpoints.failed(number, time.monotonic(), pushback(_pairs(error.trailing_metadata())))
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._endpoints.failed(number, time.monotonic(), pushback(_pairs(error.trailing_metadata())))
             raise CallError([Try(name, error.code(), error.details() or "")]) from None
         finally:
             call.cancel()
@@ -148,17 +149,21 @@ class AsyncClient:
                     await asyncio.sleep(pause or 0.0)
                     continue
                 done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=lambda each: each.exception() is not None):  # answers first
+                # Answers first.
+                for task in sorted(done, key=lambda each: each.cancelled() or each.exception() is not None):
                     number = running.pop(task)
                     try:
                         answer = task.result()
+                    except asyncio.CancelledError:  # not this call's own task: the client was closed
+                        race.failures.append(Try(endpoints.names[number], grpc.StatusCode.CANCELLED, "client closed"))
+                        raise CallError(race.failures) from None
                     except grpc.aio.AioRpcError as caught:
                         told = pushback(_pairs(caught.trailing_metadata()))
                         error = race.lost(number, caught.code(), caught.details() or "", told, time.monotonic())
                         if error is not None:
                             raise error from None
                     else:
-                        race.won(number)
+                        race.won(number, time.monotonic())
                         return answer, endpoints.names[number], tuple(race.failures)
         finally:
             for task in running:

@@ -105,7 +105,8 @@ class Client:
                 bad = answer.HasField("status")
                 yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
         except grpc.RpcError as error:
-            self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
             raise CallError([Try(name, error.code(), error.details() or "")]) from None
         finally:
             call.cancel()
@@ -157,7 +158,7 @@ class Client:
                     continue
                 call = running.pop(number)
                 if call.code() is grpc.StatusCode.OK:
-                    race.won(number)
+                    race.won(number, time.monotonic())
                     return call.result(), endpoints.names[number], tuple(race.failures)
                 told = pushback(call.trailing_metadata())
                 error = race.lost(number, call.code(), call.details() or "", told, time.monotonic())
