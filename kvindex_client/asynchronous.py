@@ -11,7 +11,6 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_client import results
-from kvindex_client.blocking import recorded
 from kvindex_client.errors import CallError, Try, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
 from kvindex_client.query import Query
@@ -27,6 +26,8 @@ class AsyncClient:
         self._options = options or Options()
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
+        # A name that is there twice is two connections to one replica.
+        self._replicas = [number for number, name in enumerate(names) if name not in names[:number]]
         self._alone = [Endpoints((name,), self._options) for name in names]
         self._channels = [self._channel(name) for name in names]
         self._stubs: list[Any] = [KVIndexStub(channel) for channel in self._channels]
@@ -76,8 +77,8 @@ class AsyncClient:
             except CallError as error:
                 return error
 
-        told = await asyncio.gather(*(tell(number) for number in range(len(self._stubs))))
-        return recorded(self._endpoints.names, told)
+        told = await asyncio.gather(*(tell(number) for number in self._replicas))
+        return results.placement([self._endpoints.names[number] for number in self._replicas], told)
 
     async def score_stream(
         self, queries: AsyncIterable[Query], *, timeout: float | None = None

@@ -31,6 +31,8 @@ class Client:
         self._options = options or Options()
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
+        # A name that is there twice is two connections to one replica.
+        self._replicas = [number for number, name in enumerate(names) if name not in names[:number]]
         self._alone = [Endpoints((name,), self._options) for name in names]
         self._channels = [self._channel(name) for name in names]
         self._stubs = [KVIndexStub(channel) for channel in self._channels]
@@ -86,9 +88,11 @@ class Client:
             except CallError as error:
                 return error
 
-        numbers = range(len(self._stubs))
-        told = [tell(0)] if len(numbers) == 1 else list(self._side_by_side.map(tell, numbers))
-        return recorded(self._endpoints.names, told)
+        if len(self._replicas) == 1:
+            told = [tell(self._replicas[0])]
+        else:
+            told = list(self._side_by_side.map(tell, self._replicas))
+        return results.placement([self._endpoints.names[number] for number in self._replicas], told)
 
     def score_stream(self, queries: Iterable[Query], *, timeout: float | None = None) -> Iterator[Scores | CallError]:
         """Answers in the queries' order over one connection; one bad query is answered with its CallError.
@@ -168,13 +172,3 @@ class Client:
             for call in running.values():
                 with contextlib.suppress(ValueError):  # the channel was closed meanwhile
                     call.cancel()
-
-
-def recorded(names: Sequence[str], told: Sequence[Any]) -> Placement:
-    """One Placement of what each replica said; CallError when none of them recorded it."""
-    failed = [each for error in told if isinstance(error, CallError) for each in error.tries[-1:]]
-    by = [name for name, answer in zip(names, told, strict=True) if not isinstance(answer, CallError)]
-    first = next((answer for answer in told if not isinstance(answer, CallError)), None)
-    if first is None:
-        raise CallError(failed)
-    return results.placement(first, tuple(by), tuple(failed))

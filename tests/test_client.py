@@ -150,6 +150,20 @@ def test_every_call_gives_typed_answers(pair: list[str]) -> None:
         assert stub.Score(QUERY.score_request(), timeout=10).total_blocks == 4
 
 
+def test_a_name_given_twice_is_one_replica_with_two_connections(pair: list[str]) -> None:
+    """A hedge can go there although there is no other replica; a placement is told once."""
+    twice = [pair[0], pair[0]]
+    with Client(twice, Options(timeout=10, hedge_after=0.0)) as client:
+        assert client.score(QUERY).endpoint == pair[0]
+        assert client.record_placement(QUERY, "10.0.0.2:8000", ttl_seconds=30).recorded_by == (pair[0],)
+
+    async def place() -> tuple[str, ...]:
+        async with AsyncClient(twice, Options(timeout=10)) as client:
+            return (await client.record_placement(QUERY, "10.0.0.2:8000", ttl_seconds=30)).recorded_by
+
+    assert asyncio.run(place()) == (pair[0],)
+
+
 def test_a_stream_answers_in_order_and_outlives_a_bad_query(pair: list[str]) -> None:
     """Answers and errors come in the order of the queries."""
     queries = [Query("m", tokens=TOKENS[: 16 * n]) for n in (1, 2)] + [Query("absent", tokens=[1])] + [QUERY]
