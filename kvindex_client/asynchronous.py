@@ -11,7 +11,6 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_client import results
-from kvindex_client.blocking import recorded
 from kvindex_client.errors import CallError, Try, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
 from kvindex_client.query import Query
@@ -27,14 +26,10 @@ class AsyncClient:
         self._options = options or Options()
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
+        # A name that is there twice is two connections to one replica.
+        self._replicas = [number for number, name in enumerate(names) if name not in names[:number]]
         self._alone = [Endpoints((name,), self._options) for name in names]
-        credentials, arguments = self._options.credentials(), self._options.channel_arguments()
-        self._channels = [
-            grpc.aio.insecure_channel(name, arguments)
-            if credentials is None
-            else grpc.aio.secure_channel(name, credentials, arguments)
-            for name in names
-        ]
+        self._channels = [self._channel(name) for name in names]
         self._stubs: list[Any] = [KVIndexStub(channel) for channel in self._channels]
 
     async def __aenter__(self) -> Self:
@@ -82,8 +77,8 @@ class AsyncClient:
             except CallError as error:
                 return error
 
-        told = await asyncio.gather(*(tell(number) for number in range(len(self._stubs))))
-        return recorded(self._endpoints.names, told)
+        told = await asyncio.gather(*(tell(number) for number in self._replicas))
+        return results.placement([self._endpoints.names[number] for number in self._replicas], told)
 
     async def score_stream(
         self, queries: AsyncIterable[Query], *, timeout: float | None = None
@@ -102,7 +97,8 @@ class AsyncClient:
                 bad = answer.HasField("status")
                 yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
         except grpc.aio.AioRpcError as error:
-            self._endpoints.failed(number, time.monotonic(), pushback(_pairs(error.trailing_metadata())))
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._endpoints.failed(number, time.monotonic(), pushback(_pairs(error.trailing_metadata())))
             raise CallError([Try(name, error.code(), error.details() or "")]) from None
         finally:
             call.cancel()
@@ -111,17 +107,24 @@ class AsyncClient:
         """As `Client.health`."""
         request = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
 
-        async def ask(channel: Any) -> str:
-            try:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(
-                    request, timeout=timeout or self._options.timeout
-                )
-            except grpc.aio.AioRpcError as error:
-                return str(error.code().name)
-            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        limit = self._options.timeout if timeout is None else timeout
 
-        said = await asyncio.gather(*(ask(channel) for channel in self._channels))
+        async def ask(name: str) -> str:
+            async with self._channel(name, watched=False) as channel:
+                try:
+                    answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=limit)
+                except grpc.aio.AioRpcError as error:
+                    return str(error.code().name)
+                return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+        said = await asyncio.gather(*(ask(name) for name in self._endpoints.names))
         return dict(zip(self._endpoints.names, said, strict=True))
+
+    def _channel(self, name: str, *, watched: bool = True) -> Any:
+        credentials, arguments = self._options.credentials(), self._options.channel_arguments(watched=watched)
+        if credentials is None:
+            return grpc.aio.insecure_channel(name, arguments)
+        return grpc.aio.secure_channel(name, credentials, arguments)
 
     async def _call(
         self, method: str, request: Any, timeout: float | None, only: int | None = None
@@ -147,17 +150,21 @@ class AsyncClient:
                     await asyncio.sleep(pause or 0.0)
                     continue
                 done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=lambda each: each.exception() is not None):  # answers first
+                # Answers first.
+                for task in sorted(done, key=lambda each: each.cancelled() or each.exception() is not None):
                     number = running.pop(task)
                     try:
                         answer = task.result()
+                    except asyncio.CancelledError:  # not this call's own task: the client was closed
+                        race.failures.append(Try(endpoints.names[number], grpc.StatusCode.CANCELLED, "client closed"))
+                        raise CallError(race.failures) from None
                     except grpc.aio.AioRpcError as caught:
                         told = pushback(_pairs(caught.trailing_metadata()))
                         error = race.lost(number, caught.code(), caught.details() or "", told, time.monotonic())
                         if error is not None:
                             raise error from None
                     else:
-                        race.won(number)
+                        race.won(number, time.monotonic())
                         return answer, endpoints.names[number], tuple(race.failures)
         finally:
             for task in running:

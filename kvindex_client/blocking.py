@@ -31,14 +31,10 @@ class Client:
         self._options = options or Options()
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
+        # A name that is there twice is two connections to one replica.
+        self._replicas = [number for number, name in enumerate(names) if name not in names[:number]]
         self._alone = [Endpoints((name,), self._options) for name in names]
-        credentials, arguments = self._options.credentials(), self._options.channel_arguments()
-        self._channels = [
-            grpc.insecure_channel(name, arguments)
-            if credentials is None
-            else grpc.secure_channel(name, credentials, arguments)
-            for name in names
-        ]
+        self._channels = [self._channel(name) for name in names]
         self._stubs = [KVIndexStub(channel) for channel in self._channels]
         self._side_by_side = ThreadPoolExecutor(max(1, 2 * len(names)), "kvindex-placement")
 
@@ -92,9 +88,11 @@ class Client:
             except CallError as error:
                 return error
 
-        numbers = range(len(self._stubs))
-        told = [tell(0)] if len(numbers) == 1 else list(self._side_by_side.map(tell, numbers))
-        return recorded(self._endpoints.names, told)
+        if len(self._replicas) == 1:
+            told = [tell(self._replicas[0])]
+        else:
+            told = list(self._side_by_side.map(tell, self._replicas))
+        return results.placement([self._endpoints.names[number] for number in self._replicas], told)
 
     def score_stream(self, queries: Iterable[Query], *, timeout: float | None = None) -> Iterator[Scores | CallError]:
         """Answers in the queries' order over one connection; one bad query is answered with its CallError.
@@ -111,7 +109,8 @@ class Client:
                 bad = answer.HasField("status")
                 yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
         except grpc.RpcError as error:
-            self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
             raise CallError([Try(name, error.code(), error.details() or "")]) from None
         finally:
             call.cancel()
@@ -119,17 +118,24 @@ class Client:
     def health(self, *, timeout: float | None = None) -> Mapping[str, str]:
         """Per endpoint what grpc.health.v1 says of the read path: SERVING, NOT_SERVING, or the code of the failure."""
         request = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
-        calls = [
-            health_pb2_grpc.HealthStub(channel).Check.future(request, timeout=timeout or self._options.timeout)
-            for channel in self._channels
-        ]
+        limit = self._options.timeout if timeout is None else timeout
         said = []
-        for call in calls:
-            try:
-                said.append(health_pb2.HealthCheckResponse.ServingStatus.Name(call.result().status))
-            except grpc.RpcError as error:
-                said.append(error.code().name)
+        with contextlib.ExitStack() as stack:
+            # On connections of its own: those of the calls refuse everything while an endpoint is not serving.
+            channels = [stack.enter_context(self._channel(name, watched=False)) for name in self._endpoints.names]
+            calls = [health_pb2_grpc.HealthStub(each).Check.future(request, timeout=limit) for each in channels]
+            for call in calls:
+                try:
+                    said.append(health_pb2.HealthCheckResponse.ServingStatus.Name(call.result().status))
+                except grpc.RpcError as error:
+                    said.append(error.code().name)
         return dict(zip(self._endpoints.names, said, strict=True))
+
+    def _channel(self, name: str, *, watched: bool = True) -> grpc.Channel:
+        credentials, arguments = self._options.credentials(), self._options.channel_arguments(watched=watched)
+        if credentials is None:
+            return grpc.insecure_channel(name, arguments)
+        return grpc.secure_channel(name, credentials, arguments)
 
     def _call(
         self, method: str, request: Any, timeout: float | None, only: int | None = None
@@ -156,7 +162,7 @@ class Client:
                     continue
                 call = running.pop(number)
                 if call.code() is grpc.StatusCode.OK:
-                    race.won(number)
+                    race.won(number, time.monotonic())
                     return call.result(), endpoints.names[number], tuple(race.failures)
                 told = pushback(call.trailing_metadata())
                 error = race.lost(number, call.code(), call.details() or "", told, time.monotonic())
@@ -166,13 +172,3 @@ class Client:
             for call in running.values():
                 with contextlib.suppress(ValueError):  # the channel was closed meanwhile
                     call.cancel()
-
-
-def recorded(names: Sequence[str], told: Sequence[Any]) -> Placement:
-    """One Placement of what each replica said; CallError when none of them recorded it."""
-    failed = [each for error in told if isinstance(error, CallError) for each in error.tries[-1:]]
-    by = [name for name, answer in zip(names, told, strict=True) if not isinstance(answer, CallError)]
-    first = next((answer for answer in told if not isinstance(answer, CallError)), None)
-    if first is None:
-        raise CallError(failed)
-    return results.placement(first, tuple(by), tuple(failed))

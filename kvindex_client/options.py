@@ -63,15 +63,18 @@ class Options:
             return None
         return grpc.ssl_channel_credentials(self.tls.ca, self.tls.key, self.tls.cert)
 
-    def channel_arguments(self) -> list[tuple[str, str | int]]:
-        """Of one endpoint's channel: a connection of its own, watched by grpc.health.v1, quick to come back."""
+    def channel_arguments(self, *, watched: bool = True) -> list[tuple[str, str | int]]:
+        """Of one endpoint's channel: a connection of its own, quick to come back.
+
+        When `watched` by grpc.health.v1, calls fail at once while the endpoint is not serving.
+        """
         service_config = {
             # Health is watched under round_robin only; there is one address to it all the same.
             "loadBalancingConfig": [{"round_robin": {}}],
             "healthCheckConfig": {"serviceName": HEALTH_SERVICE},
         }
         arguments: list[tuple[str, str | int]] = [
-            ("grpc.service_config", json.dumps(service_config)),
+            ("grpc.service_config", json.dumps(service_config if watched else {})),
             # Retries are this client's own: it knows the other endpoints.
             ("grpc.enable_retries", 0),
             # Two endpoints of one address are two connections, so that a hedge does not queue behind the first try.

@@ -83,7 +83,7 @@ class Race:
         self._options = options
         self._read = read
         self._started = 0
-        self._running: set[int] = set()
+        self._running: list[int] = []  # in the order of their start
         self._next: float | None = now
         self._paid = True  # the first try is free
 
@@ -97,7 +97,7 @@ class Race:
             return None
         endpoint = self._endpoints.pick(now, self._running)
         self._started += 1
-        self._running.add(endpoint)
+        self._running.append(endpoint)
         if self._read and self._options.hedge_after is not None and self._started < self._options.tries:
             self._next, self._paid = now + self._options.hedge_after, False
         return endpoint
@@ -106,15 +106,17 @@ class Race:
         """When `start` is to be asked again, if no try ends before; None when only a try's end changes anything."""
         return self._next
 
-    def won(self, endpoint: int) -> None:
-        """It answered."""
+    def won(self, endpoint: int, now: float) -> None:
+        """It answered. One that was asked before it and still has not pauses: else each of its turns costs a hedge."""
         self._endpoints.answered(endpoint)
+        for slower in self._running[: self._running.index(endpoint)]:
+            self._endpoints.failed(slower, now, None)
 
     def lost(
         self, endpoint: int, code: grpc.StatusCode, message: str, told: Pushback | None, now: float
     ) -> CallError | None:
         """It failed; the error of the call when there is nothing left to hope for."""
-        self._running.discard(endpoint)
+        self._running.remove(endpoint)
         self.failures.append(Try(self._endpoints.names[endpoint], code, message))
         if not self._again(code, told):
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:

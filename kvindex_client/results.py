@@ -1,12 +1,12 @@
 """What is answered, as frozen dataclasses."""
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
-from kvindex_client.errors import Try
+from kvindex_client.errors import CallError, Try
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
 
@@ -95,7 +95,7 @@ class Placement:
     ttl_seconds: float
     recorded_by: tuple[str, ...] = ()
     """Replicas that recorded it."""
-    failed: tuple[Try, ...] = field(default=())
+    failed: tuple[Try, ...] = ()
     """Replicas that did not, and why: they do not see this placement."""
 
 
@@ -131,9 +131,14 @@ def block_pods(answer: pb.GetPodsForBlocksResponse, endpoint: str, failed: tuple
     return BlockPods(blocks, answer.block_size, endpoint, failed)
 
 
-def placement(answer: pb.RecordPlacementResponse, recorded_by: tuple[str, ...], failed: tuple[Try, ...]) -> Placement:
-    """A response as a result."""
-    return Placement(answer.total_blocks, answer.held_blocks, answer.rank, answer.ttl_seconds, recorded_by, failed)
+def placement(names: Sequence[str], told: Sequence[pb.RecordPlacementResponse | CallError]) -> Placement:
+    """What each replica answered, as one result; CallError when none of them recorded it."""
+    failed = tuple(each for error in told if isinstance(error, CallError) for each in error.tries[-1:])
+    answers = {name: each for name, each in zip(names, told, strict=True) if not isinstance(each, CallError)}
+    if not answers:
+        raise CallError(failed)
+    first = next(iter(answers.values()))
+    return Placement(first.total_blocks, first.held_blocks, first.rank, first.ttl_seconds, tuple(answers), failed)
 
 
 def refused(answer: pb.ScoreResponse, endpoint: str) -> Try:
