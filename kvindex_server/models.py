@@ -33,6 +33,7 @@ class Models:
         hash_seed: int = 1337,
         max_claims: int = 0,
         max_placements: int = 1_048_576,
+        max_index_bytes: int = 0,
         discover: "Callable[[str], AnyTokenizer | None] | None" = None,
     ) -> None:
         """`discover` finds the tokenizer of a model that is known only by name; it may take seconds."""
@@ -41,6 +42,7 @@ class Models:
         self._hash_seed = hash_seed
         self._max_claims = max_claims
         self._max_placements = max_placements
+        self._max_index_bytes = max_index_bytes
         self._models: Mapping[str, Model] = {model.name: model for model in models}
         self._names: Mapping[str, tuple[Model, str]] = _names(models)
 
@@ -66,7 +68,8 @@ class Models:
             known = self._names.get(name)
             if known is not None:
                 return known[0]
-            model = Model(name, Index(block_size, self._hash_seed, self._max_claims, self._max_placements))
+            index = Index(block_size, self._hash_seed, self._max_claims, self._max_placements, self._max_index_bytes)
+            model = Model(name, index)
             self._put(model)
         if self._discover is not None:
             # The registration must not wait for it.

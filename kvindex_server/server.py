@@ -359,6 +359,7 @@ def _models(settings: Settings, texts: TextCache) -> Models:
             settings.hash_seed,
             settings.limits.max_claims_per_model,
             settings.placement.max_blocks,
+            settings.limits.max_index_bytes,
         )
         try:
             tokenizer = sources.configured(each.name, each.tokenizer, each.tokenize_url)
@@ -370,6 +371,7 @@ def _models(settings: Settings, texts: TextCache) -> Models:
         hash_seed=settings.hash_seed,
         max_claims=settings.limits.max_claims_per_model,
         max_placements=settings.placement.max_blocks,
+        max_index_bytes=settings.limits.max_index_bytes,
         discover=sources.discover,
     )
 

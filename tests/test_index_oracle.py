@@ -422,6 +422,31 @@ def test_a_claim_limit_is_counted() -> None:
     assert (stream.claims, index.score_tokens(token_bytes(tokens), [], [1.0])[0][2]) == (3, 3)
 
 
+def test_a_limit_of_bytes_is_counted() -> None:
+    """An index as large as it may be refuses new claims and says so; copies of what is held cost nothing and count."""
+    limit = 4 << 20
+    index = Index(BLOCK, max_bytes=limit)
+    stream = index.add_stream("p", 0)
+    held = refused = 0
+    for number in range(400):
+        hashes = list(range(number * 1000 + 1, number * 1000 + 1001))
+        tokens = [number * 1000 + i for i in range(BLOCK * 1000)]
+        applied = stream.apply([batch([as_map(Stored(hashes, None, tokens, BLOCK))])])
+        held += 1000 - applied.reasons.get("claim_limit", 0)
+        refused += applied.reasons.get("claim_limit", 0)
+        assert stream.claims == index.claims == held
+    assert refused > 100_000
+    # It stops at the limit, but for what one event may add: a slab of chunks and the tables' next size.
+    assert limit <= index.bytes < limit + (4 << 20)
+    applied = stream.apply([batch([as_map(Stored([1], None, list(range(BLOCK)), BLOCK))])])
+    assert (applied.reasons, stream.claims) == ({}, held)
+    # Room that is given back is used again.
+    stream.clear()
+    assert index.bytes < limit
+    applied = stream.apply([batch([as_map(Stored([1], None, list(range(BLOCK)), BLOCK))])])
+    assert (applied.reasons, stream.claims) == ({}, 1)
+
+
 def test_a_group_of_unknown_kind_does_not_teach_the_block_size() -> None:
     """Its blocks may be of any size; the model's size is learned from a group that is understood."""
     index = Index()

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from event_encoding import Stored, as_map, batch
+
 from kvindex_server._core import Index
 from kvindex_server.models import Model, Models
 
@@ -41,3 +43,10 @@ def test_a_registered_models_tokenizer_is_found_beside_the_call() -> None:
     eventually(lambda: len(asked) == 2)
     assert sorted(asked) == ["org/a", "other"]
     assert [each.name for each in models.all()] == ["known", "org/a", "other"]
+
+
+def test_a_model_that_is_only_seen_has_the_limits_too() -> None:
+    models = Models([], max_claims=3, max_index_bytes=1)
+    stored = Stored([1], None, [1, 2, 3, 4], 4)
+    applied = models.seen("org/a", 4).index.add_stream("p", 0).apply([batch([as_map(stored)])])
+    assert applied.reasons == {"claim_limit": 1}  # an empty index takes more than a byte

@@ -17,6 +17,8 @@ uint64_t secret() {
   return made;
 }
 
+constexpr size_t kReach = 192;
+
 constexpr uint32_t larger(uint32_t capacity) { return capacity + capacity / 6 + 8; }
 constexpr uint32_t spare_of(uint32_t capacity) { return 16 + capacity / 64; }
 
@@ -88,7 +90,10 @@ void Claims::release(Segment& segment) {
 void Claims::prefetch(uint64_t hash) const {
   const uint64_t mixed = mix(hash);
   const Segment& segment = segment_of(mixed);
-  if (segment.end != 0) __builtin_prefetch(segment.entries + segment.home(mixed));
+  if (segment.end == 0) return;
+  // Where it probably is, and up to where others have to move for it.
+  const auto* home = reinterpret_cast<const char*>(segment.entries + segment.home(mixed));
+  for (size_t offset = 0; offset < kReach; offset += 64) __builtin_prefetch(home + offset);
 }
 
 uint32_t Claims::search(const Segment& segment, uint64_t mixed) {

@@ -29,11 +29,20 @@ KeyTable::KeyTable(const ChunkPool& pool, Epoch& epoch, std::atomic<int64_t>& by
 KeyTable::~KeyTable() {
   for (Shard& each : shards_) {
     Table* table = each.table.load();
-    if (table != nullptr) give_memory(table, bytes_of(table->size));
+    if (table != nullptr) give_table(table);
   }
 }
 
-size_t KeyTable::bytes_of(uint64_t buckets) { return sizeof(Table) + 64 + buckets * sizeof(Bucket); }
+size_t KeyTable::bytes_of(uint64_t buckets) { return 64 + buckets * sizeof(Bucket); }
+
+int64_t KeyTable::footprint_of(uint64_t buckets) {
+  return static_cast<int64_t>(footprint(bytes_of(buckets)) + footprint(sizeof(Table)));
+}
+
+void KeyTable::give_table(Table* table) {
+  give_memory(table->memory, bytes_of(table->size));
+  give_memory(table, sizeof(Table));
+}
 
 // Sizes grow by the square root of two, each shard at another time, so that the table as a whole is always as full.
 uint64_t KeyTable::buckets_at(const Shard& shard, uint32_t level) const {
@@ -154,11 +163,10 @@ void KeyTable::erase(uint64_t key, Node node) {
 void KeyTable::resize(Shard& of, uint32_t level) {
   Table* old = of.table.load(std::memory_order_relaxed);
   const uint64_t size = buckets_at(of, level);
-  auto* memory = static_cast<char*>(take_memory(bytes_of(size)));
-  auto* made = reinterpret_cast<Table*>(memory);
-  made->size = size;
-  made->buckets = reinterpret_cast<Bucket*>((reinterpret_cast<uintptr_t>(memory + sizeof(Table)) + 63) / 64 * 64);
-  int64_t grown = static_cast<int64_t>(footprint(bytes_of(size)));
+  void* memory = take_memory(bytes_of(size));
+  auto* buckets = reinterpret_cast<Bucket*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  auto* made = new (take_memory(sizeof(Table))) Table{size, buckets, memory};
+  int64_t grown = footprint_of(size);
   const auto each_node = [&](uint64_t bucket, auto visit) {
     const Bucket& from = old->buckets[bucket];
     for (uint32_t i = 0; i < Bucket::kEntries; ++i)
@@ -172,7 +180,7 @@ void KeyTable::resize(Shard& of, uint32_t level) {
       if (i + kAhead < old->size) each_node(i + kAhead, [&](Node node) { __builtin_prefetch(&key(node)); });
       each_node(i, [&](Node node) { put(*made, key(node).load(std::memory_order_relaxed), node); });
     }
-    grown -= static_cast<int64_t>(footprint(bytes_of(old->size)));
+    grown -= footprint_of(old->size);
   }
   of.level = level;
   of.grow_at = size * Bucket::kEntries * 9 / 10;
@@ -180,8 +188,7 @@ void KeyTable::resize(Shard& of, uint32_t level) {
   if (level > 0 && buckets_at(of, level - 1) == size) of.shrink_below = 0;
   of.table.store(made);
   if (old != nullptr)
-    epoch_.retire([](void*, void* object, uint64_t bytes) { give_memory(object, bytes); }, nullptr, old,
-                  bytes_of(old->size));
+    epoch_.retire([](void*, void* object, uint64_t) { give_table(static_cast<Table*>(object)); }, nullptr, old, 0);
   bytes_.fetch_add(grown, std::memory_order_relaxed);
 }
 

@@ -41,9 +41,11 @@ class KeyTable {
     std::array<std::atomic<uint32_t>, kEntries> nodes;
   };
   static_assert(sizeof(Bucket) == 64);
+  // Apart from its buckets: all shards' tables lie together and stay near.
   struct Table {
     uint64_t size;  // buckets
     Bucket* buckets;
+    void* memory;
   };
   struct alignas(64) Shard {
     SpinLock lock;
@@ -62,6 +64,8 @@ class KeyTable {
   void resize(Shard& shard, uint32_t level);
   uint64_t buckets_at(const Shard& shard, uint32_t level) const;
   static size_t bytes_of(uint64_t buckets);
+  static int64_t footprint_of(uint64_t buckets);
+  static void give_table(Table* table);
 
   const ChunkPool& pool_;
   Epoch& epoch_;

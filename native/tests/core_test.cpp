@@ -100,6 +100,46 @@ uint32_t matched(const Index& index, uint64_t chain, size_t blocks) {
   return best;
 }
 
+// Integers of every width, also wider than they need be, with others between them: as many are taken, of the same
+// values, as one by one, never past the end of a buffer that ends anywhere, and none that are no small integers.
+void test_integers_in_bulk() {
+  std::mt19937_64 random(5);
+  uint64_t taken = 0;
+  for (int round = 0; round < 3000; ++round) {
+    std::string bytes;
+    const size_t count = random() % 300;
+    const uint64_t odd_in = round % 3 == 0 ? 40 : UINT64_MAX;  // one of so many is no small integer
+    for (size_t i = 0; i < count; ++i) {
+      const uint64_t value = random();
+      if (random() % odd_in == 0) {
+        constexpr uint8_t kHeads[] = {0xcf, 0xd0, 0xd3, 0xff, 0xc0, 0xa3, 0x92, 0xcb};
+        bytes.push_back(static_cast<char>(kHeads[random() % 8]));
+      } else if (const auto width = random() % 4; width == 0) {
+        bytes.push_back(static_cast<char>(value & 0x7f));
+      } else {
+        bytes.push_back(static_cast<char>(0xcb + width));
+        for (int shift = (1 << (width - 1)) * 8 - 8; shift >= 0; shift -= 8)
+          bytes.push_back(static_cast<char>(value >> shift & 0xff));
+      }
+    }
+    bytes.resize(bytes.size() - std::min<size_t>(bytes.size(), random() % 4));
+    const std::vector<uint8_t> exact(bytes.begin(), bytes.end());  // so that reading past the end is seen
+    Cursor in(exact.data(), exact.size()), one_by_one(exact.data(), exact.size());
+    std::vector<uint32_t> found{7};
+    const auto most = static_cast<uint32_t>(random() % 400);
+    const uint32_t many = in.small_integers(most, found);
+    CHECK(many <= most && found.size() == many + 1 && found[0] == 7);
+    for (uint32_t i = 0; i < many; ++i) {
+      uint64_t value;
+      bool negative;
+      CHECK(one_by_one.integer(value, negative) && !negative && value == found[i + 1]);
+    }
+    CHECK(one_by_one.position() == in.position());
+    taken += many;
+  }
+  CHECK(taken > 100'000);
+}
+
 void test_holes_heal() {
   auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
@@ -202,6 +242,7 @@ void test_concurrency() {
 }  // namespace
 
 int main() {
+  test_integers_in_bulk();
   test_holes_heal();
   test_orphans_in_any_order();
   test_copies_are_counted();

@@ -100,7 +100,7 @@ void test_standings_of_many_ranks() {
 }
 
 void test_races() {
-  const auto index = std::make_shared<Index>(4, 1337, 0);
+  const auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
   Standings standings;
   const TierWeights weights({{"gpu", 1.0}});
   std::atomic<bool> stop{false};
