@@ -18,7 +18,7 @@ class Order {
   std::optional<uint64_t> last() const { return begun_ ? std::optional(last_) : std::nullopt; }
 
   // Of the last applied message; 0 before any.
-  uint64_t last_digest() const { return begun_ ? ring_[last_ % kRemembered].digest : 0; }
+  uint64_t last_digest() const { return begun_ ? ring_[last_ % ring_.size()].digest : 0; }
 
   // `digest` is a hash of the payload, which carries the engine's time.
   Outcome judge(uint64_t sequence, uint64_t digest) const {
@@ -28,22 +28,23 @@ class Order {
     // An engine counts from 0 again when it restarts, and says nothing else about it. A number already passed is
     // a duplicate only if it is the very message seen under it; when that is not remembered any more, a restart
     // is assumed: dropping true claims costs a replay, keeping dead ones is wrong.
-    return remembers(sequence) && ring_[sequence % kRemembered].digest == digest ? Outcome::kDuplicate
-                                                                                 : Outcome::kRestart;
+    return remembers(sequence) && ring_[sequence % ring_.size()].digest == digest ? Outcome::kDuplicate
+                                                                                  : Outcome::kRestart;
   }
 
   bool is_next(uint64_t sequence) const { return begun_ && sequence == last_ + 1; }
 
   bool remembers(uint64_t sequence) const {
-    return !ring_.empty() && ring_[sequence % kRemembered].sequence == sequence;
+    return !ring_.empty() && ring_[sequence % ring_.size()].sequence == sequence;
   }
 
   // The message has been applied; it is the last one now.
   void applied(uint64_t sequence, uint64_t digest) {
-    if (ring_.empty()) ring_.resize(kRemembered);
+    if (ring_.empty()) ring_.resize(kFirst);
+    while (ring_.size() < kRemembered && is_taken(sequence)) grow();
     begun_ = true;
     last_ = sequence;
-    ring_[sequence % kRemembered] = {sequence, digest};
+    ring_[sequence % ring_.size()] = {sequence, digest};
   }
 
   // Forget the old life.
@@ -57,6 +58,21 @@ class Order {
     uint64_t sequence = UINT64_MAX;
     uint64_t digest = 0;
   };
+
+  // All of it would be 128 KiB, which a stream of few messages need not have.
+  static constexpr uint64_t kFirst = 64;
+
+  bool is_taken(uint64_t sequence) const {
+    const uint64_t other = ring_[sequence % ring_.size()].sequence;
+    return other != UINT64_MAX && other != sequence;
+  }
+  // Two that stand apart now do so in a ring twice as large too: nothing is forgotten.
+  void grow() {
+    std::vector<Seen> larger(ring_.size() * 2);
+    for (const Seen& each : ring_)
+      if (each.sequence != UINT64_MAX) larger[each.sequence % larger.size()] = each;
+    ring_.swap(larger);
+  }
 
   bool begun_ = false;
   uint64_t last_ = 0;

@@ -153,8 +153,8 @@ void test_concurrency() {
         const KeyContext context{4, 1337, turn % 3 == 0 ? "lora" : "", ""};
         QueryExtras extras;
         extras.lora_name = context.lora_name;
-        std::vector<uint64_t> keys;
-        block_keys(expected.data(), 0, expected.size() / 4, 4, 0, 1337, extras, keys);
+        std::vector<uint64_t> keys(expected.size() / 4);
+        block_keys(expected.data(), 0, expected.size() / 4, 4, 0, 1337, extras, keys.data());
         if (cache.ids(request).ids != expected || cache.keys(request, context).keys != keys) ++wrong;
         if (cache.stats().bytes > 60'000) ++wrong;
       }
