@@ -182,8 +182,8 @@ class Stream:
     def take_changes(self, partitions: int) -> tuple[bool, bool, list[bytes], bytes]:
         """(all that was held before was dropped, changes were lost, rows per partition, groups) since the last call.
 
-        A row is 11 bytes: key u64 LE, group u8, tiers held u8, tiers no longer held u8, a bit each. A key and group have
-        one row, and rows are in order of keys. Groups are 9 bytes each: index u32, kind u8, window u32.
+        A row is 11 bytes: key u64 LE, group u8, tiers held u8, tiers no longer held u8, a bit each. A key and group
+        have one row, and rows are in order of keys. Groups are 9 bytes each: index u32, kind u8, window u32.
         """
 
     @property

@@ -448,7 +448,9 @@ class StoreSettings(_Section):
     linger_seconds: Seconds = Field(default=0.002, le=1, description="Wait for more changes before a batch is sent")
     batch_blocks: Integer = Field(default=1024, ge=1, le=8192, description="Blocks changed by one batch")
     max_changes: Integer = Field(
-        default=1_048_576, ge=1024, description="Changes of a stream kept for a store that is away; then all is sent anew"
+        default=1_048_576,
+        ge=1024,
+        description="Changes of a stream kept for a store that is away; then all is sent anew",
     )
 
     def nodes(self) -> list[tuple[str, int]]:

@@ -77,6 +77,17 @@ TEXT = (
     MetricName("kvindex_tokenizer_native", "gauge", ("model",), "1 native, 0 when texts are encoded whole"),
 )
 
+STORE = (
+    MetricName("kvindex_store_reachable", "gauge", ("model",), "1 while the shared store answers"),
+    MetricName(
+        "kvindex_store_events_total",
+        "counter",
+        ("model", "event"),
+        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`; and what failed: "
+        "`failed_reads`, `failed_writes`, `full` batches, streams of an `other_block_size`",
+    ),
+)
+
 STREAMS = (
     MetricName("kvindex_stream_messages_total", "counter", _STREAM, "Messages applied"),
     MetricName("kvindex_stream_events_total", "counter", _STREAM, "Events applied"),
@@ -132,10 +143,21 @@ DISCOVERY = (
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY):
+    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
+
+
+class StoreStats(Protocol):
+    """One model's part in the shared store, as of now."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def reachable(self) -> bool: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
 
 
 class ModelStats(Protocol):
@@ -268,6 +290,10 @@ class Metrics:
         """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
         self.registry.register(TextCollector(stats, native))
 
+    def watch_store(self, stats: Callable[[], Iterable[StoreStats]]) -> None:
+        """Show each model's part in the shared store in every scrape."""
+        self.registry.register(StoreCollector(stats))
+
     def serve(self, host: str, port: int) -> "MetricsServer":
         """Answer HTTP on this address; port 0 picks a free one."""
         return MetricsServer(self, host, port)
@@ -324,6 +350,26 @@ class TextCollector(Collector):
             _add(families, name, (), value)
         for model, native in self._native().items():
             _add(families, "kvindex_tokenizer_native", (model,), native)
+        yield from families.values()
+
+
+class StoreCollector(Collector):
+    """What this replica has done in the shared store, read at scrape."""
+
+    def __init__(self, stats: Callable[[], Iterable[StoreStats]]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples."""
+        return list(_families(STORE).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families = _families(STORE)
+        for each in self._stats():
+            _add(families, "kvindex_store_reachable", (each.model,), each.reachable)
+            for event, times in each.counts.items():
+                _add(families, "kvindex_store_events_total", (each.model, event), times)
         yield from families.values()
 
 

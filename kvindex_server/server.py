@@ -35,6 +35,7 @@ from kvindex_server.interceptors import Guard
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
 from kvindex_server.models import Model, Models
+from kvindex_server.shared import SharedFleet, Stores
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
@@ -66,8 +67,9 @@ class Server:
             with _config_errors("stream.curve_keys_file"):
                 wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
         self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
-        self.models = _models(settings, self.texts)
-        self.fleet = _fleet(settings, self.models)
+        self._stores = Stores(settings) if settings.store.addresses else None
+        self.models = _models(settings, self.texts, self._stores)
+        self.fleet = _fleet(settings, self.models, self._stores)
         self.discovery = Reconciler(self.fleet, _sources(settings))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
@@ -136,6 +138,9 @@ class Server:
         except OSError as error:
             raise ConfigError("metrics_listen", f"{settings.metrics_listen}: {error.strerror}") from error
         self.metrics_address = f"{host}:{self._metrics_server.port}"
+        if self._stores is not None:
+            self._stores.start()
+            self.metrics.watch_store(self._stores.stats)
         try:
             self.fleet.start()
         except InvalidArgument as error:
@@ -157,10 +162,21 @@ class Server:
                 return
         if self._stopping.is_set():
             return
-        self._ready.set()
-        self._health.set_serving(True)
-        self.metrics.ready(True)
-        _log.info("ready", extra={"fields": {"coverage": round(self.fleet.readiness, 3)}})
+        if self._stores is None:
+            self._set_ready(True)
+            return
+        while True:  # only while the store answers
+            if self._stores.reachable != self._ready.is_set():
+                self._set_ready(self._stores.reachable)
+            if self._stopping.wait(0.1):
+                return
+
+    def _set_ready(self, ready: bool) -> None:
+        (self._ready.set if ready else self._ready.clear)()
+        self._health.set_serving(ready)
+        self.metrics.ready(ready)
+        fields = {"coverage": round(self.fleet.readiness, 3)}
+        _log.info("ready" if ready else "not ready: the shared store does not answer", extra={"fields": fields})
 
     def _sweep_placements(self) -> None:
         """Gives the memory of expired placements back; no answer depends on it."""
@@ -191,6 +207,8 @@ class Server:
             guard.close()
         self.discovery.stop()
         self.fleet.stop()
+        if self._stores is not None:
+            self._stores.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
 
@@ -275,7 +293,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _models(settings: Settings, texts: TextCache) -> Models:
+def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Models:
     sources = Sources(
         texts,
         directories=tuple(map(Path, settings.text.tokenizer_dirs)),
@@ -283,14 +301,15 @@ def _models(settings: Settings, texts: TextCache) -> Models:
         word_slots=settings.text.known_words,
         max_reference_bytes=settings.text.max_reference_bytes,
     )
+    limits, placement = settings.limits, settings.placement
+
+    def in_process(_name: str, block_size: int) -> Index:
+        return Index(block_size, settings.hash_seed, limits.max_claims_per_model, placement.max_blocks)
+
+    make_index = in_process if stores is None else stores.make
     models = []
     for each in settings.models:
-        index = Index(
-            each.block_size,
-            settings.hash_seed,
-            settings.limits.max_claims_per_model,
-            settings.placement.max_blocks,
-        )
+        index = make_index(each.name, each.block_size)
         try:
             tokenizer = sources.configured(each.name, each.tokenizer, each.tokenize_url)
         except InvalidArgument as error:
@@ -298,31 +317,39 @@ def _models(settings: Settings, texts: TextCache) -> Models:
         models.append(Model(each.name, index, tokenizer, each.aliases, each.loras))
     return Models(
         models,
-        hash_seed=settings.hash_seed,
-        max_claims=settings.limits.max_claims_per_model,
-        max_placements=settings.placement.max_blocks,
+        make_index=make_index,
         discover=sources.discover,
     )
 
 
-def _fleet(settings: Settings, models: Models) -> Fleet:
+def _fleet(settings: Settings, models: Models, stores: Stores | None) -> Fleet:
     stream = settings.stream
     specs = tuple(pod.spec() for pod in settings.pods)
     for spec in specs:
         models.seen(spec.model, spec.block_size)
+    bounds = Bounds(
+        messages=stream.buffer_messages,
+        bytes=stream.buffer_bytes,
+        seconds=stream.buffer_seconds,
+        replay_timeout=stream.replay_timeout_seconds,
+        disconnect_grace=stream.disconnect_grace_seconds,
+        rearm_seconds=stream.rearm_seconds,
+        rearm_max_seconds=stream.rearm_max_seconds,
+        drop_on_gap=stream.on_gap == "drop",
+    )
+    if stores is not None:
+        return SharedFleet(
+            models,
+            specs,
+            stores,
+            bounds=bounds,
+            drain_messages=stream.drain_messages,
+            max_pods=settings.limits.max_registered_pods,
+        )
     return Fleet(
         models,
         specs,
-        bounds=Bounds(
-            messages=stream.buffer_messages,
-            bytes=stream.buffer_bytes,
-            seconds=stream.buffer_seconds,
-            replay_timeout=stream.replay_timeout_seconds,
-            disconnect_grace=stream.disconnect_grace_seconds,
-            rearm_seconds=stream.rearm_seconds,
-            rearm_max_seconds=stream.rearm_max_seconds,
-            drop_on_gap=stream.on_gap == "drop",
-        ),
+        bounds=bounds,
         drain_messages=stream.drain_messages,
         max_pods=settings.limits.max_registered_pods,
     )

@@ -8,7 +8,7 @@ import time
 
 
 class SlowProxy:
-    """Passes bytes to a port; `delay` seconds before each piece to the server, and none while `held`. Ends TLS, if asked."""
+    """Passes bytes to a port; `delay` seconds before each piece to the server, and none while `held`. May end TLS."""
 
     def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._to = port

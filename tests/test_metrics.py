@@ -19,6 +19,7 @@ from kvindex_server.metrics import (
     DISCOVERY,
     MAX_METHODS,
     REQUESTS,
+    STORE,
     STREAMS,
     TEXT,
     Metrics,
@@ -282,7 +283,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -296,7 +297,7 @@ def test_labels_are_as_declared() -> None:
     metrics.watch_in_flight("method", lambda: 1)
     metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
-    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
+    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY)}
     seen = set()
     for name, labels in samples(metrics):
         base = name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -313,7 +314,7 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_bucket$", "", name) for name in named} - {"kvindex_server"} <= declared
 

@@ -40,7 +40,9 @@ class Client:
             import redis  # noqa: PLC0415 - optional
             from redis import exceptions  # noqa: PLC0415
         except ImportError as error:
-            raise ConfigError("store.addresses", "needs the package redis: pip install 'kvindex-server[store]'") from error
+            raise ConfigError(
+                "store.addresses", "needs the package redis: pip install 'kvindex-server[store]'"
+            ) from error
         self._away = (exceptions.RedisError, OSError)
         self._missing = exceptions.NoScriptError
         self._full = exceptions.OutOfMemoryError
@@ -141,7 +143,7 @@ def _connect(redis: Any, settings: StoreSettings) -> Any:
     if settings.mode == "cluster":
         try:
             return RedisCluster(
-                startup_nodes=[ClusterNode(host, port) for host, port in nodes],
+                startup_nodes=[ClusterNode(host, port) for host, port in nodes],  # type: ignore[no-untyped-call]
                 max_connections=settings.max_connections,
                 **options,
             )
@@ -149,8 +151,8 @@ def _connect(redis: Any, settings: StoreSettings) -> Any:
             raise ConfigError("store.addresses", f"no node of the cluster answers: {type(error).__name__}") from error
     if settings.mode == "sentinel":
         at_sentinel = {key: value for key, value in options.items() if key not in ("username", "password")}
-        sentinel = Sentinel(nodes, sentinel_kwargs=at_sentinel, **options)
-        return sentinel.master_for(settings.sentinel_service, db=settings.database)
+        sentinel = Sentinel(nodes, sentinel_kwargs=at_sentinel, **options)  # type: ignore[no-untyped-call]
+        return sentinel.master_for(settings.sentinel_service, db=settings.database)  # type: ignore[no-untyped-call]
     host, port = nodes[0]
     pool_of = redis.BlockingConnectionPool
     connection = redis.SSLConnection if options.pop("ssl", False) else redis.Connection

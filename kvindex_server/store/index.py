@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
 from kvindex_server.config import StoreSettings
@@ -25,21 +25,24 @@ Trusted = tuple[int, str, float]
 
 _Bytes = bytes  # `bytes` is a property of the index
 
+TELL_SECONDS = 0.25
+"""How often trust is told and heard."""
 ROUND = 64
 """Batches sent at once."""
 SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
 MAX_DELAY = 5.0
 MAX_READS = 4
+_DOUBT = (4, 1, 2, 3)
 NO_PLACEMENTS = dict.fromkeys(("blocks", "recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What the replica that follows a stream has told, and when (time.monotonic) it stops to count."""
+    """What the replica that follows a stream has told, when that was heard, and when it ends (time.monotonic)."""
 
     ends: float
-    owner: str
+    told_at: float
     trusted: Trusted
 
 
@@ -83,12 +86,13 @@ class StoreIndex:
         self._threads: list[threading.Thread] = []
         self._garbage: Iterator[tuple[str, list[bytes]]] | None = None
         self._may_have_garbage = False
+        self._told: dict[str, tuple[int, str]] = {}
         self._try_lease_at: dict[str, float] = {}
         self._send_again_at = 0.0
         self._send_again_delay = 1.0
         self._heard_at: float | None = None
         self.counts: Counter[str] = Counter()
-        """What happened, by kind: batches, refused batches (full), lives begun, dead holders taken out, reads, failures."""
+        """What happened, by kind; see the metric kvindex_store_events_total."""
 
     # --- as of a native index ---
 
@@ -268,6 +272,7 @@ class StoreIndex:
             self._try_lease_at[stream.name] = now + min(wait, self._settings.lease_seconds) + 0.01
             return
         self.counts["lives"] += 1
+        self._told.pop(stream.name, None)
         self._may_have_garbage = True
 
     def _end(self, stream: StoreStream, word: _Bytes) -> None:
@@ -275,6 +280,7 @@ class StoreIndex:
         with self._lock:
             self._streams = tuple(each for each in self._streams if each is not stream)
         self._try_lease_at.pop(stream.name, None)
+        self._told.pop(stream.name, None)
         self._may_have_garbage = True
 
     def _send(self, streams: Sequence[StoreStream], word: _Bytes) -> int:
@@ -287,23 +293,28 @@ class StoreIndex:
             failure: StoreAway | None = None
             for (stream, at, call), answer in zip(sent, answers, strict=True):
                 try:
-                    refused += stream.settle(at, call, answer, self._client)
-                    self.counts["batches"] += 1
+                    full = stream.settle(at, call, answer, self._client)
+                    refused += full
+                    self.counts["full" if full else "batches"] += 1
                 except StoreAway as error:
                     failure = error
             if failure is not None:
                 raise failure
 
-    def renew(self) -> None:
-        """Keep the leases, tell how far streams are trusted, and hear the same of the other replicas'. StoreAway."""
+    def renew(self, *, everything: bool = True) -> None:
+        """Keep the leases, tell how far streams are trusted, and hear the same of the other replicas'. StoreAway.
+
+        Without `everything`, only the trust that has changed is told.
+        """
         with self._writing:
-            streams = [each for each in self._streams if each.life and not each.closed]
+            trusted = {each: self._trusted_here(each) for each in self._streams if each.life and not each.closed}
+            streams = [each for each, now in trusted.items() if everything or self._told.get(each.name) != now[:2]]
             for at, tag in enumerate(self._tags):
                 told: list[_Bytes | str | int] = []
                 for stream in streams:
                     # A batch on its way has a number that the store may or may not have seen.
                     number = stream.numbers[at] if stream.idle else ""
-                    told += [stream.name, stream.life, number, self._told(stream)]
+                    told += [stream.name, stream.life, number, msgpack.packb(trusted[stream])]
                 if not told:
                     break
                 lease = self._lease_ms if at == 0 else ""
@@ -313,37 +324,43 @@ class StoreIndex:
                     if answer != b"OK":
                         stream.life = 0
                         self._dirty.set()
+            self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
         now = self._clock()
         time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
         found = {}
         for name, lease in zip(leases[::2], leases[1::2], strict=True):
             rank, pod = name.decode().split(" ", 1)
-            ends, owner, told_trust = lease.split(b" ", 2)
-            trust, age, reason = msgpack.unpackb(told_trust) if told_trust else (1, -1.0, "its replica has just begun")
+            ends, _, told_trust = lease.split(b" ", 2)
+            trust, reason, age = msgpack.unpackb(told_trust) if told_trust else (1, "its replica has just begun", -1.0)
             left = (int(ends) - time_ms) / 1000
-            found[pod, int(rank)] = Lease(now + left, owner.decode(), (trust, reason, age))
+            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age))
         self._leases = found
         self._heard_at = now
 
-    def _told(self, stream: StoreStream) -> _Bytes:
+    def _trusted_here(self, stream: StoreStream) -> Trusted:
+        if stream.blind:
+            return 1, "its replica has just taken over", -1.0
         trust, reason, age = self._trust_of(stream.pod, stream.rank)
-        if stream.full and trust in (2, 3):
-            trust, reason = 2, "the shared store is full"
-        packed: bytes = msgpack.packb([trust, age, reason])
-        return packed
+        return (2, "the shared store is full", age) if stream.full and trust in (2, 3) else (trust, reason, age)
 
-    def standing(self, pod: str, rank: int) -> Trusted:
-        """How far answers about a stream can be believed, whichever replica follows it; STALE when the store is away."""
+    def standing(self, pod: str, rank: int | None = None) -> Trusted:
+        """How far answers about a stream can be believed, whichever replica follows it; STALE when the store is away.
+
+        Without a rank, of the pod's least trusted one.
+        """
         now = self._clock()
         if self._heard_at is None or now - self._heard_at > self._settings.lease_seconds / 2:
             return 4, "the shared store does not answer", -1.0
-        lease = self._leases.get((pod, rank))
-        if lease is None:
-            return 1, "no replica follows it", -1.0
+        leases = self._leases
+        found = [each for key, each in leases.items() if key[0] == pod] if rank is None else [leases.get((pod, rank))]
+        trusted = [self._trusted(each, now) for each in found if each is not None]
+        return min(trusted, key=lambda each: _DOUBT.index(each[0]), default=(1, "no replica follows it", -1.0))
+
+    def _trusted(self, lease: Lease, now: float) -> Trusted:
         if now > lease.ends:
             return 4, "the replica that followed it is gone", -1.0
         trust, reason, age = lease.trusted
-        return trust, reason, age + (now - self._heard_at) if age >= 0 else age
+        return trust, reason, age + now - lease.told_at if age >= 0 else age
 
     @property
     def reachable(self) -> bool:
@@ -419,9 +436,13 @@ class StoreIndex:
             delay = min(delay * 2, MAX_DELAY)
 
     def _keep(self) -> None:
+        renew_at = self._clock()
         while not self._halt.is_set():
             try:
-                self.renew()
+                due = self._clock() >= renew_at
+                self.renew(everything=due)
+                if due:
+                    renew_at = self._clock() + self._settings.lease_seconds / 4
                 self.sweep()
             except StoreAway as error:
                 self._garbage = None
@@ -430,7 +451,7 @@ class StoreIndex:
             except Exception:  # noqa: BLE001 - the next turn may work; it is logged and counted
                 _log.exception("leases not renewed")
                 self.counts["failed_writes"] += 1
-            self._halt.wait(min(1.0, self._settings.lease_seconds / 8))
+            self._halt.wait(TELL_SECONDS)
 
     def _failed(self, what: str, error: StoreAway) -> None:
         self.counts["failed_writes"] += 1

@@ -1,13 +1,13 @@
-"""One stream's way into the store: decoded here, its changes sent in batches that only the stream's current life may write."""
+"""One stream's way into the store: decoded here, its changes sent in batches that only its current life may write."""
 
 import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
-from kvindex_server._core import Applied, Drained, Index, Order, Stream, ZeroMq
+from kvindex_server._core import Applied, Drained, Index, Order, ZeroMq
 from kvindex_server.store import scripts
 from kvindex_server.store.client import Argument, Client, StoreAway, StoreFull
 
@@ -44,6 +44,7 @@ class StoreStream:
         self._lock = threading.Lock()
         self._native = index.add_stream(pod, rank)
         self._gone = False
+        self._asking = 0
         self.standby = False
         self.life = 0
         """The number under which the stream writes; 0 when it has to begin anew."""
@@ -75,6 +76,7 @@ class StoreStream:
         """Drop all claims; returns how many. The store is told by a new life, however many they are."""
         with self._lock:
             dropped = self._native.clear()
+            self._asking = max(self._asking - 1, min(self._asking, 1))
         self._dirty()
         return dropped
 
@@ -87,7 +89,9 @@ class StoreStream:
         return dropped
 
     def touch(self) -> None:
-        """What is known beside the claims has changed: the store is told with the next renewal of the lease."""
+        """What is known beside the claims has changed: the store is told within moments."""
+        if self._asking == 1:
+            self._asking = 0
 
     def snapshot(self) -> bytes:
         """The whole state, as of a native stream."""
@@ -135,6 +139,9 @@ class StoreStream:
                 raise StoreAway("the shared store is about to change hands")
         with self._lock:
             came_back, self.standby = self.standby, False
+            # Until whoever follows the stream has cleared it, by request and then on its own thread, and says so: what
+            # it believes until then is of the time when another replica applied the messages.
+            self._asking = 3 if came_back else self._asking
             if came_back and not self._gone:
                 self._native = self._index.add_stream(self.pod, self.rank)
             self._native.follow_changes(self._max_changes)
@@ -205,6 +212,11 @@ class StoreStream:
         with self._lock:
             self._native.follow_changes(self._max_changes)
             self.full = False
+
+    @property
+    def blind(self) -> bool:
+        """Taken over a moment ago, and the engine has not been asked yet."""
+        return self._asking > 0
 
     @property
     def idle(self) -> bool:
