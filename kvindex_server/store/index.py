@@ -44,6 +44,16 @@ class Lease:
     ends: float
     told_at: float
     trusted: Trusted
+    life: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The streams as the store describes them, the word for that, and the life of each."""
+
+    word: bytes
+    view: StoreView
+    lives: dict[tuple[str, int], int]
 
 
 class StoreIndex:
@@ -78,7 +88,7 @@ class StoreIndex:
         self._clock = clock
         self._lock = threading.Lock()
         self._streams: tuple[StoreStream, ...] = ()
-        self._table: tuple[bytes, StoreView] = (b"-", StoreView([]))
+        self._table = Table(b"-", StoreView([]), {})
         self._leases: dict[tuple[str, int], Lease] = {}
         self._writing = threading.Lock()
         self._dirty = threading.Event()
@@ -198,7 +208,7 @@ class StoreIndex:
     def _read(self, keys: _Bytes, *, prefix: bool) -> tuple[StoreView, list[_Bytes]]:
         split = split_keys(keys, len(self._tags))
         for _ in range(MAX_READS):
-            word, view = self._table
+            word, view = self._table.word, self._table.view
             stop = prefix and view.prefix_only
             calls = [
                 (tag, (word if at == 0 else b"-", of_partition, int(stop)))
@@ -224,14 +234,16 @@ class StoreIndex:
 
     def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
         described = []
+        lives = {}
         for each in streams:
             pod, rank, life, block_size, tiers, groups = msgpack.unpackb(each)
             if block_size and self._own.learn_block_size(block_size) != block_size:
                 self.counts["other_block_size"] += 1  # its blocks are others than those asked for
                 continue
+            lives[pod, rank] = life
             described.append((pod, rank, life, groups, [self._own.tier_of(tier) for tier in tiers]))
         view = StoreView(described)
-        self._table = (word, view)
+        self._table = Table(word, view, lives)
         return view
 
     # --- writing ---
@@ -240,12 +252,11 @@ class StoreIndex:
         """Send what has changed; True when the store has all of it now. StoreAway."""
         with self._writing:
             now = self._clock()
-            word = os.urandom(12)
             for stream in self._streams:
                 if stream.closed:
-                    self._end(stream, word)
+                    self._end(stream)
                 elif not stream.life:
-                    self._begin(stream, now, word)
+                    self._begin(stream, now)
             again = now >= self._send_again_at
             writing = [each for each in self._streams if each.life]
             for stream in writing:
@@ -253,10 +264,10 @@ class StoreIndex:
                     stream.send_again()
                 stream.take()
                 if not stream.life:  # its engine began a new life
-                    self._begin(stream, now, word)
+                    self._begin(stream, now)
                     if stream.life:
                         stream.take()
-            refused = self._send(writing, word)
+            refused = self._send(writing)
             if refused:
                 self._send_again_delay = min(self._send_again_delay * 2, 60.0)
                 self._send_again_at = self._clock() + self._send_again_delay
@@ -264,10 +275,10 @@ class StoreIndex:
                 self._send_again_delay = 1.0
             return all(each.idle or each.standby for each in self._streams)
 
-    def _begin(self, stream: StoreStream, now: float, word: _Bytes) -> None:
+    def _begin(self, stream: StoreStream, now: float) -> None:
         if now < self._try_lease_at.get(stream.name, 0.0):
             return
-        wait = stream.begin(self._client, self._tags, self._owner, self._lease_ms, word)
+        wait = stream.begin(self._client, self._tags, self._owner, self._lease_ms)
         if wait:
             self._try_lease_at[stream.name] = now + min(wait, self._settings.lease_seconds) + 0.01
             return
@@ -275,18 +286,18 @@ class StoreIndex:
         self._told.pop(stream.name, None)
         self._may_have_garbage = True
 
-    def _end(self, stream: StoreStream, word: _Bytes) -> None:
-        stream.end(self._client, self._tags, word)
+    def _end(self, stream: StoreStream) -> None:
+        stream.end(self._client, self._tags)
         with self._lock:
             self._streams = tuple(each for each in self._streams if each is not stream)
         self._try_lease_at.pop(stream.name, None)
         self._told.pop(stream.name, None)
         self._may_have_garbage = True
 
-    def _send(self, streams: Sequence[StoreStream], word: _Bytes) -> int:
+    def _send(self, streams: Sequence[StoreStream]) -> int:
         refused = 0
         while True:
-            sent = [(each, at, call) for each in streams for at, call in each.next_batches(self._tags, word)][:ROUND]
+            sent = [(each, at, call) for each in streams for at, call in each.next_batches(self._tags)][:ROUND]
             if not sent:
                 return refused
             answers = self._client.run_all(scripts.APPLY, [call for _, _, call in sent])
@@ -314,7 +325,7 @@ class StoreIndex:
                 for stream in streams:
                     # A batch on its way has a number that the store may or may not have seen.
                     number = stream.numbers[at] if stream.idle else ""
-                    told += [stream.name, stream.life, number, msgpack.packb(trusted[stream])]
+                    told += [stream.name, stream.life, number, msgpack.packb([*trusted[stream], stream.life])]
                 if not told:
                     break
                 lease = self._lease_ms if at == 0 else ""
@@ -325,21 +336,24 @@ class StoreIndex:
                         stream.life = 0
                         self._dirty.set()
             self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
+        self._read(b"", prefix=True)
         now = self._clock()
         time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
         found = {}
         for name, lease in zip(leases[::2], leases[1::2], strict=True):
             rank, pod = name.decode().split(" ", 1)
             ends, _, told_trust = lease.split(b" ", 2)
-            trust, reason, age = msgpack.unpackb(told_trust) if told_trust else (1, "its replica has just begun", -1.0)
+            trust, reason, age, life = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
             left = (int(ends) - time_ms) / 1000
-            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age))
+            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life)
         self._leases = found
         self._heard_at = now
 
     def _trusted_here(self, stream: StoreStream) -> Trusted:
         if stream.blind:
             return 1, "its replica has just taken over", -1.0
+        if stream.behind:
+            return 2, "being sent to the shared store", -1.0
         trust, reason, age = self._trust_of(stream.pod, stream.rank)
         return (2, "the shared store is full", age) if stream.full and trust in (2, 3) else (trust, reason, age)
 
@@ -352,11 +366,13 @@ class StoreIndex:
         if self._heard_at is None or now - self._heard_at > self._settings.lease_seconds / 2:
             return 4, "the shared store does not answer", -1.0
         leases = self._leases
-        found = [each for key, each in leases.items() if key[0] == pod] if rank is None else [leases.get((pod, rank))]
-        trusted = [self._trusted(each, now) for each in found if each is not None]
+        ranks = [key for key in leases if key[0] == pod] if rank is None else [(pod, rank)]
+        trusted = [self._trusted(leases[key], self._table.lives.get(key), now) for key in ranks if key in leases]
         return min(trusted, key=lambda each: _DOUBT.index(each[0]), default=(1, "no replica follows it", -1.0))
 
-    def _trusted(self, lease: Lease, now: float) -> Trusted:
+    def _trusted(self, lease: Lease, life: int | None, now: float) -> Trusted:
+        if lease.life != life:  # what was told is of a life before
+            return 1, "its replica has just begun", -1.0
         if now > lease.ends:
             return 4, "the replica that followed it is gone", -1.0
         trust, reason, age = lease.trusted

@@ -5,7 +5,7 @@ A partition's keys begin with its tag, which keeps them in one slot of a cluster
 - `b` and a block's key, 8 bytes: its holders, each life u48, group u8, tiers u8
 - `q`: stream -> life and number of its last batch; what is written must fit both
 - `a`: the lives that count here, packed; of all others what is met is taken out
-- `s`, `v`: stream -> its description, and a word that changes whenever one of them does; in partition 0 only
+- `s`, `v`: stream -> its description, and a word that no other state of them has ever had; in partition 0 only
 - `o`: stream -> when its lease ends (ms of the store's clock), its owner, its trust; in partition 0 only
 - `n`: the last life given; in partition 0 only
 
@@ -15,7 +15,7 @@ A life is a number never given twice, also not by a store that lost its memory: 
 from kvindex_server.store.client import Script
 
 OPEN = Script("""#!lua flags=allow-oom
--- tag, stream, packed life or '', owner, lease in ms, word: a new life, in partition 0 only for who has the lease
+-- tag, stream, packed life or '', owner, lease in ms: a new life, in partition 0 only for who has the lease
 local tag, name, life = ARGV[1], ARGV[2], ARGV[3]
 local was = redis.call('HGET', tag .. 'q', name)
 local old = was and string.match(was, '^(%d+):')
@@ -32,7 +32,7 @@ if life == '' then
   redis.call('SET', tag .. 'n', string.format('%.0f', life))
   redis.call('HSET', tag .. 'o', name, string.format('%.0f %s ', now + tonumber(ARGV[5]), ARGV[4]))
   redis.call('HDEL', tag .. 's', name)
-  redis.call('SET', tag .. 'v', ARGV[6])
+  redis.call('SET', tag .. 'v', string.format('%.0f:0', life))
 else
   life = struct.unpack('<I6', life)
   if old and tonumber(old) >= life then return {0, 0} end
@@ -44,8 +44,8 @@ return {life, 0}
 """)
 
 _APPLY = """
--- tag, stream, life, packed life, number of the batch, description or '', word, rows
-local tag, name, me, rows = ARGV[1], ARGV[2], ARGV[4], ARGV[8]
+-- tag, stream, life, packed life, number of the batch, description or '', rows
+local tag, name, me, rows = ARGV[1], ARGV[2], ARGV[4], ARGV[7]
 local number = tonumber(ARGV[5])
 local was = redis.call('HGET', tag .. 'q', name)
 if not was then return 'LOST' end
@@ -104,7 +104,7 @@ for from = 1, #rows, STEP do
 end
 if ARGV[6] ~= '' then
   redis.call('HSET', tag .. 's', name, ARGV[6])
-  redis.call('SET', tag .. 'v', ARGV[7])
+  redis.call('SET', tag .. 'v', ARGV[3] .. ':' .. ARGV[5])
 end
 redis.call('HSET', tag .. 'q', name, ARGV[3] .. ':' .. ARGV[5])
 return 'OK'
@@ -153,7 +153,7 @@ return {word, streams, table.concat(out)}
 """)
 
 CLOSE = Script("""#!lua flags=allow-oom
--- tag, stream, life, packed life, word: the stream is gone, if this is still its life
+-- tag, stream, life, packed life: the stream is gone, if this is still its life
 local tag, name = ARGV[1], ARGV[2]
 local was = redis.call('HGET', tag .. 'q', name)
 if not was or string.match(was, '^(%d+):') ~= ARGV[3] then return 'FENCED' end
@@ -161,7 +161,7 @@ redis.call('SREM', tag .. 'a', ARGV[4])
 redis.call('HDEL', tag .. 'q', name)
 redis.call('HDEL', tag .. 'o', name)
 redis.call('HDEL', tag .. 's', name)
-redis.call('SET', tag .. 'v', ARGV[5])
+redis.call('SET', tag .. 'v', ARGV[3] .. ':end')
 return 'OK'
 """)
 

@@ -45,6 +45,8 @@ class StoreStream:
         self._native = index.add_stream(pod, rank)
         self._gone = False
         self._asking = 0
+        self.behind = False
+        """What was held at the begin of the life is not in the store yet."""
         self.standby = False
         self.life = 0
         """The number under which the stream writes; 0 when it has to begin anew."""
@@ -124,17 +126,17 @@ class StoreStream:
 
     # --- for the writer ---
 
-    def begin(self, client: Client, tags: Sequence[str], owner: str, lease_ms: int, word: bytes) -> float:
+    def begin(self, client: Client, tags: Sequence[str], owner: str, lease_ms: int) -> float:
         """Get the lease and a new life, which ends the one before in O(1); all that is held is to be sent.
 
         Seconds to wait when another replica has the lease, else 0. StoreAway.
         """
-        life, wait_ms = client.run(scripts.OPEN, tags[0], self.name, b"", owner, lease_ms, word)
+        life, wait_ms = client.run(scripts.OPEN, tags[0], self.name, b"", owner, lease_ms)
         if not life:
             self.stand_by()
             return float(wait_ms) / 1000
         for tag in tags[1:]:
-            taken, _ = client.run(scripts.OPEN, tag, self.name, packed(life), owner, lease_ms, word)
+            taken, _ = client.run(scripts.OPEN, tag, self.name, packed(life), owner, lease_ms)
             if not taken:
                 raise StoreAway("the shared store is about to change hands")
         with self._lock:
@@ -147,6 +149,7 @@ class StoreStream:
             self._native.follow_changes(self._max_changes)
             self.life = life
             self.full = False
+            self.behind = True
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
             self._described = b""
@@ -175,18 +178,18 @@ class StoreStream:
         for waiting, of_partition in zip(self._waiting, rows, strict=True):
             waiting.extend(of_partition[at : at + self._batch] for at in range(0, len(of_partition), self._batch))
 
-    def next_batches(self, tags: Sequence[str], word: bytes) -> list[tuple[int, tuple[str, Sequence[Argument]]]]:
+    def next_batches(self, tags: Sequence[str]) -> list[tuple[int, tuple[str, Sequence[Argument]]]]:
         """(partition, call) of what can be sent now; the description goes first and alone."""
         if not self.life:
             return []
         if self._described != self._description:
-            return [(0, self._call(0, tags[0], self._description, word))]
-        return [(at, self._call(at, tag, b"", word)) for at, tag in enumerate(tags) if self._waiting[at]]
+            return [(0, self._call(0, tags[0], self._description))]
+        return [(at, self._call(at, tag, b"")) for at, tag in enumerate(tags) if self._waiting[at]]
 
-    def _call(self, at: int, tag: str, description: bytes, word: bytes) -> tuple[str, Sequence[Argument]]:
+    def _call(self, at: int, tag: str, description: bytes) -> tuple[str, Sequence[Argument]]:
         rows = self._waiting[at][0] if self._waiting[at] else b""
         number = self._numbers[at] + 1
-        return tag, (self.name, self.life, packed(self.life), number, description, word, rows)
+        return tag, (self.name, self.life, packed(self.life), number, description, rows)
 
     def settle(self, at: int, call: tuple[str, Sequence[Argument]], answer: object, client: Client) -> bool:
         """What became of a batch; True when it did not fit into the store. StoreAway."""
@@ -202,6 +205,7 @@ class StoreStream:
                 self._waiting[at].popleft()
             if call[1][4]:
                 self._described = bytes(call[1][4])  # type: ignore[arg-type]
+            self.behind = self.behind and not self.idle
         else:
             # Another replica has the lease, or the store has lost something: asking for the lease shows which.
             self.life = 0
@@ -228,11 +232,11 @@ class StoreStream:
         """Of the last batch of each partition."""
         return self._numbers
 
-    def end(self, client: Client, tags: Sequence[str], word: bytes) -> None:
+    def end(self, client: Client, tags: Sequence[str]) -> None:
         """Take a closed stream out of the store. StoreAway."""
         for tag in tags:
             if self.life:
-                client.run(scripts.CLOSE, tag, self.name, self.life, packed(self.life), word)
+                client.run(scripts.CLOSE, tag, self.name, self.life, packed(self.life))
         self.life = 0
 
 
