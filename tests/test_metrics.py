@@ -26,6 +26,7 @@ from kvindex_server.metrics import (
     MetricsServer,
     metrics_table,
 )
+from kvindex_server.shared import StoreStats
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -279,6 +280,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     metrics = Metrics()
     metrics.watch(list, list)
     metrics.watch_text(_core.TextCache(1 << 20).stats, dict)
+    metrics.watch_store(list)
     exposed = set()
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
@@ -297,6 +299,7 @@ def test_labels_are_as_declared() -> None:
     metrics.watch_in_flight("method", lambda: 1)
     metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
+    metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
     declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY)}
     seen = set()
     for name, labels in samples(metrics):

@@ -2,6 +2,7 @@
 
 import random
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -382,6 +383,23 @@ def test_tls_checks_the_certificate(server: "valkey_server.Valkey", tmp_path: Pa
     with pytest.raises(StoreAway):
         replica(proxy.address).score(keys, [], [1.0])
     proxy.close()
+
+
+def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path) -> None:
+    """The address is that of a sentinel; it tells where the server is."""
+    port = valkey_server.free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
+    command = [str(valkey_server.binary()), str(config), "--sentinel"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sentinel:
+        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+        tokens, keys = tokens_of(1, 3)
+        index.add_stream("pod", 0).apply([stored(tokens)])
+        try:
+            settle(index)
+            assert matches(replica(server.address), keys) == {"pod": 3}
+        finally:
+            sentinel.kill()
 
 
 def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:

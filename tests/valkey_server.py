@@ -87,4 +87,4 @@ def valkey(directory: Path, *options: str) -> Iterator[Valkey]:
         server.kill()
 
 
-__all__ = ["Valkey", "valkey"]
+__all__ = ["Valkey", "binary", "free_port", "valkey"]

@@ -94,12 +94,13 @@ std::unique_ptr<Blocks> StoreView::borrow() {
 bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, uint32_t block_size,
                       const Pods& pods, const std::vector<double>& weights, std::vector<Match>& matches) {
   struct Run {
-    size_t begin, end;
+    size_t begin = 0, end = 0;  // end 0: none yet
   };
   auto borrowed = borrow();
   Blocks& blocks = *borrowed;
   Blocks::Pen pen;
-  std::unordered_map<HolderId, Run> runs;
+  std::vector<Run> runs(topology_.lanes.size() * kMaxTiers);  // by holder
+  std::vector<HolderId> seen;
   std::vector<Filled> filled;
   std::vector<Node> nodes(count);
   const auto is_new = std::make_unique<bool[]>(count);
@@ -109,30 +110,36 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
     const auto lay = [&](HolderId holder, Run run) {
       const size_t length = run.end - run.begin;
       blocks.hold(keys + run.begin, length, 0, holder, pen, nodes.data(), is_new.get());
-      for (size_t i = 0; i < length; ++i)
-        if (is_new[i]) filled.push_back({nodes[i], holder});
+      for (size_t i = 0; i < length; ++i) {
+        if (!is_new[i]) continue;
+        const uint32_t chunk = nodes[i] / kSlots;
+        if (filled.empty() || filled.back().chunk != chunk || filled.back().holder != holder)
+          filled.push_back({chunk, holder, 0});
+        filled.back().bits |= bits_from(nodes[i] % kSlots, 1);
+      }
     };
     well_formed = each(keys, count, readings, [&](size_t i, uint32_t lane, uint8_t tiers) {
       for (uint32_t t = 0; t < kMaxTiers; ++t) {
         if ((tiers >> t & 1) == 0) continue;
         const HolderId holder = holder_id(lane, t);
-        const auto [found, first] = runs.try_emplace(holder, Run{i, i + 1});
-        Run& run = found->second;
-        if (first) continue;
-        if (run.end != i) {
+        Run& run = runs[holder];
+        if (run.end == 0) {
+          seen.push_back(holder);
+          run.begin = i;
+        } else if (run.end != i) {
           lay(holder, run);
           run.begin = i;
         }
         run.end = i + 1;
       }
     });
-    for (const auto& [holder, run] : runs) lay(holder, run);
+    for (const HolderId holder : seen) lay(holder, runs[holder]);
     if (well_formed) {
       Walk walk(blocks, topology_, pods, weights);
       walk.advance(keys, count);
       matches = walk.finish(block_size, nullptr);
     }
-    for (const Filled& each_filled : filled) blocks.release(each_filled.node, each_filled.holder);
+    for (const auto& [chunk, holder, bits] : filled) blocks.release(chunk, bits, holder);
     blocks.lay_down(pen);
   }
   blocks.epoch().collect();

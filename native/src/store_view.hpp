@@ -49,8 +49,9 @@ class StoreView {
     std::array<uint8_t, kMaxTiers> tiers;
   };
   struct Filled {
-    Node node;
+    uint32_t chunk;
     HolderId holder;
+    uint64_t bits;
   };
 
   // Visits (number of the key, lane, tiers); false when a reading is malformed.
