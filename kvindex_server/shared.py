@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from kvindex_server._core import Index
 from kvindex_server.config import Settings
-from kvindex_server.errors import NotFound
 from kvindex_server.fleet import Fleet
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
@@ -39,7 +38,7 @@ class Stores:
             self._settings.hash_seed,
             self._settings.limits.max_claims_per_model,
             trust_of=lambda pod, rank: self._trust(model, pod, rank),
-            gained=lambda pod, _rank: self._gained(model, pod),
+            gained=lambda pod, rank: self._gained(model, pod, rank),
         )
         with self._lock:
             self._indexes[model] = index
@@ -77,12 +76,9 @@ class Stores:
         assert self.fleet is not None
         return self.fleet.own_trust(model, pod, rank)
 
-    def _gained(self, model: str, pod: str) -> None:
+    def _gained(self, model: str, pod: str, rank: int) -> None:
         assert self.fleet is not None
-        try:
-            self.fleet.clear(pod, model)
-        except NotFound:
-            pass  # taken away meanwhile
+        self.fleet.ask_anew(model, pod, rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +102,12 @@ class SharedFleet(Fleet):
         """As this replica sees the stream."""
         trust, reason, age = super().trust(model, pod, rank)
         return int(trust), reason, age
+
+    def ask_anew(self, model: str, pod: str, rank: int) -> None:
+        """Have a rank synchronise again, unless its pod was taken away meanwhile."""
+        subscriber = self._subscribers.get((model, pod))
+        if subscriber is not None and rank < subscriber.spec.ranks:
+            subscriber.clear_rank(rank)
 
     def trust(self, model: str, pod: str, rank: int | None = None) -> tuple[Trust, str, float]:
         """As the replica that follows the stream sees it; STALE while the store is away."""
