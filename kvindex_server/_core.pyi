@@ -52,6 +52,7 @@ class Index:
     @property
     def tiers(self) -> list[str]: ...  # by bit: gpu, cpu, disk, then as engines named them
     def learn_block_size(self, size: int) -> int: ...  # the size in force: `size` only if none was known
+    def tier_of(self, name: str) -> int: ...  # its bit, given one if there is room; else 8
     def add_stream(self, pod: str, rank: int) -> Stream: ...
     def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:
         """A router has sent these keys (u64 LE) to this pod; they count as held for at most `seconds`.
@@ -172,6 +173,19 @@ class Stream:
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
     def touch(self) -> None: ...  # what is known of the stream beside its claims has changed
     def close(self) -> int: ...  # the same, and the stream is gone from answers
+    def follow_changes(self, limit: int) -> None:
+        """From now on note what comes to be held and no longer is, beginning with all that is held already.
+
+        More than `limit` changes that nobody took are lost, which `take_changes` says.
+        """
+
+    def take_changes(self, partitions: int) -> tuple[bool, bool, list[bytes], bytes]:
+        """(all that was held before was dropped, changes were lost, rows per partition, groups) since the last call.
+
+        A row is 11 bytes: key u64 LE, group u8, tiers held u8, tiers no longer held u8, a bit each. A key and group
+        have one row, and rows are in order of keys. Groups are 9 bytes each: index u32, kind u8, window u32.
+        """
+
     @property
     def claims(self) -> int: ...
     @property
@@ -277,3 +291,26 @@ class Scorer:
 
     def tell(self, pod: str, rank: int, trust: int, reason: str, age_seconds: float, asked_at: int) -> None:
         """How far a stream can be believed, as it was at `asked_at` (time.monotonic_ns)."""
+
+def split_keys(keys: _Bytes, partitions: int) -> list[_Bytes]:
+    """The keys (u64 LE) of each partition, in their order."""
+
+class StoreView:
+    """Answers over holders read from a shared store, by the same walk as `Index`; safe from many threads.
+
+    A reading is what one partition said of its keys (`split_keys`), in their order: per key a count u16, then so many
+    holders of life u48, group u8 (its number in the stream), tiers u8 (a bit each, as the writer numbers them), all
+    little-endian. It may end early. Holders of a life that no stream has count for nothing. ValueError when malformed.
+    """
+
+    def __init__(self, streams: Sequence[tuple[str, int, int, bytes, Sequence[int]]]) -> None:
+        """`streams`: (pod, rank, life, groups as of `take_changes`, own bit of each of the writer's tiers)."""
+
+    @property
+    def prefix_only(self) -> bool: ...  # a block without any holder ends every match
+    def score(
+        self, keys: bytes, readings: Sequence[bytes], block_size: int, pods: Sequence[str], weights: Sequence[float]
+    ) -> list[tuple[str, int, int, float, list[int], int]]: ...  # as `Index.score`
+    def holders(
+        self, keys: bytes, readings: Sequence[bytes], pods: Sequence[str]
+    ) -> list[list[tuple[str, int, int, int, bool]]]: ...  # as `Index.holders`

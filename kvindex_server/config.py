@@ -453,6 +453,61 @@ class HttpSettings(_Section):
     request_seconds: Seconds = Field(default=10.0, gt=0, description="Time for a request to come, and for its answer")
 
 
+class StoreSettings(_Section):
+    """An index kept in Valkey or Redis, shared by all replicas, instead of one in each process."""
+
+    mode: Literal["single", "sentinel", "cluster"] = Field(default="single", description="How the store is reached")
+    addresses: tuple[Address, ...] = Field(
+        default=(),
+        description="Of the server, of the sentinels, or of some nodes of the cluster; empty = the index is kept here",
+    )
+    sentinel_service: str = Field(default="", description="What the sentinels call the server")
+    database: Integer = Field(default=0, ge=0, description="Number of the database; a cluster has only 0")
+    username: str = Field(default="", description="ACL user; empty = the default one")
+    password_file: str = Field(default="", description="File with the user's password; empty = none")
+    tls: bool = Field(default=False, description="Connect by TLS, and check the server's certificate")
+    ca_file: str = Field(default="", description="CA of the store's certificate; empty = the system's")
+    cert_file: str = Field(default="", description="Client certificate, where the store asks for one")
+    key_file: str = Field(default="", description="Its private key")
+    timeout_seconds: Seconds = Field(default=0.5, gt=0, description="Wait for an answer; beyond it the store is away")
+    connect_timeout_seconds: Seconds = Field(default=0.5, gt=0, description="Wait for a connection")
+    max_connections: Integer = Field(default=16, ge=2, le=1024, description="Connections to the store, or to each node")
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,32}$")] = Field(
+        default="kvindex", description="What all keys begin with; one for each fleet that shares a store"
+    )
+    partitions: Integer = Field(
+        default=1, ge=1, le=64, description="Parts of a model's index that may lie on different nodes of a cluster"
+    )
+    lease_seconds: Seconds = Field(
+        default=10.0, ge=1, le=600, description="A replica that is silent for so long loses its streams to another one"
+    )
+    linger_seconds: Seconds = Field(default=0.002, le=1, description="Wait for more changes before a batch is sent")
+    batch_blocks: Integer = Field(default=1024, ge=1, le=8192, description="Blocks changed by one batch")
+    max_changes: Integer = Field(
+        default=1_048_576,
+        ge=1024,
+        description="Changes of a stream kept for a store that is away; then all is sent anew",
+    )
+
+    def nodes(self) -> list[tuple[str, int]]:
+        """(host, port) of each address."""
+        return [(host.strip("[]"), port) for host, port in map(split_address, self.addresses)]
+
+    @model_validator(mode="after")
+    def _complete(self) -> "StoreSettings":
+        if self.mode == "single" and len(self.addresses) > 1:
+            raise _WrongField("addresses", "must be one, unless mode is sentinel or cluster")
+        if self.mode == "sentinel" and self.addresses and not self.sentinel_service:
+            raise _WrongField("sentinel_service", "is required when mode is sentinel")
+        if self.mode == "cluster" and self.database:
+            raise _WrongField("database", "must be 0 when mode is cluster")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise _WrongField("key_file" if self.cert_file else "cert_file", "is required too")
+        if (self.ca_file or self.cert_file) and not self.tls:
+            raise _WrongField("tls", "must be true with ca_file or cert_file")
+        return self
+
+
 class LogSettings(_Section):
     """What is written to stderr."""
 
@@ -489,6 +544,7 @@ class Settings(_Section):
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")
     text: TextSettings = Field(default=TextSettings(), description="Tokenizing")
     snapshot: SnapshotSettings = Field(default=SnapshotSettings(), description="Surviving a restart")
+    store: StoreSettings = Field(default=StoreSettings(), description="An index shared by all replicas")
     tls: TlsSettings = Field(default=TlsSettings(), description="TLS of the gRPC ports")
     auth: AuthSettings = Field(default=AuthSettings(), description="Who may call")
     server: ServerSettings = Field(default=ServerSettings(), description="The gRPC server")

@@ -78,6 +78,8 @@ class Direct:
             model, lora = self._models.resolve(request.model)
         except NotFound:
             return b""
+        if not isinstance(model.index, _core.Index):
+            return b""  # kept in a shared store
         if request.text and not self._find_keys(model, lora, request, check):
             return b""
         if not request.media_fit:

@@ -86,6 +86,17 @@ TEXT = (
     MetricName("kvindex_tokenizer_native", "gauge", ("model",), "1 native, 0 when texts are encoded whole"),
 )
 
+STORE = (
+    MetricName("kvindex_store_reachable", "gauge", ("model",), "1 while the shared store answers"),
+    MetricName(
+        "kvindex_store_events_total",
+        "counter",
+        ("model", "event"),
+        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`; and what failed: "
+        "`failed_reads`, `failed_writes`, `full` batches, streams of an `other_block_size`",
+    ),
+)
+
 STREAMS = (
     MetricName("kvindex_stream_messages_total", "counter", _STREAM, "Messages applied"),
     MetricName("kvindex_stream_events_total", "counter", _STREAM, "Events applied"),
@@ -155,10 +166,21 @@ SNAPSHOTS = (
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS):
+    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
+
+
+class StoreStats(Protocol):
+    """One model's part in the shared store, as of now."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def reachable(self) -> bool: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
 
 
 class ModelStats(Protocol):
@@ -301,6 +323,10 @@ class Metrics:
         """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
         self.registry.register(TextCollector(stats, native))
 
+    def watch_store(self, stats: Callable[[], Iterable[StoreStats]]) -> None:
+        """Show each model's part in the shared store in every scrape."""
+        self.registry.register(StoreCollector(stats))
+
     def watch_snapshots(self, stats: Callable[[], "SnapshotStats"]) -> None:
         """Show how the index is kept, in every scrape."""
         self.registry.register(SnapshotCollector(stats))
@@ -407,6 +433,26 @@ class SnapshotCollector(Collector):
         _add(families, "kvindex_snapshot_last_time_seconds", (), stats.last_time)
         for what in ("streams", "claims"):
             _add(families, f"kvindex_snapshot_restored_{what}_total", (), getattr(stats, f"restored_{what}"))
+        yield from families.values()
+
+
+class StoreCollector(Collector):
+    """What this replica has done in the shared store, read at scrape."""
+
+    def __init__(self, stats: Callable[[], Iterable[StoreStats]]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples."""
+        return list(_families(STORE).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families = _families(STORE)
+        for each in self._stats():
+            _add(families, "kvindex_store_reachable", (each.model,), each.reachable)
+            for event, times in each.counts.items():
+                _add(families, "kvindex_store_events_total", (each.model, event), times)
         yield from families.values()
 
 

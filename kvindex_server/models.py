@@ -34,15 +34,18 @@ class Models:
         max_claims: int = 0,
         max_placements: int = 1_048_576,
         max_index_bytes: int = 0,
+        make_index: "Callable[[str, int], Index] | None" = None,
         discover: "Callable[[str], AnyTokenizer | None] | None" = None,
     ) -> None:
-        """`discover` finds the tokenizer of a model that is known only by name; it may take seconds."""
+        """`discover` finds the tokenizer of a model that is known only by name; it may take seconds.
+
+        `make_index` gives the index of a model by name and block size; without it, one of this process is made.
+        """
         self._lock = threading.Lock()
         self._discover = discover
-        self._hash_seed = hash_seed
-        self._max_claims = max_claims
-        self._max_placements = max_placements
-        self._max_index_bytes = max_index_bytes
+        self._make_index = make_index or (
+            lambda _, size: Index(size, hash_seed, max_claims, max_placements, max_index_bytes)
+        )
         self._models: Mapping[str, Model] = {model.name: model for model in models}
         self._names: Mapping[str, tuple[Model, str]] = _names(models)
 
@@ -68,8 +71,7 @@ class Models:
             known = self._names.get(name)
             if known is not None:
                 return known[0]
-            index = Index(block_size, self._hash_seed, self._max_claims, self._max_placements, self._max_index_bytes)
-            model = Model(name, index)
+            model = Model(name, self._make_index(name, block_size))
             self._put(model)
         if self._discover is not None:
             # The registration must not wait for it.

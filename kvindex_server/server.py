@@ -42,6 +42,7 @@ from kvindex_server.page.prompt import MAX_TEXT_BYTES, PromptView
 from kvindex_server.pods import PodSpec
 from kvindex_server.pull import Peers
 from kvindex_server.rest import Calls
+from kvindex_server.shared import SharedFleet, Stores
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
@@ -73,12 +74,13 @@ class Server:
             with _config_errors("stream.curve_keys_file"):
                 wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
         self.texts = TextCache(settings.text.cache_bytes, settings.text.verify_every)
-        self.models = _models(settings, self.texts)
+        self._stores = Stores(settings) if settings.store.addresses else None
+        self.models = _models(settings, self.texts, self._stores)
         kept = settings.snapshot
         self._keeper = Keeper(
             Path(kept.directory) if kept.directory else None, kept.keep, kept.interval_seconds, kept.max_age_seconds
         )
-        self.fleet = _fleet(settings, self.models, self._keeper)
+        self.fleet = _fleet(settings, self.models, self._stores, self._keeper)
         self.discovery = Reconciler(self.fleet, _sources(settings))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
@@ -171,6 +173,9 @@ class Server:
         self.metrics_address = f"{host}:{self._metrics_server.port}"
         if settings.http.listen is not None:
             self._serve_queries(settings.http.listen)
+        if self._stores is not None:
+            self._stores.start()
+            self.metrics.watch_store(self._stores.stats)
         again = self._load()
         try:
             self.fleet.start()
@@ -218,10 +223,21 @@ class Server:
                 return
         if self._stopping.is_set():
             return
-        self._ready.set()
-        self._health.set_serving(True)
-        self.metrics.ready(True)
-        _log.info("ready", extra={"fields": {"coverage": round(self.fleet.readiness, 3)}})
+        if self._stores is None:
+            self._set_ready(True)
+            return
+        while True:  # only while the store answers
+            if self._stores.reachable != self._ready.is_set():
+                self._set_ready(self._stores.reachable)
+            if self._stopping.wait(0.1):
+                return
+
+    def _set_ready(self, ready: bool) -> None:
+        (self._ready.set if ready else self._ready.clear)()
+        self._health.set_serving(ready)
+        self.metrics.ready(ready)
+        fields = {"coverage": round(self.fleet.readiness, 3)}
+        _log.info("ready" if ready else "not ready: the shared store does not answer", extra={"fields": fields})
 
     def _sweep_placements(self) -> None:
         """Gives the memory of expired placements back; no answer depends on it."""
@@ -258,6 +274,8 @@ class Server:
             self._keeper.write(self.fleet)
         self._keeper.close()
         self.fleet.stop()
+        if self._stores is not None:
+            self._stores.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
 
@@ -344,7 +362,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _models(settings: Settings, texts: TextCache) -> Models:
+def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Models:
     sources = Sources(
         texts,
         directories=tuple(map(Path, settings.text.tokenizer_dirs)),
@@ -352,15 +370,21 @@ def _models(settings: Settings, texts: TextCache) -> Models:
         word_slots=settings.text.known_words,
         max_reference_bytes=settings.text.max_reference_bytes,
     )
+    limits, placement = settings.limits, settings.placement
+
+    def in_process(_name: str, block_size: int) -> Index:
+        return Index(
+            block_size,
+            settings.hash_seed,
+            limits.max_claims_per_model,
+            placement.max_blocks,
+            limits.max_index_bytes,
+        )
+
+    make_index = in_process if stores is None else stores.make
     models = []
     for each in settings.models:
-        index = Index(
-            each.block_size,
-            settings.hash_seed,
-            settings.limits.max_claims_per_model,
-            settings.placement.max_blocks,
-            settings.limits.max_index_bytes,
-        )
+        index = make_index(each.name, each.block_size)
         try:
             tokenizer = sources.configured(each.name, each.tokenizer, each.tokenize_url)
         except InvalidArgument as error:
@@ -368,32 +392,39 @@ def _models(settings: Settings, texts: TextCache) -> Models:
         models.append(Model(each.name, index, tokenizer, each.aliases, each.loras))
     return Models(
         models,
-        hash_seed=settings.hash_seed,
-        max_claims=settings.limits.max_claims_per_model,
-        max_placements=settings.placement.max_blocks,
-        max_index_bytes=settings.limits.max_index_bytes,
+        make_index=make_index,
         discover=sources.discover,
     )
 
 
-def _fleet(settings: Settings, models: Models, keeper: Keeper) -> Fleet:
+def _fleet(settings: Settings, models: Models, stores: Stores | None, keeper: Keeper) -> Fleet:
     stream = settings.stream
     specs = tuple(pod.spec() for pod in settings.pods)
     for spec in specs:
         models.seen(spec.model, spec.block_size)
+    bounds = Bounds(
+        messages=stream.buffer_messages,
+        bytes=stream.buffer_bytes,
+        seconds=stream.buffer_seconds,
+        replay_timeout=stream.replay_timeout_seconds,
+        disconnect_grace=stream.disconnect_grace_seconds,
+        rearm_seconds=stream.rearm_seconds,
+        rearm_max_seconds=stream.rearm_max_seconds,
+        drop_on_gap=stream.on_gap == "drop",
+    )
+    if stores is not None:
+        return SharedFleet(
+            models,
+            specs,
+            stores,
+            bounds=bounds,
+            drain_messages=stream.drain_messages,
+            max_pods=settings.limits.max_registered_pods,
+        )
     return Fleet(
         models,
         specs,
-        bounds=Bounds(
-            messages=stream.buffer_messages,
-            bytes=stream.buffer_bytes,
-            seconds=stream.buffer_seconds,
-            replay_timeout=stream.replay_timeout_seconds,
-            disconnect_grace=stream.disconnect_grace_seconds,
-            rearm_seconds=stream.rearm_seconds,
-            rearm_max_seconds=stream.rearm_max_seconds,
-            drop_on_gap=stream.on_gap == "drop",
-        ),
+        bounds=bounds,
         drain_messages=stream.drain_messages,
         max_pods=settings.limits.max_registered_pods,
         saved=keeper.saved,

@@ -42,6 +42,7 @@ class Cause(enum.StrEnum):
     GAP = "gap"
     UNREADABLE = "unreadable"
     CONNECTION_LOST = "connection_lost"
+    STORE = "store"
 
 
 @dataclass

@@ -58,6 +58,10 @@ class Subscriber:
         """Drop every claim and synchronise again; returns how many there were."""
         return sum(rank.clear() for rank in self._ranks)
 
+    def clear_rank(self, rank: int) -> int:
+        """The same of one rank."""
+        return self._ranks[rank].clear()
+
     @property
     def synced(self) -> int:
         """How many ranks are synchronised."""

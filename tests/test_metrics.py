@@ -21,12 +21,14 @@ from kvindex_server.metrics import (
     MAX_METHODS,
     REQUESTS,
     SNAPSHOTS,
+    STORE,
     STREAMS,
     TEXT,
     Metrics,
     MetricsServer,
     metrics_table,
 )
+from kvindex_server.shared import StoreStats
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -284,11 +286,12 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     metrics.watch(list, list)
     metrics.watch_text(_core.TextCache(1 << 20).stats, dict)
     metrics.watch_snapshots(KeeperStats)
+    metrics.watch_store(list)
     exposed = set()
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -304,7 +307,9 @@ def test_labels_are_as_declared() -> None:
     metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
     metrics.watch_snapshots(KeeperStats)
-    declared = {row.name: set(row.labels) for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
+    metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
+    rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)
+    declared = {row.name: set(row.labels) for row in rows}
     seen = set()
     for name, labels in samples(metrics):
         base = name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -321,7 +326,7 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *TEXT, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_(bucket|sum)$", "", name) for name in named} - {"kvindex_server"} <= declared
 

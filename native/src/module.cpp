@@ -14,6 +14,7 @@
 #include "drain.hpp"
 #include "index.hpp"
 #include "module_score.hpp"
+#include "module_store.hpp"
 #include "module_text.hpp"
 #include "numbers.hpp"
 #include "order.hpp"
@@ -291,6 +292,24 @@ NB_MODULE(_core, m) {
                      nb::gil_scoped_release release;
                      return self.stream->unresolved();
                    })
+      .def(
+          "follow_changes", [](BoundStream& self, uint64_t limit) { self.stream->follow_changes(limit); },
+          nb::arg("limit"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "take_changes",
+          [](BoundStream& self, uint32_t partitions) {
+            if (partitions == 0) throw nb::value_error("partitions must not be 0");
+            Changes::Taken taken;
+            std::string groups;
+            {
+              nb::gil_scoped_release release;
+              taken = self.stream->take_changes(partitions, groups);
+            }
+            nb::list rows;
+            for (const std::string& each : taken.rows) rows.append(nb::bytes(each.data(), each.size()));
+            return nb::make_tuple(taken.dropped, taken.lost, rows, nb::bytes(groups.data(), groups.size()));
+          },
+          nb::arg("partitions"))
       .def("touch", [](BoundStream& self) { self.standing->touch(); })
       .def_prop_ro("closed", [](const BoundStream& self) {
         nb::gil_scoped_release release;
@@ -312,6 +331,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("bytes", &Index::bytes)
       .def_prop_ro("tiers", &Index::tiers)
       .def("learn_block_size", &Index::learn_block_size, nb::arg("size"))
+      .def(
+          "tier_of", [](Index& self, const std::string& name) { return self.tier_of(name); }, nb::arg("name"))
       .def(
           "add_stream",
           [](Index& self, const std::string& pod, uint32_t rank) {
@@ -414,5 +435,6 @@ NB_MODULE(_core, m) {
           nb::arg("hashes"), nb::arg("pods"));
 
   bind_score(m);
+  bind_store(m);
   bind_text(m);
 }

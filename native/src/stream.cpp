@@ -354,6 +354,9 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     }
   }
   uint64_t used = 0;
+  if (changes_ != nullptr)
+    for (size_t i = 0; i < count; ++i)
+      if (nodes_[i] != 0 && is_new_[i]) changes_->held(keys_[i], group, tier);
   const bool placed = index_->placements().any();
   for (size_t i = 0; i < count; ++i) {
     if (nodes_[i] == 0 && book.claims.find(hashes[i]) == nullptr) {
@@ -374,7 +377,10 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     // Another copy. It holds the block already, unless the engine gave one hash to two blocks: the first one counts.
     Special& claim = make_special(*ref, hashes[i]);
     if (claim.count != UINT32_MAX) ++claim.count;
-    if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) blocks.release(nodes_[i], holder);
+    if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) {
+      if (changes_ != nullptr) changes_->released(keys_[i], group, tier);
+      blocks.release(nodes_[i], holder);
+    }
   }
   index_->unclaim(granted - used);
 }
@@ -414,6 +420,7 @@ Node Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before) {
   Node node;
   bool is_new;
   index_->held().hold(&key, 1, before, holder_of(group, tier), pen_, &node, &is_new);
+  if (is_new && changes_ != nullptr) changes_->held(key, group, tier);
   if (!is_new) {
     share(key, group, tier);
   } else if (index_->placements().any()) {
@@ -424,11 +431,13 @@ Node Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before) {
 
 void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
   if (!shared_.empty() && unshare(key, group, tier)) return;
+  if (changes_ != nullptr) changes_->released(key, group, tier);
   if (const Node node = index_->held().find(key)) index_->held().release(node, holder_of(group, tier));
 }
 
 void Stream::release_node(Node node, uint8_t group, uint8_t tier) {
   if (!shared_.empty() && unshare(index_->held().key_of(node), group, tier)) return;
+  if (changes_ != nullptr) changes_->released(index_->held().key_of(node), group, tier);
   index_->held().release(node, holder_of(group, tier));
 }
 
@@ -735,6 +744,7 @@ void Stream::adopt(uint64_t parent, uint64_t parent_key) {
 // --- leaving ---
 
 uint64_t Stream::drop_all() {
+  if (changes_ != nullptr) changes_->dropped();
   std::vector<uint32_t> lanes;
   lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);

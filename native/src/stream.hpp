@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "changes.hpp"
 #include "claims.hpp"
 #include "events.hpp"
 #include "index.hpp"
@@ -41,6 +42,11 @@ class Stream {
   void snapshot(std::string& out) const;
   // Takes a snapshot into a stream that knows nothing yet. False, and still nothing known, when it does not fit.
   bool restore(std::string_view bytes);
+
+  // For an index kept elsewhere, see changes.cpp. From now on changes are noted, beginning with all that is held.
+  void follow_changes(size_t limit);
+  // What was noted since, and the groups by their number: index u32, kind u8, window u32.
+  Changes::Taken take_changes(uint32_t partitions, std::string& groups);
 
   uint64_t claims() const;
   std::array<uint64_t, kMaxTiers> claims_by_tier() const;
@@ -178,6 +184,7 @@ class Stream {
   const uint32_t number_;
   mutable std::mutex mutex_;
   bool closed_ = false;
+  std::unique_ptr<Changes> changes_;  // when they are followed
   std::vector<Book> books_;
   std::vector<Special> specials_;
   std::vector<uint32_t> free_specials_;

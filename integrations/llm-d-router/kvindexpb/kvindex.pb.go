@@ -141,6 +141,152 @@ func (StreamState) EnumDescriptor() ([]byte, []int) {
 	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{1}
 }
 
+type CheckStatus int32
+
+const (
+	CheckStatus_CHECK_STATUS_UNSPECIFIED CheckStatus = 0
+	CheckStatus_CHECK_STATUS_PASS        CheckStatus = 1
+	// Hits may be missed, or it looks so and cannot be told for sure.
+	CheckStatus_CHECK_STATUS_WARN CheckStatus = 2
+	// Hits are missed.
+	CheckStatus_CHECK_STATUS_FAIL CheckStatus = 3
+	// Cannot be judged: the evidence says what is missing.
+	CheckStatus_CHECK_STATUS_SKIP CheckStatus = 4
+)
+
+// Enum value maps for CheckStatus.
+var (
+	CheckStatus_name = map[int32]string{
+		0: "CHECK_STATUS_UNSPECIFIED",
+		1: "CHECK_STATUS_PASS",
+		2: "CHECK_STATUS_WARN",
+		3: "CHECK_STATUS_FAIL",
+		4: "CHECK_STATUS_SKIP",
+	}
+	CheckStatus_value = map[string]int32{
+		"CHECK_STATUS_UNSPECIFIED": 0,
+		"CHECK_STATUS_PASS":        1,
+		"CHECK_STATUS_WARN":        2,
+		"CHECK_STATUS_FAIL":        3,
+		"CHECK_STATUS_SKIP":        4,
+	}
+)
+
+func (x CheckStatus) Enum() *CheckStatus {
+	p := new(CheckStatus)
+	*p = x
+	return p
+}
+
+func (x CheckStatus) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CheckStatus) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvindex_v1_kvindex_proto_enumTypes[2].Descriptor()
+}
+
+func (CheckStatus) Type() protoreflect.EnumType {
+	return &file_kvindex_v1_kvindex_proto_enumTypes[2]
+}
+
+func (x CheckStatus) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CheckStatus.Descriptor instead.
+func (CheckStatus) EnumDescriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{2}
+}
+
+// Why a match is no longer than it is.
+type MatchEnd int32
+
+const (
+	MatchEnd_MATCH_END_UNSPECIFIED MatchEnd = 0
+	// It is not: every full block of the prompt is held.
+	MatchEnd_MATCH_END_WHOLE_PROMPT MatchEnd = 1
+	// The model's block size is not known, so the prompt has no keys.
+	MatchEnd_MATCH_END_NO_BLOCK_SIZE MatchEnd = 2
+	// The prompt is shorter than one block.
+	MatchEnd_MATCH_END_NO_FULL_BLOCK MatchEnd = 3
+	// The pod is not registered for the model.
+	MatchEnd_MATCH_END_NOT_REGISTERED MatchEnd = 4
+	// Nothing is known of the pod's cache.
+	MatchEnd_MATCH_END_NOTHING_HEARD MatchEnd = 5
+	// The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept.
+	MatchEnd_MATCH_END_REMOVED MatchEnd = 6
+	// Another rank of the pod holds the next block; a match counts on one rank only.
+	MatchEnd_MATCH_END_OTHER_RANK MatchEnd = 7
+	// The rank holds the next block, but not in the KV-cache groups that a hybrid model needs.
+	MatchEnd_MATCH_END_OTHER_GROUP MatchEnd = 8
+	// The pod holds more of the same tokens under another LoRA adapter or without the salt.
+	MatchEnd_MATCH_END_OTHER_CONTEXT MatchEnd = 9
+	// Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept.
+	MatchEnd_MATCH_END_ELSEWHERE MatchEnd = 10
+	// No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept.
+	MatchEnd_MATCH_END_UNKNOWN_KEY MatchEnd = 11
+)
+
+// Enum value maps for MatchEnd.
+var (
+	MatchEnd_name = map[int32]string{
+		0:  "MATCH_END_UNSPECIFIED",
+		1:  "MATCH_END_WHOLE_PROMPT",
+		2:  "MATCH_END_NO_BLOCK_SIZE",
+		3:  "MATCH_END_NO_FULL_BLOCK",
+		4:  "MATCH_END_NOT_REGISTERED",
+		5:  "MATCH_END_NOTHING_HEARD",
+		6:  "MATCH_END_REMOVED",
+		7:  "MATCH_END_OTHER_RANK",
+		8:  "MATCH_END_OTHER_GROUP",
+		9:  "MATCH_END_OTHER_CONTEXT",
+		10: "MATCH_END_ELSEWHERE",
+		11: "MATCH_END_UNKNOWN_KEY",
+	}
+	MatchEnd_value = map[string]int32{
+		"MATCH_END_UNSPECIFIED":    0,
+		"MATCH_END_WHOLE_PROMPT":   1,
+		"MATCH_END_NO_BLOCK_SIZE":  2,
+		"MATCH_END_NO_FULL_BLOCK":  3,
+		"MATCH_END_NOT_REGISTERED": 4,
+		"MATCH_END_NOTHING_HEARD":  5,
+		"MATCH_END_REMOVED":        6,
+		"MATCH_END_OTHER_RANK":     7,
+		"MATCH_END_OTHER_GROUP":    8,
+		"MATCH_END_OTHER_CONTEXT":  9,
+		"MATCH_END_ELSEWHERE":      10,
+		"MATCH_END_UNKNOWN_KEY":    11,
+	}
+)
+
+func (x MatchEnd) Enum() *MatchEnd {
+	p := new(MatchEnd)
+	*p = x
+	return p
+}
+
+func (x MatchEnd) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MatchEnd) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvindex_v1_kvindex_proto_enumTypes[3].Descriptor()
+}
+
+func (MatchEnd) Type() protoreflect.EnumType {
+	return &file_kvindex_v1_kvindex_proto_enumTypes[3]
+}
+
+func (x MatchEnd) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MatchEnd.Descriptor instead.
+func (MatchEnd) EnumDescriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{3}
+}
+
 type Tokens struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ids           []uint32               `protobuf:"varint,1,rep,packed,name=ids,proto3" json:"ids,omitempty"`
@@ -1368,6 +1514,122 @@ func (x *RecordPlacementResponse) GetTtlSeconds() float64 {
 	return 0
 }
 
+type ReportUsageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// The pod that has served the request; a registered one.
+	Pod string `protobuf:"bytes,2,opt,name=pod,proto3" json:"pod,omitempty"`
+	// Prompt tokens that the answer to Score said the pod held.
+	PredictedTokens uint32 `protobuf:"varint,3,opt,name=predicted_tokens,json=predictedTokens,proto3" json:"predicted_tokens,omitempty"`
+	// Prompt tokens that the engine found in its cache: `usage.prompt_tokens_details.cached_tokens` of its answer.
+	CachedTokens uint32 `protobuf:"varint,4,opt,name=cached_tokens,json=cachedTokens,proto3" json:"cached_tokens,omitempty"`
+	// The whole prompt, when known; neither of the two may be above it.
+	PromptTokens  uint32 `protobuf:"varint,5,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportUsageRequest) Reset() {
+	*x = ReportUsageRequest{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportUsageRequest) ProtoMessage() {}
+
+func (x *ReportUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportUsageRequest.ProtoReflect.Descriptor instead.
+func (*ReportUsageRequest) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ReportUsageRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *ReportUsageRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *ReportUsageRequest) GetPredictedTokens() uint32 {
+	if x != nil {
+		return x.PredictedTokens
+	}
+	return 0
+}
+
+func (x *ReportUsageRequest) GetCachedTokens() uint32 {
+	if x != nil {
+		return x.CachedTokens
+	}
+	return 0
+}
+
+func (x *ReportUsageRequest) GetPromptTokens() uint32 {
+	if x != nil {
+		return x.PromptTokens
+	}
+	return 0
+}
+
+type ReportUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportUsageResponse) Reset() {
+	*x = ReportUsageResponse{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportUsageResponse) ProtoMessage() {}
+
+func (x *ReportUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportUsageResponse.ProtoReflect.Descriptor instead.
+func (*ReportUsageResponse) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{15}
+}
+
 type ListPodsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only this model; empty means all.
@@ -1378,7 +1640,7 @@ type ListPodsRequest struct {
 
 func (x *ListPodsRequest) Reset() {
 	*x = ListPodsRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[14]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1652,7 @@ func (x *ListPodsRequest) String() string {
 func (*ListPodsRequest) ProtoMessage() {}
 
 func (x *ListPodsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[14]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1665,7 @@ func (x *ListPodsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPodsRequest.ProtoReflect.Descriptor instead.
 func (*ListPodsRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{14}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListPodsRequest) GetModel() string {
@@ -1448,7 +1710,7 @@ type StreamInfo struct {
 
 func (x *StreamInfo) Reset() {
 	*x = StreamInfo{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[15]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1722,7 @@ func (x *StreamInfo) String() string {
 func (*StreamInfo) ProtoMessage() {}
 
 func (x *StreamInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[15]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1735,7 @@ func (x *StreamInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamInfo.ProtoReflect.Descriptor instead.
 func (*StreamInfo) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{15}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StreamInfo) GetPod() string {
@@ -1646,7 +1908,7 @@ type ListPodsResponse struct {
 
 func (x *ListPodsResponse) Reset() {
 	*x = ListPodsResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[16]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1920,7 @@ func (x *ListPodsResponse) String() string {
 func (*ListPodsResponse) ProtoMessage() {}
 
 func (x *ListPodsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[16]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1933,7 @@ func (x *ListPodsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPodsResponse.ProtoReflect.Descriptor instead.
 func (*ListPodsResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{16}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListPodsResponse) GetStreams() []*StreamInfo {
@@ -1706,7 +1968,7 @@ type RegisterPodRequest struct {
 
 func (x *RegisterPodRequest) Reset() {
 	*x = RegisterPodRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[17]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1980,7 @@ func (x *RegisterPodRequest) String() string {
 func (*RegisterPodRequest) ProtoMessage() {}
 
 func (x *RegisterPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[17]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1993,7 @@ func (x *RegisterPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterPodRequest.ProtoReflect.Descriptor instead.
 func (*RegisterPodRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{17}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RegisterPodRequest) GetPod() string {
@@ -1814,7 +2076,7 @@ type RegisterPodResponse struct {
 
 func (x *RegisterPodResponse) Reset() {
 	*x = RegisterPodResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[18]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +2088,7 @@ func (x *RegisterPodResponse) String() string {
 func (*RegisterPodResponse) ProtoMessage() {}
 
 func (x *RegisterPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[18]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +2101,7 @@ func (x *RegisterPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterPodResponse.ProtoReflect.Descriptor instead.
 func (*RegisterPodResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{18}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RegisterPodResponse) GetChanged() bool {
@@ -1859,7 +2121,7 @@ type UnregisterPodRequest struct {
 
 func (x *UnregisterPodRequest) Reset() {
 	*x = UnregisterPodRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[19]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1871,7 +2133,7 @@ func (x *UnregisterPodRequest) String() string {
 func (*UnregisterPodRequest) ProtoMessage() {}
 
 func (x *UnregisterPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[19]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1884,7 +2146,7 @@ func (x *UnregisterPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterPodRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterPodRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{19}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UnregisterPodRequest) GetPod() string {
@@ -1911,7 +2173,7 @@ type UnregisterPodResponse struct {
 
 func (x *UnregisterPodResponse) Reset() {
 	*x = UnregisterPodResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[20]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2185,7 @@ func (x *UnregisterPodResponse) String() string {
 func (*UnregisterPodResponse) ProtoMessage() {}
 
 func (x *UnregisterPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[20]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2198,7 @@ func (x *UnregisterPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterPodResponse.ProtoReflect.Descriptor instead.
 func (*UnregisterPodResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{20}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnregisterPodResponse) GetClaims() uint64 {
@@ -1956,7 +2218,7 @@ type ClearPodRequest struct {
 
 func (x *ClearPodRequest) Reset() {
 	*x = ClearPodRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[21]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2230,7 @@ func (x *ClearPodRequest) String() string {
 func (*ClearPodRequest) ProtoMessage() {}
 
 func (x *ClearPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[21]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2243,7 @@ func (x *ClearPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearPodRequest.ProtoReflect.Descriptor instead.
 func (*ClearPodRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{21}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ClearPodRequest) GetPod() string {
@@ -2008,7 +2270,7 @@ type ClearPodResponse struct {
 
 func (x *ClearPodResponse) Reset() {
 	*x = ClearPodResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[22]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2282,7 @@ func (x *ClearPodResponse) String() string {
 func (*ClearPodResponse) ProtoMessage() {}
 
 func (x *ClearPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[22]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2295,7 @@ func (x *ClearPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearPodResponse.ProtoReflect.Descriptor instead.
 func (*ClearPodResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{22}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ClearPodResponse) GetClaims() uint64 {
@@ -2041,6 +2303,122 @@ func (x *ClearPodResponse) GetClaims() uint64 {
 		return x.Claims
 	}
 	return 0
+}
+
+type PullSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The snapshot a broken transfer belongs to; empty asks for a fresh one.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Bytes of it that are there already.
+	Offset        uint64 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullSnapshotRequest) Reset() {
+	*x = PullSnapshotRequest{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullSnapshotRequest) ProtoMessage() {}
+
+func (x *PullSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*PullSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *PullSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PullSnapshotRequest) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+type PullSnapshotChunk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first chunk: which snapshot this is, and its size in bytes.
+	Id    string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Total uint64 `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"`
+	// The next bytes, in order.
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullSnapshotChunk) Reset() {
+	*x = PullSnapshotChunk{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullSnapshotChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullSnapshotChunk) ProtoMessage() {}
+
+func (x *PullSnapshotChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullSnapshotChunk.ProtoReflect.Descriptor instead.
+func (*PullSnapshotChunk) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PullSnapshotChunk) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PullSnapshotChunk) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *PullSnapshotChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
 }
 
 type GetStatsRequest struct {
@@ -2051,7 +2429,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[23]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2063,7 +2441,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[23]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2076,7 +2454,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{23}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{27}
 }
 
 type ModelStats struct {
@@ -2097,7 +2475,7 @@ type ModelStats struct {
 
 func (x *ModelStats) Reset() {
 	*x = ModelStats{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[24]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2487,7 @@ func (x *ModelStats) String() string {
 func (*ModelStats) ProtoMessage() {}
 
 func (x *ModelStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[24]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2500,7 @@ func (x *ModelStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelStats.ProtoReflect.Descriptor instead.
 func (*ModelStats) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{24}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ModelStats) GetModel() string {
@@ -2199,7 +2577,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[25]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2589,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[25]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2602,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{25}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetStatsResponse) GetModels() []*ModelStats {
@@ -2244,6 +2622,696 @@ func (x *GetStatsResponse) GetVersion() string {
 func (x *GetStatsResponse) GetUptimeSeconds() float64 {
 	if x != nil {
 		return x.UptimeSeconds
+	}
+	return 0
+}
+
+type CheckRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only this model; empty means all.
+	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// The pods that the router chooses among, as it names them.
+	Pods []string `protobuf:"bytes,2,rep,name=pods,proto3" json:"pods,omitempty"`
+	// A prompt that some pod has served, to be looked up as the router would.
+	//
+	// Types that are valid to be assigned to Probe:
+	//
+	//	*CheckRequest_Prompt
+	//	*CheckRequest_Chat
+	//	*CheckRequest_Tokens
+	Probe isCheckRequest_Probe `protobuf_oneof:"probe"`
+	// What the engine made of the probe (vLLM: POST /tokenize), to be compared with what the server makes of it.
+	EngineTokens  *Tokens `protobuf:"bytes,6,opt,name=engine_tokens,json=engineTokens,proto3" json:"engine_tokens,omitempty"`
+	LoraName      string  `protobuf:"bytes,7,opt,name=lora_name,json=loraName,proto3" json:"lora_name,omitempty"`
+	CacheSalt     string  `protobuf:"bytes,8,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckRequest) Reset() {
+	*x = CheckRequest{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckRequest) ProtoMessage() {}
+
+func (x *CheckRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
+func (*CheckRequest) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *CheckRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetPods() []string {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetProbe() isCheckRequest_Probe {
+	if x != nil {
+		return x.Probe
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetPrompt() string {
+	if x != nil {
+		if x, ok := x.Probe.(*CheckRequest_Prompt); ok {
+			return x.Prompt
+		}
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetChat() string {
+	if x != nil {
+		if x, ok := x.Probe.(*CheckRequest_Chat); ok {
+			return x.Chat
+		}
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetTokens() *Tokens {
+	if x != nil {
+		if x, ok := x.Probe.(*CheckRequest_Tokens); ok {
+			return x.Tokens
+		}
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetEngineTokens() *Tokens {
+	if x != nil {
+		return x.EngineTokens
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetLoraName() string {
+	if x != nil {
+		return x.LoraName
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
+}
+
+type isCheckRequest_Probe interface {
+	isCheckRequest_Probe()
+}
+
+type CheckRequest_Prompt struct {
+	Prompt string `protobuf:"bytes,3,opt,name=prompt,proto3,oneof"`
+}
+
+type CheckRequest_Chat struct {
+	// An OpenAI chat-completions body as JSON.
+	Chat string `protobuf:"bytes,4,opt,name=chat,proto3,oneof"`
+}
+
+type CheckRequest_Tokens struct {
+	Tokens *Tokens `protobuf:"bytes,5,opt,name=tokens,proto3,oneof"`
+}
+
+func (*CheckRequest_Prompt) isCheckRequest_Probe() {}
+
+func (*CheckRequest_Chat) isCheckRequest_Probe() {}
+
+func (*CheckRequest_Tokens) isCheckRequest_Probe() {}
+
+type CheckResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One of a fixed set, such as block_size; see docs/operations.md.
+	Name   string      `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Status CheckStatus `protobuf:"varint,2,opt,name=status,proto3,enum=kvindex.v1.CheckStatus" json:"status,omitempty"`
+	// Empty for the whole server.
+	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	// Empty when it is about the model as a whole.
+	Pod string `protobuf:"bytes,4,opt,name=pod,proto3" json:"pod,omitempty"`
+	// Absent when it is about the pod as a whole.
+	Rank *uint32 `protobuf:"varint,5,opt,name=rank,proto3,oneof" json:"rank,omitempty"`
+	// What was seen.
+	Evidence string `protobuf:"bytes,6,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	// What to do; empty when nothing.
+	Remedy        string `protobuf:"bytes,7,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResult) Reset() {
+	*x = CheckResult{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResult) ProtoMessage() {}
+
+func (x *CheckResult) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
+func (*CheckResult) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *CheckResult) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CheckResult) GetStatus() CheckStatus {
+	if x != nil {
+		return x.Status
+	}
+	return CheckStatus_CHECK_STATUS_UNSPECIFIED
+}
+
+func (x *CheckResult) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *CheckResult) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *CheckResult) GetRank() uint32 {
+	if x != nil && x.Rank != nil {
+		return *x.Rank
+	}
+	return 0
+}
+
+func (x *CheckResult) GetEvidence() string {
+	if x != nil {
+		return x.Evidence
+	}
+	return ""
+}
+
+func (x *CheckResult) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
+type CheckResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In a fixed order of checks. Of one check at most 64 results that are not PASS; a last one says how many more.
+	Checks []*CheckResult `protobuf:"bytes,1,rep,name=checks,proto3" json:"checks,omitempty"`
+	// The worst status of all, SKIP aside.
+	Status        CheckStatus `protobuf:"varint,2,opt,name=status,proto3,enum=kvindex.v1.CheckStatus" json:"status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResponse) Reset() {
+	*x = CheckResponse{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResponse) ProtoMessage() {}
+
+func (x *CheckResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
+func (*CheckResponse) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *CheckResponse) GetChecks() []*CheckResult {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *CheckResponse) GetStatus() CheckStatus {
+	if x != nil {
+		return x.Status
+	}
+	return CheckStatus_CHECK_STATUS_UNSPECIFIED
+}
+
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// The prompt, as in a ScoreRequest.
+	//
+	// Types that are valid to be assigned to Input:
+	//
+	//	*ExplainRequest_Prompt
+	//	*ExplainRequest_Chat
+	//	*ExplainRequest_Tokens
+	//	*ExplainRequest_Keys
+	Input isExplainRequest_Input `protobuf_oneof:"input"`
+	// Only these pods; empty means all known for the model.
+	Pods          []string     `protobuf:"bytes,6,rep,name=pods,proto3" json:"pods,omitempty"`
+	LoraName      string       `protobuf:"bytes,7,opt,name=lora_name,json=loraName,proto3" json:"lora_name,omitempty"`
+	CacheSalt     string       `protobuf:"bytes,8,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	MmFeatures    []*MmFeature `protobuf:"bytes,9,rep,name=mm_features,json=mmFeatures,proto3" json:"mm_features,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ExplainRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetInput() isExplainRequest_Input {
+	if x != nil {
+		return x.Input
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetPrompt() string {
+	if x != nil {
+		if x, ok := x.Input.(*ExplainRequest_Prompt); ok {
+			return x.Prompt
+		}
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetChat() string {
+	if x != nil {
+		if x, ok := x.Input.(*ExplainRequest_Chat); ok {
+			return x.Chat
+		}
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetTokens() *Tokens {
+	if x != nil {
+		if x, ok := x.Input.(*ExplainRequest_Tokens); ok {
+			return x.Tokens
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetKeys() *Keys {
+	if x != nil {
+		if x, ok := x.Input.(*ExplainRequest_Keys); ok {
+			return x.Keys
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetPods() []string {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetLoraName() string {
+	if x != nil {
+		return x.LoraName
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetMmFeatures() []*MmFeature {
+	if x != nil {
+		return x.MmFeatures
+	}
+	return nil
+}
+
+type isExplainRequest_Input interface {
+	isExplainRequest_Input()
+}
+
+type ExplainRequest_Prompt struct {
+	Prompt string `protobuf:"bytes,2,opt,name=prompt,proto3,oneof"`
+}
+
+type ExplainRequest_Chat struct {
+	// An OpenAI chat-completions body as JSON.
+	Chat string `protobuf:"bytes,3,opt,name=chat,proto3,oneof"`
+}
+
+type ExplainRequest_Tokens struct {
+	Tokens *Tokens `protobuf:"bytes,4,opt,name=tokens,proto3,oneof"`
+}
+
+type ExplainRequest_Keys struct {
+	Keys *Keys `protobuf:"bytes,5,opt,name=keys,proto3,oneof"`
+}
+
+func (*ExplainRequest_Prompt) isExplainRequest_Input() {}
+
+func (*ExplainRequest_Chat) isExplainRequest_Input() {}
+
+func (*ExplainRequest_Tokens) isExplainRequest_Input() {}
+
+func (*ExplainRequest_Keys) isExplainRequest_Input() {}
+
+// Consecutive matched blocks on one tier.
+type TierRun struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tier          string                 `protobuf:"bytes,1,opt,name=tier,proto3" json:"tier,omitempty"`
+	Blocks        uint32                 `protobuf:"varint,2,opt,name=blocks,proto3" json:"blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TierRun) Reset() {
+	*x = TierRun{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TierRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TierRun) ProtoMessage() {}
+
+func (x *TierRun) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TierRun.ProtoReflect.Descriptor instead.
+func (*TierRun) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *TierRun) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *TierRun) GetBlocks() uint32 {
+	if x != nil {
+		return x.Blocks
+	}
+	return 0
+}
+
+type PodExplanation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Score *PodScore              `protobuf:"bytes,1,opt,name=score,proto3" json:"score,omitempty"`
+	End   MatchEnd               `protobuf:"varint,2,opt,name=end,proto3,enum=kvindex.v1.MatchEnd" json:"end,omitempty"`
+	// The same in words, with what is known around it.
+	Why string `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	// The match from its beginning, best tier of each block; covers at most the first 1,024 blocks.
+	Runs          []*TierRun `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodExplanation) Reset() {
+	*x = PodExplanation{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodExplanation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodExplanation) ProtoMessage() {}
+
+func (x *PodExplanation) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodExplanation.ProtoReflect.Descriptor instead.
+func (*PodExplanation) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *PodExplanation) GetScore() *PodScore {
+	if x != nil {
+		return x.Score
+	}
+	return nil
+}
+
+func (x *PodExplanation) GetEnd() MatchEnd {
+	if x != nil {
+		return x.End
+	}
+	return MatchEnd_MATCH_END_UNSPECIFIED
+}
+
+func (x *PodExplanation) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *PodExplanation) GetRuns() []*TierRun {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+type ExplainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model's own name, and the adapter in force.
+	Model       string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	LoraName    string `protobuf:"bytes,2,opt,name=lora_name,json=loraName,proto3" json:"lora_name,omitempty"`
+	BlockSize   uint32 `protobuf:"varint,3,opt,name=block_size,json=blockSize,proto3" json:"block_size,omitempty"`
+	TotalBlocks uint32 `protobuf:"varint,4,opt,name=total_blocks,json=totalBlocks,proto3" json:"total_blocks,omitempty"`
+	TotalTokens uint32 `protobuf:"varint,5,opt,name=total_tokens,json=totalTokens,proto3" json:"total_tokens,omitempty"`
+	// The first 4,096 token ids; none when keys were sent.
+	Tokens []uint32 `protobuf:"varint,6,rep,packed,name=tokens,proto3" json:"tokens,omitempty"`
+	// The first 1,024 keys.
+	Keys []uint64 `protobuf:"fixed64,7,rep,packed,name=keys,proto3" json:"keys,omitempty"`
+	// Best first, at most 64.
+	Pods []*PodExplanation `protobuf:"bytes,8,rep,name=pods,proto3" json:"pods,omitempty"`
+	// Pods left out.
+	MorePods      uint32 `protobuf:"varint,9,opt,name=more_pods,json=morePods,proto3" json:"more_pods,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ExplainResponse) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetLoraName() string {
+	if x != nil {
+		return x.LoraName
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetBlockSize() uint32 {
+	if x != nil {
+		return x.BlockSize
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetTotalBlocks() uint32 {
+	if x != nil {
+		return x.TotalBlocks
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetTotalTokens() uint32 {
+	if x != nil {
+		return x.TotalTokens
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetTokens() []uint32 {
+	if x != nil {
+		return x.Tokens
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetKeys() []uint64 {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetPods() []*PodExplanation {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetMorePods() uint32 {
+	if x != nil {
+		return x.MorePods
 	}
 	return 0
 }
@@ -2360,7 +3428,14 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"heldBlocks\x12\x12\n" +
 	"\x04rank\x18\x03 \x01(\rR\x04rank\x12\x1f\n" +
 	"\vttl_seconds\x18\x04 \x01(\x01R\n" +
-	"ttlSeconds\"'\n" +
+	"ttlSeconds\"\xb1\x01\n" +
+	"\x12ReportUsageRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n" +
+	"\x03pod\x18\x02 \x01(\tR\x03pod\x12)\n" +
+	"\x10predicted_tokens\x18\x03 \x01(\rR\x0fpredictedTokens\x12#\n" +
+	"\rcached_tokens\x18\x04 \x01(\rR\fcachedTokens\x12#\n" +
+	"\rprompt_tokens\x18\x05 \x01(\rR\fpromptTokens\"\x15\n" +
+	"\x13ReportUsageResponse\"'\n" +
 	"\x0fListPodsRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\"\x88\b\n" +
 	"\n" +
@@ -2429,7 +3504,14 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\"*\n" +
 	"\x10ClearPodResponse\x12\x16\n" +
-	"\x06claims\x18\x01 \x01(\x04R\x06claims\"\x11\n" +
+	"\x06claims\x18\x01 \x01(\x04R\x06claims\"=\n" +
+	"\x13PullSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x04R\x06offset\"M\n" +
+	"\x11PullSnapshotChunk\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05total\x18\x02 \x01(\x04R\x05total\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\x11\n" +
 	"\x0fGetStatsRequest\"\xf6\x01\n" +
 	"\n" +
 	"ModelStats\x12\x14\n" +
@@ -2446,7 +3528,62 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x10GetStatsResponse\x12.\n" +
 	"\x06models\x18\x01 \x03(\v2\x16.kvindex.v1.ModelStatsR\x06models\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12%\n" +
-	"\x0euptime_seconds\x18\x03 \x01(\x01R\ruptimeSeconds*c\n" +
+	"\x0euptime_seconds\x18\x03 \x01(\x01R\ruptimeSeconds\"\x94\x02\n" +
+	"\fCheckRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x12\n" +
+	"\x04pods\x18\x02 \x03(\tR\x04pods\x12\x18\n" +
+	"\x06prompt\x18\x03 \x01(\tH\x00R\x06prompt\x12\x14\n" +
+	"\x04chat\x18\x04 \x01(\tH\x00R\x04chat\x12,\n" +
+	"\x06tokens\x18\x05 \x01(\v2\x12.kvindex.v1.TokensH\x00R\x06tokens\x127\n" +
+	"\rengine_tokens\x18\x06 \x01(\v2\x12.kvindex.v1.TokensR\fengineTokens\x12\x1b\n" +
+	"\tlora_name\x18\a \x01(\tR\bloraName\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\b \x01(\tR\tcacheSaltB\a\n" +
+	"\x05probe\"\xd0\x01\n" +
+	"\vCheckResult\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x17.kvindex.v1.CheckStatusR\x06status\x12\x14\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\x12\x10\n" +
+	"\x03pod\x18\x04 \x01(\tR\x03pod\x12\x17\n" +
+	"\x04rank\x18\x05 \x01(\rH\x00R\x04rank\x88\x01\x01\x12\x1a\n" +
+	"\bevidence\x18\x06 \x01(\tR\bevidence\x12\x16\n" +
+	"\x06remedy\x18\a \x01(\tR\x06remedyB\a\n" +
+	"\x05_rank\"q\n" +
+	"\rCheckResponse\x12/\n" +
+	"\x06checks\x18\x01 \x03(\v2\x17.kvindex.v1.CheckResultR\x06checks\x12/\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x17.kvindex.v1.CheckStatusR\x06status\"\xbd\x02\n" +
+	"\x0eExplainRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\x06prompt\x18\x02 \x01(\tH\x00R\x06prompt\x12\x14\n" +
+	"\x04chat\x18\x03 \x01(\tH\x00R\x04chat\x12,\n" +
+	"\x06tokens\x18\x04 \x01(\v2\x12.kvindex.v1.TokensH\x00R\x06tokens\x12&\n" +
+	"\x04keys\x18\x05 \x01(\v2\x10.kvindex.v1.KeysH\x00R\x04keys\x12\x12\n" +
+	"\x04pods\x18\x06 \x03(\tR\x04pods\x12\x1b\n" +
+	"\tlora_name\x18\a \x01(\tR\bloraName\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\b \x01(\tR\tcacheSalt\x126\n" +
+	"\vmm_features\x18\t \x03(\v2\x15.kvindex.v1.MmFeatureR\n" +
+	"mmFeaturesB\a\n" +
+	"\x05input\"5\n" +
+	"\aTierRun\x12\x12\n" +
+	"\x04tier\x18\x01 \x01(\tR\x04tier\x12\x16\n" +
+	"\x06blocks\x18\x02 \x01(\rR\x06blocks\"\x9f\x01\n" +
+	"\x0ePodExplanation\x12*\n" +
+	"\x05score\x18\x01 \x01(\v2\x14.kvindex.v1.PodScoreR\x05score\x12&\n" +
+	"\x03end\x18\x02 \x01(\x0e2\x14.kvindex.v1.MatchEndR\x03end\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\x12'\n" +
+	"\x04runs\x18\x04 \x03(\v2\x13.kvindex.v1.TierRunR\x04runs\"\xa2\x02\n" +
+	"\x0fExplainResponse\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n" +
+	"\tlora_name\x18\x02 \x01(\tR\bloraName\x12\x1d\n" +
+	"\n" +
+	"block_size\x18\x03 \x01(\rR\tblockSize\x12!\n" +
+	"\ftotal_blocks\x18\x04 \x01(\rR\vtotalBlocks\x12!\n" +
+	"\ftotal_tokens\x18\x05 \x01(\rR\vtotalTokens\x12\x16\n" +
+	"\x06tokens\x18\x06 \x03(\rR\x06tokens\x12\x12\n" +
+	"\x04keys\x18\a \x03(\x06R\x04keys\x12.\n" +
+	"\x04pods\x18\b \x03(\v2\x1a.kvindex.v1.PodExplanationR\x04pods\x12\x1b\n" +
+	"\tmore_pods\x18\t \x01(\rR\bmorePods*c\n" +
 	"\x05Trust\x12\x15\n" +
 	"\x11TRUST_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2460,18 +3597,42 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x14STREAM_STATE_SYNCING\x10\x02\x12\x15\n" +
 	"\x11STREAM_STATE_LIVE\x10\x03\x12\x14\n" +
 	"\x10STREAM_STATE_GAP\x10\x04\x12\x15\n" +
-	"\x11STREAM_STATE_DOWN\x10\x052\xca\x02\n" +
+	"\x11STREAM_STATE_DOWN\x10\x05*\x87\x01\n" +
+	"\vCheckStatus\x12\x1c\n" +
+	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11CHECK_STATUS_PASS\x10\x01\x12\x15\n" +
+	"\x11CHECK_STATUS_WARN\x10\x02\x12\x15\n" +
+	"\x11CHECK_STATUS_FAIL\x10\x03\x12\x15\n" +
+	"\x11CHECK_STATUS_SKIP\x10\x04*\xd3\x02\n" +
+	"\bMatchEnd\x12\x19\n" +
+	"\x15MATCH_END_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16MATCH_END_WHOLE_PROMPT\x10\x01\x12\x1b\n" +
+	"\x17MATCH_END_NO_BLOCK_SIZE\x10\x02\x12\x1b\n" +
+	"\x17MATCH_END_NO_FULL_BLOCK\x10\x03\x12\x1c\n" +
+	"\x18MATCH_END_NOT_REGISTERED\x10\x04\x12\x1b\n" +
+	"\x17MATCH_END_NOTHING_HEARD\x10\x05\x12\x15\n" +
+	"\x11MATCH_END_REMOVED\x10\x06\x12\x18\n" +
+	"\x14MATCH_END_OTHER_RANK\x10\a\x12\x19\n" +
+	"\x15MATCH_END_OTHER_GROUP\x10\b\x12\x1b\n" +
+	"\x17MATCH_END_OTHER_CONTEXT\x10\t\x12\x17\n" +
+	"\x13MATCH_END_ELSEWHERE\x10\n" +
+	"\x12\x19\n" +
+	"\x15MATCH_END_UNKNOWN_KEY\x10\v2\x9a\x03\n" +
 	"\aKVIndex\x12<\n" +
 	"\x05Score\x12\x18.kvindex.v1.ScoreRequest\x1a\x19.kvindex.v1.ScoreResponse\x12F\n" +
 	"\vScoreStream\x12\x18.kvindex.v1.ScoreRequest\x1a\x19.kvindex.v1.ScoreResponse(\x010\x01\x12]\n" +
 	"\x10GetPodsForBlocks\x12#.kvindex.v1.GetPodsForBlocksRequest\x1a$.kvindex.v1.GetPodsForBlocksResponse\x12Z\n" +
-	"\x0fRecordPlacement\x12\".kvindex.v1.RecordPlacementRequest\x1a#.kvindex.v1.RecordPlacementResponse2\x89\x03\n" +
+	"\x0fRecordPlacement\x12\".kvindex.v1.RecordPlacementRequest\x1a#.kvindex.v1.RecordPlacementResponse\x12N\n" +
+	"\vReportUsage\x12\x1e.kvindex.v1.ReportUsageRequest\x1a\x1f.kvindex.v1.ReportUsageResponse2\xdd\x04\n" +
 	"\fKVIndexAdmin\x12E\n" +
 	"\bListPods\x12\x1b.kvindex.v1.ListPodsRequest\x1a\x1c.kvindex.v1.ListPodsResponse\x12N\n" +
 	"\vRegisterPod\x12\x1e.kvindex.v1.RegisterPodRequest\x1a\x1f.kvindex.v1.RegisterPodResponse\x12T\n" +
 	"\rUnregisterPod\x12 .kvindex.v1.UnregisterPodRequest\x1a!.kvindex.v1.UnregisterPodResponse\x12E\n" +
 	"\bClearPod\x12\x1b.kvindex.v1.ClearPodRequest\x1a\x1c.kvindex.v1.ClearPodResponse\x12E\n" +
-	"\bGetStats\x12\x1b.kvindex.v1.GetStatsRequest\x1a\x1c.kvindex.v1.GetStatsResponseB\x87\x01\n" +
+	"\bGetStats\x12\x1b.kvindex.v1.GetStatsRequest\x1a\x1c.kvindex.v1.GetStatsResponse\x12P\n" +
+	"\fPullSnapshot\x12\x1f.kvindex.v1.PullSnapshotRequest\x1a\x1d.kvindex.v1.PullSnapshotChunk0\x01\x12<\n" +
+	"\x05Check\x12\x18.kvindex.v1.CheckRequest\x1a\x19.kvindex.v1.CheckResponse\x12B\n" +
+	"\aExplain\x12\x1a.kvindex.v1.ExplainRequest\x1a\x1b.kvindex.v1.ExplainResponseB\x87\x01\n" +
 	"\x0ecom.kvindex.v1B\fKvindexProtoP\x01Z\x1ekvindex.local/router/kvindexpb\xa2\x02\x03KXX\xaa\x02\n" +
 	"Kvindex.V1\xca\x02\n" +
 	"Kvindex\\V1\xe2\x02\x16Kvindex\\V1\\GPBMetadata\xea\x02\vKvindex::V1b\x06proto3"
@@ -2488,89 +3649,122 @@ func file_kvindex_v1_kvindex_proto_rawDescGZIP() []byte {
 	return file_kvindex_v1_kvindex_proto_rawDescData
 }
 
-var file_kvindex_v1_kvindex_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_kvindex_v1_kvindex_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_kvindex_v1_kvindex_proto_goTypes = []any{
 	(Trust)(0),                       // 0: kvindex.v1.Trust
 	(StreamState)(0),                 // 1: kvindex.v1.StreamState
-	(*Tokens)(nil),                   // 2: kvindex.v1.Tokens
-	(*Keys)(nil),                     // 3: kvindex.v1.Keys
-	(*EngineHashes)(nil),             // 4: kvindex.v1.EngineHashes
-	(*MmFeature)(nil),                // 5: kvindex.v1.MmFeature
-	(*ScoreRequest)(nil),             // 6: kvindex.v1.ScoreRequest
-	(*PodScore)(nil),                 // 7: kvindex.v1.PodScore
-	(*ScoreResponse)(nil),            // 8: kvindex.v1.ScoreResponse
-	(*Status)(nil),                   // 9: kvindex.v1.Status
-	(*GetPodsForBlocksRequest)(nil),  // 10: kvindex.v1.GetPodsForBlocksRequest
-	(*Holder)(nil),                   // 11: kvindex.v1.Holder
-	(*BlockHolders)(nil),             // 12: kvindex.v1.BlockHolders
-	(*GetPodsForBlocksResponse)(nil), // 13: kvindex.v1.GetPodsForBlocksResponse
-	(*RecordPlacementRequest)(nil),   // 14: kvindex.v1.RecordPlacementRequest
-	(*RecordPlacementResponse)(nil),  // 15: kvindex.v1.RecordPlacementResponse
-	(*ListPodsRequest)(nil),          // 16: kvindex.v1.ListPodsRequest
-	(*StreamInfo)(nil),               // 17: kvindex.v1.StreamInfo
-	(*ListPodsResponse)(nil),         // 18: kvindex.v1.ListPodsResponse
-	(*RegisterPodRequest)(nil),       // 19: kvindex.v1.RegisterPodRequest
-	(*RegisterPodResponse)(nil),      // 20: kvindex.v1.RegisterPodResponse
-	(*UnregisterPodRequest)(nil),     // 21: kvindex.v1.UnregisterPodRequest
-	(*UnregisterPodResponse)(nil),    // 22: kvindex.v1.UnregisterPodResponse
-	(*ClearPodRequest)(nil),          // 23: kvindex.v1.ClearPodRequest
-	(*ClearPodResponse)(nil),         // 24: kvindex.v1.ClearPodResponse
-	(*GetStatsRequest)(nil),          // 25: kvindex.v1.GetStatsRequest
-	(*ModelStats)(nil),               // 26: kvindex.v1.ModelStats
-	(*GetStatsResponse)(nil),         // 27: kvindex.v1.GetStatsResponse
-	nil,                              // 28: kvindex.v1.PodScore.TierBlocksEntry
-	nil,                              // 29: kvindex.v1.StreamInfo.BlocksByTierEntry
-	nil,                              // 30: kvindex.v1.StreamInfo.DecodeErrorsEntry
-	nil,                              // 31: kvindex.v1.StreamInfo.DroppedEntry
+	(CheckStatus)(0),                 // 2: kvindex.v1.CheckStatus
+	(MatchEnd)(0),                    // 3: kvindex.v1.MatchEnd
+	(*Tokens)(nil),                   // 4: kvindex.v1.Tokens
+	(*Keys)(nil),                     // 5: kvindex.v1.Keys
+	(*EngineHashes)(nil),             // 6: kvindex.v1.EngineHashes
+	(*MmFeature)(nil),                // 7: kvindex.v1.MmFeature
+	(*ScoreRequest)(nil),             // 8: kvindex.v1.ScoreRequest
+	(*PodScore)(nil),                 // 9: kvindex.v1.PodScore
+	(*ScoreResponse)(nil),            // 10: kvindex.v1.ScoreResponse
+	(*Status)(nil),                   // 11: kvindex.v1.Status
+	(*GetPodsForBlocksRequest)(nil),  // 12: kvindex.v1.GetPodsForBlocksRequest
+	(*Holder)(nil),                   // 13: kvindex.v1.Holder
+	(*BlockHolders)(nil),             // 14: kvindex.v1.BlockHolders
+	(*GetPodsForBlocksResponse)(nil), // 15: kvindex.v1.GetPodsForBlocksResponse
+	(*RecordPlacementRequest)(nil),   // 16: kvindex.v1.RecordPlacementRequest
+	(*RecordPlacementResponse)(nil),  // 17: kvindex.v1.RecordPlacementResponse
+	(*ReportUsageRequest)(nil),       // 18: kvindex.v1.ReportUsageRequest
+	(*ReportUsageResponse)(nil),      // 19: kvindex.v1.ReportUsageResponse
+	(*ListPodsRequest)(nil),          // 20: kvindex.v1.ListPodsRequest
+	(*StreamInfo)(nil),               // 21: kvindex.v1.StreamInfo
+	(*ListPodsResponse)(nil),         // 22: kvindex.v1.ListPodsResponse
+	(*RegisterPodRequest)(nil),       // 23: kvindex.v1.RegisterPodRequest
+	(*RegisterPodResponse)(nil),      // 24: kvindex.v1.RegisterPodResponse
+	(*UnregisterPodRequest)(nil),     // 25: kvindex.v1.UnregisterPodRequest
+	(*UnregisterPodResponse)(nil),    // 26: kvindex.v1.UnregisterPodResponse
+	(*ClearPodRequest)(nil),          // 27: kvindex.v1.ClearPodRequest
+	(*ClearPodResponse)(nil),         // 28: kvindex.v1.ClearPodResponse
+	(*PullSnapshotRequest)(nil),      // 29: kvindex.v1.PullSnapshotRequest
+	(*PullSnapshotChunk)(nil),        // 30: kvindex.v1.PullSnapshotChunk
+	(*GetStatsRequest)(nil),          // 31: kvindex.v1.GetStatsRequest
+	(*ModelStats)(nil),               // 32: kvindex.v1.ModelStats
+	(*GetStatsResponse)(nil),         // 33: kvindex.v1.GetStatsResponse
+	(*CheckRequest)(nil),             // 34: kvindex.v1.CheckRequest
+	(*CheckResult)(nil),              // 35: kvindex.v1.CheckResult
+	(*CheckResponse)(nil),            // 36: kvindex.v1.CheckResponse
+	(*ExplainRequest)(nil),           // 37: kvindex.v1.ExplainRequest
+	(*TierRun)(nil),                  // 38: kvindex.v1.TierRun
+	(*PodExplanation)(nil),           // 39: kvindex.v1.PodExplanation
+	(*ExplainResponse)(nil),          // 40: kvindex.v1.ExplainResponse
+	nil,                              // 41: kvindex.v1.PodScore.TierBlocksEntry
+	nil,                              // 42: kvindex.v1.StreamInfo.BlocksByTierEntry
+	nil,                              // 43: kvindex.v1.StreamInfo.DecodeErrorsEntry
+	nil,                              // 44: kvindex.v1.StreamInfo.DroppedEntry
 }
 var file_kvindex_v1_kvindex_proto_depIdxs = []int32{
-	2,  // 0: kvindex.v1.ScoreRequest.tokens:type_name -> kvindex.v1.Tokens
-	3,  // 1: kvindex.v1.ScoreRequest.keys:type_name -> kvindex.v1.Keys
-	5,  // 2: kvindex.v1.ScoreRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	28, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
+	4,  // 0: kvindex.v1.ScoreRequest.tokens:type_name -> kvindex.v1.Tokens
+	5,  // 1: kvindex.v1.ScoreRequest.keys:type_name -> kvindex.v1.Keys
+	7,  // 2: kvindex.v1.ScoreRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	41, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
 	0,  // 4: kvindex.v1.PodScore.trust:type_name -> kvindex.v1.Trust
-	7,  // 5: kvindex.v1.ScoreResponse.scores:type_name -> kvindex.v1.PodScore
-	9,  // 6: kvindex.v1.ScoreResponse.status:type_name -> kvindex.v1.Status
-	3,  // 7: kvindex.v1.GetPodsForBlocksRequest.keys:type_name -> kvindex.v1.Keys
-	4,  // 8: kvindex.v1.GetPodsForBlocksRequest.engine_hashes:type_name -> kvindex.v1.EngineHashes
-	2,  // 9: kvindex.v1.GetPodsForBlocksRequest.tokens:type_name -> kvindex.v1.Tokens
-	5,  // 10: kvindex.v1.GetPodsForBlocksRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	11, // 11: kvindex.v1.BlockHolders.holders:type_name -> kvindex.v1.Holder
-	12, // 12: kvindex.v1.GetPodsForBlocksResponse.blocks:type_name -> kvindex.v1.BlockHolders
-	2,  // 13: kvindex.v1.RecordPlacementRequest.tokens:type_name -> kvindex.v1.Tokens
-	3,  // 14: kvindex.v1.RecordPlacementRequest.keys:type_name -> kvindex.v1.Keys
-	5,  // 15: kvindex.v1.RecordPlacementRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	9,  // 5: kvindex.v1.ScoreResponse.scores:type_name -> kvindex.v1.PodScore
+	11, // 6: kvindex.v1.ScoreResponse.status:type_name -> kvindex.v1.Status
+	5,  // 7: kvindex.v1.GetPodsForBlocksRequest.keys:type_name -> kvindex.v1.Keys
+	6,  // 8: kvindex.v1.GetPodsForBlocksRequest.engine_hashes:type_name -> kvindex.v1.EngineHashes
+	4,  // 9: kvindex.v1.GetPodsForBlocksRequest.tokens:type_name -> kvindex.v1.Tokens
+	7,  // 10: kvindex.v1.GetPodsForBlocksRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	13, // 11: kvindex.v1.BlockHolders.holders:type_name -> kvindex.v1.Holder
+	14, // 12: kvindex.v1.GetPodsForBlocksResponse.blocks:type_name -> kvindex.v1.BlockHolders
+	4,  // 13: kvindex.v1.RecordPlacementRequest.tokens:type_name -> kvindex.v1.Tokens
+	5,  // 14: kvindex.v1.RecordPlacementRequest.keys:type_name -> kvindex.v1.Keys
+	7,  // 15: kvindex.v1.RecordPlacementRequest.mm_features:type_name -> kvindex.v1.MmFeature
 	1,  // 16: kvindex.v1.StreamInfo.state:type_name -> kvindex.v1.StreamState
 	0,  // 17: kvindex.v1.StreamInfo.trust:type_name -> kvindex.v1.Trust
-	29, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
-	30, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
-	31, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
-	17, // 21: kvindex.v1.ListPodsResponse.streams:type_name -> kvindex.v1.StreamInfo
-	26, // 22: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
-	6,  // 23: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
-	6,  // 24: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
-	10, // 25: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
-	14, // 26: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
-	16, // 27: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
-	19, // 28: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
-	21, // 29: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
-	23, // 30: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
-	25, // 31: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
-	8,  // 32: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
-	8,  // 33: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
-	13, // 34: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
-	15, // 35: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
-	18, // 36: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
-	20, // 37: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
-	22, // 38: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
-	24, // 39: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
-	27, // 40: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
-	32, // [32:41] is the sub-list for method output_type
-	23, // [23:32] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	42, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
+	43, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
+	44, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
+	21, // 21: kvindex.v1.ListPodsResponse.streams:type_name -> kvindex.v1.StreamInfo
+	32, // 22: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
+	4,  // 23: kvindex.v1.CheckRequest.tokens:type_name -> kvindex.v1.Tokens
+	4,  // 24: kvindex.v1.CheckRequest.engine_tokens:type_name -> kvindex.v1.Tokens
+	2,  // 25: kvindex.v1.CheckResult.status:type_name -> kvindex.v1.CheckStatus
+	35, // 26: kvindex.v1.CheckResponse.checks:type_name -> kvindex.v1.CheckResult
+	2,  // 27: kvindex.v1.CheckResponse.status:type_name -> kvindex.v1.CheckStatus
+	4,  // 28: kvindex.v1.ExplainRequest.tokens:type_name -> kvindex.v1.Tokens
+	5,  // 29: kvindex.v1.ExplainRequest.keys:type_name -> kvindex.v1.Keys
+	7,  // 30: kvindex.v1.ExplainRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	9,  // 31: kvindex.v1.PodExplanation.score:type_name -> kvindex.v1.PodScore
+	3,  // 32: kvindex.v1.PodExplanation.end:type_name -> kvindex.v1.MatchEnd
+	38, // 33: kvindex.v1.PodExplanation.runs:type_name -> kvindex.v1.TierRun
+	39, // 34: kvindex.v1.ExplainResponse.pods:type_name -> kvindex.v1.PodExplanation
+	8,  // 35: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
+	8,  // 36: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
+	12, // 37: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
+	16, // 38: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
+	18, // 39: kvindex.v1.KVIndex.ReportUsage:input_type -> kvindex.v1.ReportUsageRequest
+	20, // 40: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
+	23, // 41: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
+	25, // 42: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
+	27, // 43: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
+	31, // 44: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
+	29, // 45: kvindex.v1.KVIndexAdmin.PullSnapshot:input_type -> kvindex.v1.PullSnapshotRequest
+	34, // 46: kvindex.v1.KVIndexAdmin.Check:input_type -> kvindex.v1.CheckRequest
+	37, // 47: kvindex.v1.KVIndexAdmin.Explain:input_type -> kvindex.v1.ExplainRequest
+	10, // 48: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
+	10, // 49: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
+	15, // 50: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
+	17, // 51: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
+	19, // 52: kvindex.v1.KVIndex.ReportUsage:output_type -> kvindex.v1.ReportUsageResponse
+	22, // 53: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
+	24, // 54: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
+	26, // 55: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
+	28, // 56: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
+	33, // 57: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
+	30, // 58: kvindex.v1.KVIndexAdmin.PullSnapshot:output_type -> kvindex.v1.PullSnapshotChunk
+	36, // 59: kvindex.v1.KVIndexAdmin.Check:output_type -> kvindex.v1.CheckResponse
+	40, // 60: kvindex.v1.KVIndexAdmin.Explain:output_type -> kvindex.v1.ExplainResponse
+	48, // [48:61] is the sub-list for method output_type
+	35, // [35:48] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_kvindex_v1_kvindex_proto_init() }
@@ -2597,14 +3791,26 @@ func file_kvindex_v1_kvindex_proto_init() {
 		(*RecordPlacementRequest_Tokens)(nil),
 		(*RecordPlacementRequest_Keys)(nil),
 	}
-	file_kvindex_v1_kvindex_proto_msgTypes[15].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[17].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[30].OneofWrappers = []any{
+		(*CheckRequest_Prompt)(nil),
+		(*CheckRequest_Chat)(nil),
+		(*CheckRequest_Tokens)(nil),
+	}
+	file_kvindex_v1_kvindex_proto_msgTypes[31].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[33].OneofWrappers = []any{
+		(*ExplainRequest_Prompt)(nil),
+		(*ExplainRequest_Chat)(nil),
+		(*ExplainRequest_Tokens)(nil),
+		(*ExplainRequest_Keys)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvindex_v1_kvindex_proto_rawDesc), len(file_kvindex_v1_kvindex_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   30,
+			NumEnums:      4,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

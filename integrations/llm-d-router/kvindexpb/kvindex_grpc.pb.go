@@ -25,6 +25,7 @@ const (
 	KVIndex_ScoreStream_FullMethodName      = "/kvindex.v1.KVIndex/ScoreStream"
 	KVIndex_GetPodsForBlocks_FullMethodName = "/kvindex.v1.KVIndex/GetPodsForBlocks"
 	KVIndex_RecordPlacement_FullMethodName  = "/kvindex.v1.KVIndex/RecordPlacement"
+	KVIndex_ReportUsage_FullMethodName      = "/kvindex.v1.KVIndex/ReportUsage"
 )
 
 // KVIndexClient is the client API for KVIndex service.
@@ -42,6 +43,9 @@ type KVIndexClient interface {
 	// The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
 	// short time at most, its blocks count as held there, apart from what engines have announced.
 	RecordPlacement(ctx context.Context, in *RecordPlacementRequest, opts ...grpc.CallOption) (*RecordPlacementResponse, error)
+	// What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+	// far predictions are off, and as nothing else.
+	ReportUsage(ctx context.Context, in *ReportUsageRequest, opts ...grpc.CallOption) (*ReportUsageResponse, error)
 }
 
 type kVIndexClient struct {
@@ -95,6 +99,16 @@ func (c *kVIndexClient) RecordPlacement(ctx context.Context, in *RecordPlacement
 	return out, nil
 }
 
+func (c *kVIndexClient) ReportUsage(ctx context.Context, in *ReportUsageRequest, opts ...grpc.CallOption) (*ReportUsageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportUsageResponse)
+	err := c.cc.Invoke(ctx, KVIndex_ReportUsage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KVIndexServer is the server API for KVIndex service.
 // All implementations must embed UnimplementedKVIndexServer
 // for forward compatibility.
@@ -110,6 +124,9 @@ type KVIndexServer interface {
 	// The router's own decision: this prompt has been sent to this pod. Until the engine's events confirm it, and for a
 	// short time at most, its blocks count as held there, apart from what engines have announced.
 	RecordPlacement(context.Context, *RecordPlacementRequest) (*RecordPlacementResponse, error)
+	// What the engine said after a request: how many prompt tokens it really found in its cache. Kept as a metric of how
+	// far predictions are off, and as nothing else.
+	ReportUsage(context.Context, *ReportUsageRequest) (*ReportUsageResponse, error)
 	mustEmbedUnimplementedKVIndexServer()
 }
 
@@ -131,6 +148,9 @@ func (UnimplementedKVIndexServer) GetPodsForBlocks(context.Context, *GetPodsForB
 }
 func (UnimplementedKVIndexServer) RecordPlacement(context.Context, *RecordPlacementRequest) (*RecordPlacementResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RecordPlacement not implemented")
+}
+func (UnimplementedKVIndexServer) ReportUsage(context.Context, *ReportUsageRequest) (*ReportUsageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportUsage not implemented")
 }
 func (UnimplementedKVIndexServer) mustEmbedUnimplementedKVIndexServer() {}
 func (UnimplementedKVIndexServer) testEmbeddedByValue()                 {}
@@ -214,6 +234,24 @@ func _KVIndex_RecordPlacement_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVIndex_ReportUsage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportUsageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVIndexServer).ReportUsage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVIndex_ReportUsage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVIndexServer).ReportUsage(ctx, req.(*ReportUsageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KVIndex_ServiceDesc is the grpc.ServiceDesc for KVIndex service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -233,6 +271,10 @@ var KVIndex_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "RecordPlacement",
 			Handler:    _KVIndex_RecordPlacement_Handler,
 		},
+		{
+			MethodName: "ReportUsage",
+			Handler:    _KVIndex_ReportUsage_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -251,6 +293,9 @@ const (
 	KVIndexAdmin_UnregisterPod_FullMethodName = "/kvindex.v1.KVIndexAdmin/UnregisterPod"
 	KVIndexAdmin_ClearPod_FullMethodName      = "/kvindex.v1.KVIndexAdmin/ClearPod"
 	KVIndexAdmin_GetStats_FullMethodName      = "/kvindex.v1.KVIndexAdmin/GetStats"
+	KVIndexAdmin_PullSnapshot_FullMethodName  = "/kvindex.v1.KVIndexAdmin/PullSnapshot"
+	KVIndexAdmin_Check_FullMethodName         = "/kvindex.v1.KVIndexAdmin/Check"
+	KVIndexAdmin_Explain_FullMethodName       = "/kvindex.v1.KVIndexAdmin/Explain"
 )
 
 // KVIndexAdminClient is the client API for KVIndexAdmin service.
@@ -269,6 +314,12 @@ type KVIndexAdminClient interface {
 	ClearPod(ctx context.Context, in *ClearPodRequest, opts ...grpc.CallOption) (*ClearPodResponse, error)
 	// Size of the index, per model.
 	GetStats(ctx context.Context, in *GetStatsRequest, opts ...grpc.CallOption) (*GetStatsResponse, error)
+	// The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended.
+	PullSnapshot(ctx context.Context, in *PullSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullSnapshotChunk], error)
+	// The doctor: every known reason for which a cache hit is missed without an error, as a named check.
+	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
+	// For one prompt: its tokens and keys, and where each pod's match ends and why.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 }
 
 type kVIndexAdminClient struct {
@@ -329,6 +380,45 @@ func (c *kVIndexAdminClient) GetStats(ctx context.Context, in *GetStatsRequest, 
 	return out, nil
 }
 
+func (c *kVIndexAdminClient) PullSnapshot(ctx context.Context, in *PullSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullSnapshotChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KVIndexAdmin_ServiceDesc.Streams[0], KVIndexAdmin_PullSnapshot_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PullSnapshotRequest, PullSnapshotChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVIndexAdmin_PullSnapshotClient = grpc.ServerStreamingClient[PullSnapshotChunk]
+
+func (c *kVIndexAdminClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckResponse)
+	err := c.cc.Invoke(ctx, KVIndexAdmin_Check_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *kVIndexAdminClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, KVIndexAdmin_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KVIndexAdminServer is the server API for KVIndexAdmin service.
 // All implementations must embed UnimplementedKVIndexAdminServer
 // for forward compatibility.
@@ -345,6 +435,12 @@ type KVIndexAdminServer interface {
 	ClearPod(context.Context, *ClearPodRequest) (*ClearPodResponse, error)
 	// Size of the index, per model.
 	GetStats(context.Context, *GetStatsRequest) (*GetStatsResponse, error)
+	// The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended.
+	PullSnapshot(*PullSnapshotRequest, grpc.ServerStreamingServer[PullSnapshotChunk]) error
+	// The doctor: every known reason for which a cache hit is missed without an error, as a named check.
+	Check(context.Context, *CheckRequest) (*CheckResponse, error)
+	// For one prompt: its tokens and keys, and where each pod's match ends and why.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	mustEmbedUnimplementedKVIndexAdminServer()
 }
 
@@ -369,6 +465,15 @@ func (UnimplementedKVIndexAdminServer) ClearPod(context.Context, *ClearPodReques
 }
 func (UnimplementedKVIndexAdminServer) GetStats(context.Context, *GetStatsRequest) (*GetStatsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStats not implemented")
+}
+func (UnimplementedKVIndexAdminServer) PullSnapshot(*PullSnapshotRequest, grpc.ServerStreamingServer[PullSnapshotChunk]) error {
+	return status.Error(codes.Unimplemented, "method PullSnapshot not implemented")
+}
+func (UnimplementedKVIndexAdminServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
+}
+func (UnimplementedKVIndexAdminServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
 }
 func (UnimplementedKVIndexAdminServer) mustEmbedUnimplementedKVIndexAdminServer() {}
 func (UnimplementedKVIndexAdminServer) testEmbeddedByValue()                      {}
@@ -481,6 +586,53 @@ func _KVIndexAdmin_GetStats_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVIndexAdmin_PullSnapshot_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(PullSnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(KVIndexAdminServer).PullSnapshot(m, &grpc.GenericServerStream[PullSnapshotRequest, PullSnapshotChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVIndexAdmin_PullSnapshotServer = grpc.ServerStreamingServer[PullSnapshotChunk]
+
+func _KVIndexAdmin_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVIndexAdminServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVIndexAdmin_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVIndexAdminServer).Check(ctx, req.(*CheckRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KVIndexAdmin_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVIndexAdminServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVIndexAdmin_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVIndexAdminServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KVIndexAdmin_ServiceDesc is the grpc.ServiceDesc for KVIndexAdmin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -508,7 +660,21 @@ var KVIndexAdmin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "GetStats",
 			Handler:    _KVIndexAdmin_GetStats_Handler,
 		},
+		{
+			MethodName: "Check",
+			Handler:    _KVIndexAdmin_Check_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _KVIndexAdmin_Explain_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "PullSnapshot",
+			Handler:       _KVIndexAdmin_PullSnapshot_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "kvindex/v1/kvindex.proto",
 }

@@ -1,0 +1,1 @@
+"""An index that many replicas share, kept in Valkey or Redis."""

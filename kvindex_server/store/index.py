@@ -1,0 +1,474 @@
+"""The index of one model in a shared store: the same calls as the native `Index`, answered from pipelined reads."""
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgpack  # type: ignore[import-untyped]
+
+from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
+from kvindex_server.config import StoreSettings
+from kvindex_server.errors import FailedPrecondition
+from kvindex_server.store import scripts
+from kvindex_server.store.client import Client, StoreAway
+from kvindex_server.store.writer import StoreStream
+
+_log = logging.getLogger(__name__)
+
+Trusted = tuple[int, str, float]
+"""How far a stream is trusted: the value of a Trust, the reason, seconds since its last message (-1: none)."""
+
+_Bytes = bytes  # `bytes` is a property of the index
+
+TELL_SECONDS = 0.25
+"""How often trust is told and heard."""
+ROUND = 64
+"""Batches sent at once."""
+SWEEP_BLOCKS = 256
+SWEEP_ROUNDS = 8
+MAX_DELAY = 5.0
+MAX_READS = 4
+_DOUBT = (4, 1, 2, 3)
+NO_PLACEMENTS = dict.fromkeys(("blocks", "recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What the replica that follows a stream has told, when that was heard, and when it ends (time.monotonic)."""
+
+    ends: float
+    told_at: float
+    trusted: Trusted
+    life: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The streams as the store describes them, the word for that, and the life of each."""
+
+    word: bytes
+    view: StoreView
+    lives: dict[tuple[str, int], int]
+
+
+class StoreIndex:
+    """One model's index. Streams added here are decoded here and written to the store; answers are of all replicas'.
+
+    `trust_of` tells how far this replica trusts a stream it follows. `gained` is called when a stream that another
+    replica followed is this one's from now on. Without `start`, `flush` and `renew` do its threads' work.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        settings: StoreSettings,
+        model: str,
+        block_size: int = 0,
+        seed: int = 1337,
+        max_claims: int = 0,
+        *,
+        trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
+        gained: Callable[[str, int], None] = lambda _pod, _rank: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._own = Index(block_size, seed, max_claims)
+        # The format's version is in it: replicas that write another one never meet these keys.
+        space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.1"
+        self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
+        self._owner = os.urandom(8).hex()
+        self._trust_of = trust_of
+        self._gained = gained
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._streams: tuple[StoreStream, ...] = ()
+        self._table = Table(b"-", StoreView([]), {})
+        self._leases: dict[tuple[str, int], Lease] = {}
+        self._writing = threading.Lock()
+        self._dirty = threading.Event()
+        self._halt = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._garbage: Iterator[tuple[str, list[bytes]]] | None = None
+        self._may_have_garbage = False
+        self._told: dict[str, tuple[int, str]] = {}
+        self._try_lease_at: dict[str, float] = {}
+        self._send_again_at = 0.0
+        self._send_again_delay = 1.0
+        self._heard_at: float | None = None
+        self.counts: Counter[str] = Counter()
+        """What happened, by kind; see the metric kvindex_store_events_total."""
+
+    # --- as of a native index ---
+
+    @property
+    def block_size(self) -> int:
+        """0 while nobody has told it."""
+        return self._own.block_size
+
+    @property
+    def seed(self) -> int:
+        return self._own.seed
+
+    @property
+    def blocks(self) -> int:
+        """Distinct keys held by the streams that this replica writes."""
+        return self._own.blocks
+
+    @property
+    def claims(self) -> int:
+        """Of the streams that this replica writes."""
+        return self._own.claims
+
+    @property
+    def bytes(self) -> int:
+        """Memory in this process."""
+        return self._own.bytes
+
+    @property
+    def tiers(self) -> list[str]:
+        return self._own.tiers
+
+    @property
+    def placements(self) -> dict[str, int]:
+        return dict(NO_PLACEMENTS)
+
+    def learn_block_size(self, size: int) -> int:
+        return self._own.learn_block_size(size)
+
+    def sweep_placements(self) -> None:
+        """There are none."""
+
+    def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:
+        """FailedPrecondition: placements are not shared."""
+        raise FailedPrecondition("placements are not recorded while the index is kept in a shared store")
+
+    def add_stream(self, pod: str, rank: int) -> StoreStream:
+        """A stream that this replica would write, once it has the lease."""
+        stream = StoreStream(
+            self._own,
+            pod,
+            rank,
+            batch_blocks=self._settings.batch_blocks,
+            max_changes=self._settings.max_changes,
+            dirty=self._dirty.set,
+            gained=self._gained,
+        )
+        with self._lock:
+            self._streams = (*self._streams, stream)
+        self._dirty.set()
+        return stream
+
+    def score(
+        self, keys: _Bytes, pods: Sequence[str], weights: Sequence[float]
+    ) -> list[tuple[str, int, int, float, list[int], int]]:
+        """As of the native index, as the store has it now. StoreAway."""
+        view, readings = self._read(keys, prefix=True)
+        return view.score(keys, readings, self.block_size, pods, weights)
+
+    def score_tokens(
+        self,
+        tokens: _Bytes,
+        pods: Sequence[str],
+        weights: Sequence[float],
+        lora_name: str = "",
+        cache_salt: str = "",
+        mm_features: Sequence[tuple[str, int, int]] = (),
+    ) -> list[tuple[str, int, int, float, list[int], int]]:
+        """The same from token ids."""
+        if not self.block_size:
+            return []
+        keys = block_keys(tokens, self.block_size, self.seed, lora_name, cache_salt, mm_features)
+        return self.score(keys, pods, weights)
+
+    def holders(self, keys: _Bytes, pods: Sequence[str]) -> list[list[tuple[str, int, int, int, bool]]]:
+        """As of the native index. StoreAway."""
+        view, readings = self._read(keys, prefix=False)
+        return view.holders(keys, readings, pods)
+
+    def holders_of_ints(
+        self, hashes: _Bytes, pods: Sequence[str]
+    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
+        """FailedPrecondition: engines' hashes are not shared."""
+        raise FailedPrecondition("engine hashes cannot be asked for while the index is kept in a shared store")
+
+    def holders_of_bytes(
+        self, hashes: Sequence[_Bytes], pods: Sequence[str]
+    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
+        """FailedPrecondition: engines' hashes are not shared."""
+        return self.holders_of_ints(b"", pods)
+
+    # --- reading ---
+
+    def _read(self, keys: _Bytes, *, prefix: bool) -> tuple[StoreView, list[_Bytes]]:
+        split = split_keys(keys, len(self._tags))
+        for _ in range(MAX_READS):
+            word, view = self._table.word, self._table.view
+            stop = prefix and view.prefix_only
+            calls = [
+                (tag, (word if at == 0 else b"-", of_partition, int(stop)))
+                for at, (tag, of_partition) in enumerate(zip(self._tags, split, strict=True))
+                if at == 0 or of_partition
+            ]
+            if word == b"-":  # never read: any word is new
+                calls[0] = (self._tags[0], (b"none", split[0], 0))
+            answers = self._client.run_all(scripts.READ, calls)
+            self.counts["reads"] += 1
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    self.counts["failed_reads"] += 1
+                    raise answer
+            new_word, streams, _ = answers[0]
+            if streams is not None:
+                view = self._install(new_word, streams)
+                if stop and len(calls) > 1:
+                    continue  # the other partitions may have ended too early
+            left = iter(answers)
+            return view, [next(left)[2] if at == 0 or part else b"" for at, part in enumerate(split)]
+        raise StoreAway("the shared store changes too fast to be read")
+
+    def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
+        described = []
+        lives = {}
+        for each in streams:
+            pod, rank, life, block_size, tiers, groups = msgpack.unpackb(each)
+            if block_size and self._own.learn_block_size(block_size) != block_size:
+                self.counts["other_block_size"] += 1  # its blocks are others than those asked for
+                continue
+            lives[pod, rank] = life
+            described.append((pod, rank, life, groups, [self._own.tier_of(tier) for tier in tiers]))
+        view = StoreView(described)
+        self._table = Table(word, view, lives)
+        return view
+
+    # --- writing ---
+
+    def flush(self) -> bool:
+        """Send what has changed; True when the store has all of it now. StoreAway."""
+        with self._writing:
+            now = self._clock()
+            for stream in self._streams:
+                if stream.closed:
+                    self._end(stream)
+                elif not stream.life:
+                    self._begin(stream, now)
+            again = now >= self._send_again_at
+            writing = [each for each in self._streams if each.life]
+            for stream in writing:
+                if stream.full and again:
+                    stream.send_again()
+                stream.take()
+                if not stream.life:  # its engine began a new life
+                    self._begin(stream, now)
+                    if stream.life:
+                        stream.take()
+            refused = self._send(writing)
+            if refused:
+                self._send_again_delay = min(self._send_again_delay * 2, 60.0)
+                self._send_again_at = self._clock() + self._send_again_delay
+            elif again:
+                self._send_again_delay = 1.0
+            return all(each.idle or each.standby for each in self._streams)
+
+    def _begin(self, stream: StoreStream, now: float) -> None:
+        if now < self._try_lease_at.get(stream.name, 0.0):
+            return
+        wait = stream.begin(self._client, self._tags, self._owner, self._lease_ms)
+        if wait:
+            self._try_lease_at[stream.name] = now + min(wait, self._settings.lease_seconds) + 0.01
+            return
+        self.counts["lives"] += 1
+        self._told.pop(stream.name, None)
+        self._may_have_garbage = True
+
+    def _end(self, stream: StoreStream) -> None:
+        stream.end(self._client, self._tags)
+        with self._lock:
+            self._streams = tuple(each for each in self._streams if each is not stream)
+        self._try_lease_at.pop(stream.name, None)
+        self._told.pop(stream.name, None)
+        self._may_have_garbage = True
+
+    def _send(self, streams: Sequence[StoreStream]) -> int:
+        refused = 0
+        while True:
+            sent = [(each, at, call) for each in streams for at, call in each.next_batches(self._tags)][:ROUND]
+            if not sent:
+                return refused
+            answers = self._client.run_all(scripts.APPLY, [call for _, _, call in sent])
+            failure: StoreAway | None = None
+            for (stream, at, call), answer in zip(sent, answers, strict=True):
+                try:
+                    full = stream.settle(at, call, answer, self._client)
+                    refused += full
+                    self.counts["full" if full else "batches"] += 1
+                except StoreAway as error:
+                    failure = error
+            if failure is not None:
+                raise failure
+
+    def renew(self, *, everything: bool = True) -> None:
+        """Keep the leases, tell how far streams are trusted, and hear the same of the other replicas'. StoreAway.
+
+        Without `everything`, only the trust that has changed is told.
+        """
+        with self._writing:
+            trusted = {each: self._trusted_here(each) for each in self._streams if each.life and not each.closed}
+            streams = [each for each, now in trusted.items() if everything or self._told.get(each.name) != now[:2]]
+            for at, tag in enumerate(self._tags):
+                told: list[_Bytes | str | int] = []
+                for stream in streams:
+                    # A batch on its way has a number that the store may or may not have seen.
+                    number = stream.numbers[at] if stream.idle else ""
+                    told += [stream.name, stream.life, number, msgpack.packb([*trusted[stream], stream.life])]
+                if not told:
+                    break
+                lease = self._lease_ms if at == 0 else ""
+                for stream, answer in zip(
+                    streams, self._client.run(scripts.RENEW, tag, self._owner, lease, *told), strict=True
+                ):
+                    if answer != b"OK":
+                        stream.life = 0
+                        self._dirty.set()
+            self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
+        self._read(b"", prefix=True)
+        now = self._clock()
+        time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
+        found = {}
+        for name, lease in zip(leases[::2], leases[1::2], strict=True):
+            rank, pod = name.decode().split(" ", 1)
+            ends, _, told_trust = lease.split(b" ", 2)
+            trust, reason, age, life = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
+            left = (int(ends) - time_ms) / 1000
+            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life)
+        self._leases = found
+        self._heard_at = now
+
+    def _trusted_here(self, stream: StoreStream) -> Trusted:
+        if stream.blind:
+            return 1, "its replica has just taken over", -1.0
+        if stream.behind:
+            return 2, "being sent to the shared store", -1.0
+        trust, reason, age = self._trust_of(stream.pod, stream.rank)
+        return (2, "the shared store is full", age) if stream.full and trust in (2, 3) else (trust, reason, age)
+
+    def standing(self, pod: str, rank: int | None = None) -> Trusted:
+        """How far answers about a stream can be believed, whichever replica follows it; STALE when the store is away.
+
+        Without a rank, of the pod's least trusted one.
+        """
+        now = self._clock()
+        if self._heard_at is None or now - self._heard_at > self._settings.lease_seconds / 2:
+            return 4, "the shared store does not answer", -1.0
+        leases = self._leases
+        ranks = [key for key in leases if key[0] == pod] if rank is None else [(pod, rank)]
+        trusted = [self._trusted(leases[key], self._table.lives.get(key), now) for key in ranks if key in leases]
+        return min(trusted, key=lambda each: _DOUBT.index(each[0]), default=(1, "no replica follows it", -1.0))
+
+    def _trusted(self, lease: Lease, life: int | None, now: float) -> Trusted:
+        if lease.life != life:  # what was told is of a life before
+            return 1, "its replica has just begun", -1.0
+        if now > lease.ends:
+            return 4, "the replica that followed it is gone", -1.0
+        trust, reason, age = lease.trusted
+        return trust, reason, age + now - lease.told_at if age >= 0 else age
+
+    @property
+    def reachable(self) -> bool:
+        """The store has answered of late."""
+        return self._heard_at is not None and self._clock() - self._heard_at <= self._settings.lease_seconds / 2
+
+    @property
+    def _lease_ms(self) -> int:
+        return int(self._settings.lease_seconds * 1000)
+
+    # --- dead holders ---
+
+    def sweep(self) -> int:
+        """Take some dead holders out, whatever epoch they died in; returns how many. StoreAway."""
+        if self._garbage is None:
+            if not self._may_have_garbage:
+                return 0
+            self._may_have_garbage = False
+            self._garbage = self._blocks()
+        dead = 0
+        for _ in range(SWEEP_ROUNDS):
+            tag, keys = next(self._garbage, ("", []))
+            if not keys:
+                self._garbage = None
+                break
+            dead += self._client.run(scripts.SWEEP, tag, *keys)
+        self.counts["swept"] += dead
+        return dead
+
+    def _blocks(self) -> Iterator[tuple[str, list[_Bytes]]]:
+        for tag in self._tags:
+            keys = self._client.blocks(tag)
+            while batch := list(itertools.islice(keys, SWEEP_BLOCKS)):
+                yield tag, batch
+
+    # --- threads ---
+
+    def start(self) -> None:
+        """Write and renew in the background."""
+        for name, work in (("store-write", self._write), ("store-lease", self._keep)):
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop; what was not sent yet is sent, if the store answers."""
+        self._halt.set()
+        self._dirty.set()
+        for thread in self._threads:
+            thread.join(10)
+        try:
+            self.flush()
+        except StoreAway:
+            _log.warning("shared store is away at the end")
+
+    def _write(self) -> None:
+        delay = 0.05
+        while not self._halt.is_set():
+            self._dirty.wait(self._settings.lease_seconds / 4)
+            self._halt.wait(self._settings.linger_seconds)
+            self._dirty.clear()
+            try:
+                self.flush()
+                delay = 0.05
+                continue
+            except StoreAway as error:
+                self._failed("not written", error)
+            except Exception:  # noqa: BLE001 - the next turn may work; it is logged and counted
+                _log.exception("shared store not written")
+                self.counts["failed_writes"] += 1
+            self._dirty.set()
+            self._halt.wait(delay)
+            delay = min(delay * 2, MAX_DELAY)
+
+    def _keep(self) -> None:
+        renew_at = self._clock()
+        while not self._halt.is_set():
+            try:
+                due = self._clock() >= renew_at
+                self.renew(everything=due)
+                if due:
+                    renew_at = self._clock() + self._settings.lease_seconds / 4
+                self.sweep()
+            except StoreAway as error:
+                self._garbage = None
+                self._may_have_garbage = True
+                self._failed("not renewed", error)
+            except Exception:  # noqa: BLE001 - the next turn may work; it is logged and counted
+                _log.exception("leases not renewed")
+                self.counts["failed_writes"] += 1
+            self._halt.wait(TELL_SECONDS)
+
+    def _failed(self, what: str, error: StoreAway) -> None:
+        self.counts["failed_writes"] += 1
+        _log.warning("shared store %s", what, extra={"fields": {"reason": error.message}})

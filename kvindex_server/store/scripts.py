@@ -1,0 +1,212 @@
+"""What runs inside the store: each script is one atomic step on one partition of one model.
+
+A partition's keys begin with its tag, which keeps them in one slot of a cluster. Behind the tag:
+
+- `b` and a block's key, 8 bytes: its holders, each life u48, group u8, tiers u8
+- `q`: stream -> life and number of its last batch; what is written must fit both
+- `a`: the lives that count here, packed; of all others what is met is taken out
+- `s`, `v`: stream -> its description, and a word that no other state of them has ever had; in partition 0 only
+- `o`: stream -> when its lease ends (ms of the store's clock), its owner, its trust; in partition 0 only
+- `n`: the last life given; in partition 0 only
+
+A life is a number never given twice, also not by a store that lost its memory: it is at least the time in ms.
+"""
+
+from kvindex_server.store.client import Script
+
+OPEN = Script("""#!lua flags=allow-oom
+-- tag, stream, packed life or '', owner, lease in ms: a new life, in partition 0 only for who has the lease
+local tag, name, life = ARGV[1], ARGV[2], ARGV[3]
+local was = redis.call('HGET', tag .. 'q', name)
+local old = was and string.match(was, '^(%d+):')
+if life == '' then
+  local t = redis.call('TIME')
+  local now = t[1] * 1000 + math.floor(t[2] / 1000)
+  local lease = redis.call('HGET', tag .. 'o', name)
+  if lease then
+    local ends, owner = string.match(lease, '^(%d+) (%S+) ')
+    if owner ~= ARGV[4] and tonumber(ends) > now then return {0, tonumber(ends) - now} end
+  end
+  local last = redis.call('GET', tag .. 'n')
+  life = math.max(now, (tonumber(last) or 0) + 1)
+  redis.call('SET', tag .. 'n', string.format('%.0f', life))
+  redis.call('HSET', tag .. 'o', name, string.format('%.0f %s ', now + tonumber(ARGV[5]), ARGV[4]))
+  redis.call('HDEL', tag .. 's', name)
+  redis.call('SET', tag .. 'v', string.format('%.0f:0', life))
+else
+  life = struct.unpack('<I6', life)
+  if old and tonumber(old) >= life then return {0, 0} end
+end
+if old then redis.call('SREM', tag .. 'a', struct.pack('<I6', tonumber(old))) end
+redis.call('SADD', tag .. 'a', struct.pack('<I6', life))
+redis.call('HSET', tag .. 'q', name, string.format('%.0f:0', life))
+return {life, 0}
+""")
+
+_APPLY = """
+-- tag, stream, life, packed life, number of the batch, description or '', rows
+local tag, name, me, rows = ARGV[1], ARGV[2], ARGV[4], ARGV[7]
+local number = tonumber(ARGV[5])
+local was = redis.call('HGET', tag .. 'q', name)
+if not was then return 'LOST' end
+if string.match(was, '^(%d+):') ~= ARGV[3] then return 'FENCED' end
+local last = tonumber(string.match(was, ':(%d+)$'))
+if last == number then return 'OK' end
+if last ~= number - 1 then return 'LOST' end
+local alive = {[me] = true}
+local function counts(life)
+  if alive[life] == nil then alive[life] = redis.call('SISMEMBER', tag .. 'a', life) == 1 end
+  return alive[life]
+end
+local sub, byte, band, bor = string.sub, string.byte, bit.band, bit.bor
+local STEP = 11 * 512
+for from = 1, #rows, STEP do
+  local to = math.min(#rows, from + STEP - 1)
+  local names, place = {}, {}
+  for i = from, to, 11 do
+    local key = sub(rows, i, i + 7)
+    if place[key] == nil then
+      names[#names + 1] = tag .. 'b' .. key
+      place[key] = #names
+    end
+  end
+  local values = redis.call('MGET', unpack(names))
+  local changed = {}
+  for i = from, to, 11 do
+    local at = place[sub(rows, i, i + 7)]
+    local group, held, gone = byte(rows, i + 8, i + 10)
+    if not GROW then held = 0 end
+    local old = values[at] or ''
+    local tiers, rest = 0, {}
+    for j = 1, #old, 8 do
+      local life = sub(old, j, j + 5)
+      if life == me and byte(old, j + 6) == group then tiers = byte(old, j + 7)
+      elseif counts(life) then rest[#rest + 1] = sub(old, j, j + 7) end
+    end
+    tiers = bor(band(tiers, 255 - gone), held)
+    if tiers > 0 then rest[#rest + 1] = me .. string.char(group, tiers) end
+    local new = table.concat(rest)
+    if new ~= old then
+      values[at] = new
+      changed[at] = true
+    end
+  end
+  local sets, empties = {}, {}
+  for at in pairs(changed) do
+    if values[at] == '' then empties[#empties + 1] = names[at]
+    else
+      sets[#sets + 1] = names[at]
+      sets[#sets + 1] = values[at]
+    end
+  end
+  if #sets > 0 then redis.call('MSET', unpack(sets)) end
+  if #empties > 0 then redis.call('UNLINK', unpack(empties)) end
+end
+if ARGV[6] ~= '' then
+  redis.call('HSET', tag .. 's', name, ARGV[6])
+  redis.call('SET', tag .. 'v', ARGV[3] .. ':' .. ARGV[5])
+end
+redis.call('HSET', tag .. 'q', name, ARGV[3] .. ':' .. ARGV[5])
+return 'OK'
+"""
+
+APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
+"""Refused by the store as a whole when it is full."""
+
+RELEASE = Script("#!lua flags=allow-oom\nlocal GROW = false" + _APPLY)
+"""The same without what came to be held: what is gone must go from a full store too."""
+
+READ = Script("""#!lua flags=no-writes
+-- tag, known word or '-' when no descriptions are wanted, keys, '1' to end at the first block that nobody holds
+local tag, known, keys, stop = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
+local word, streams = '', false
+if known ~= '-' then
+  word = redis.call('GET', tag .. 'v') or ''
+  if word ~= known then
+    streams = redis.call('HVALS', tag .. 's')
+    stop = false
+  end
+end
+local out = {}
+local step, from = stop and 64 or 1024, 1
+while from <= #keys do
+  local to = math.min(#keys, from + 8 * step - 1)
+  local names = {}
+  for i = from, to, 8 do names[#names + 1] = tag .. 'b' .. string.sub(keys, i, i + 7) end
+  local values = redis.call('MGET', unpack(names))
+  for i = 1, #names do
+    local value = values[i]
+    if value then
+      local n = #value / 8
+      out[#out + 1] = string.char(n % 256, math.floor(n / 256))
+      out[#out + 1] = value
+    elseif stop then
+      return {word, streams, table.concat(out)}
+    else
+      out[#out + 1] = '\\0\\0'
+    end
+  end
+  from = to + 1
+  step = math.min(1024, step * 2)
+end
+return {word, streams, table.concat(out)}
+""")
+
+CLOSE = Script("""#!lua flags=allow-oom
+-- tag, stream, life, packed life: the stream is gone, if this is still its life
+local tag, name = ARGV[1], ARGV[2]
+local was = redis.call('HGET', tag .. 'q', name)
+if not was or string.match(was, '^(%d+):') ~= ARGV[3] then return 'FENCED' end
+redis.call('SREM', tag .. 'a', ARGV[4])
+redis.call('HDEL', tag .. 'q', name)
+redis.call('HDEL', tag .. 'o', name)
+redis.call('HDEL', tag .. 's', name)
+redis.call('SET', tag .. 'v', ARGV[3] .. ':end')
+return 'OK'
+""")
+
+RENEW = Script("""#!lua flags=allow-oom
+-- tag, owner, lease in ms or '', then per stream: name, life, number of the last batch or '', trust
+local tag, t, out = ARGV[1], redis.call('TIME'), {}
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+for i = 4, #ARGV, 4 do
+  local was = redis.call('HGET', tag .. 'q', ARGV[i])
+  if not was or string.match(was, '^(%d+):') ~= ARGV[i + 1] then
+    out[#out + 1] = was and 'FENCED' or 'LOST'
+  elseif ARGV[i + 2] ~= '' and string.match(was, ':(%d+)$') ~= ARGV[i + 2] then
+    out[#out + 1] = 'LOST'
+  else
+    out[#out + 1] = 'OK'
+    if ARGV[3] ~= '' then
+      local ends = string.format('%.0f', now + tonumber(ARGV[3]))
+      redis.call('HSET', tag .. 'o', ARGV[i], ends .. ' ' .. ARGV[2] .. ' ' .. ARGV[i + 3])
+    end
+  end
+end
+return out
+""")
+
+LEASES = Script("""#!lua flags=no-writes
+-- tag: the store's time in ms, then stream and lease in turns
+local t = redis.call('TIME')
+return {t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'o')}
+""")
+
+SWEEP = Script("""#!lua flags=allow-oom
+-- tag, then blocks' keys: takes dead holders out; returns how many there were
+local tag, alive, dead = ARGV[1], {}, 0
+for i = 2, #ARGV do
+  local name = tag .. 'b' .. ARGV[i]
+  local old = redis.call('GET', name) or ''
+  local rest = {}
+  for j = 1, #old, 8 do
+    local life = string.sub(old, j, j + 5)
+    if alive[life] == nil then alive[life] = redis.call('SISMEMBER', tag .. 'a', life) == 1 end
+    if alive[life] then rest[#rest + 1] = string.sub(old, j, j + 7) else dead = dead + 1 end
+  end
+  if #rest * 8 < #old then
+    if #rest == 0 then redis.call('UNLINK', name) else redis.call('SET', name, table.concat(rest)) end
+  end
+end
+return dead
+""")

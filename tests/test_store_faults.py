@@ -1,0 +1,417 @@
+"""The shared store under faults: paused writers, a killed, slow or full server; never a wrong answer."""
+
+import random
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from event_encoding import Cleared, Removed, Stored, as_map, batch
+
+from kvindex_server.config import ConfigError, StoreSettings
+
+valkey_server = pytest.importorskip("valkey_server")
+from slow_proxy import SlowProxy  # noqa: E402
+
+from kvindex_server._core import block_keys  # noqa: E402
+from kvindex_server.errors import FailedPrecondition  # noqa: E402
+from kvindex_server.store import scripts  # noqa: E402
+from kvindex_server.store.client import Client, StoreAway  # noqa: E402
+from kvindex_server.store.index import StoreIndex  # noqa: E402
+from kvindex_server.store.writer import packed  # noqa: E402
+
+BLOCK = 4
+LEASE = 1.0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> "Iterator[valkey_server.Valkey]":
+    with valkey_server.valkey(tmp_path) as started:
+        yield started
+
+
+def replica(address: str, clock=time.monotonic, gained=None, **more: object) -> StoreIndex:
+    """One replica of the model; its leases last a second."""
+    settings = StoreSettings.model_validate(
+        {"addresses": (address,), "lease_seconds": LEASE, "timeout_seconds": 0.3, **more}
+    )
+    told = {"gained": gained} if gained else {}
+    return StoreIndex(Client(settings), settings, "model", BLOCK, clock=clock, **told)
+
+
+def tokens_of(seed: int, blocks: int) -> tuple[list[int], bytes]:
+    """Random token ids, and the keys of their blocks."""
+    rng = random.Random(seed)
+    tokens = [rng.randrange(2**32) for _ in range(blocks * BLOCK)]
+    return tokens, block_keys(b"".join(each.to_bytes(4, "little") for each in tokens), BLOCK)
+
+
+def stored(tokens: list[int], first: int = 1) -> bytes:
+    return batch([as_map(Stored(list(range(first, first + len(tokens) // BLOCK)), None, tokens, BLOCK))])
+
+
+def matches(index: StoreIndex, keys: bytes) -> dict[str, int]:
+    return {pod: blocks for pod, _, blocks, *_ in index.score(keys, [], [1.0])}
+
+
+def settle(index: StoreIndex, seconds: float = 10.0) -> None:
+    """Flush until the store has everything."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        try:
+            if index.flush():
+                return
+        except StoreAway:
+            pass
+        time.sleep(0.02)
+    raise TimeoutError("the store did not get everything")
+
+
+def test_a_paused_writer_resurrects_nothing(server: "valkey_server.Valkey") -> None:
+    """A replica that slept through its lease wakes up with claims that are dead: not one of them is ever answered."""
+    asked: list[tuple[str, int]] = []
+    old, new = replica(server.address), replica(server.address, gained=lambda pod, rank: asked.append((pod, rank)))
+    reader = replica(server.address)
+    first, other = tokens_of(1, 8), tokens_of(2, 8)
+    stream, standby = old.add_stream("pod", 0), new.add_stream("pod", 0)
+    stream.apply([stored(first[0])])
+    assert old.flush()
+    assert new.flush()  # stands by
+    assert standby.standby
+    assert standby.apply([stored(other[0])]).messages == 1  # counted, not applied
+    assert standby.claims == 0
+    assert matches(reader, first[1]) == {"pod": 8}
+    stream.apply([stored(other[0], 100)])  # decoded, but not sent: the process sleeps here
+    time.sleep(LEASE + 0.1)
+    settle(new)
+    assert asked == [("pod", 0)]  # it knows nothing, and has the engine asked anew
+    assert matches(reader, first[1]) == {}
+    standby.apply([stored(first[0][: 3 * BLOCK])])
+    settle(new)
+    assert matches(reader, first[1]) == {"pod": 3}
+    settle(old)  # the old one wakes up
+    assert stream.standby
+    assert stream.claims == 0
+    assert matches(reader, first[1]) == {"pod": 3}
+    assert matches(reader, other[1]) == {}
+
+
+def test_a_reading_between_a_life_and_its_first_batch_is_not_kept(server: "valkey_server.Valkey") -> None:
+    """Every state of the streams has a word of its own, so that no reader takes an old one for the present one."""
+    index, reader = replica(server.address), replica(server.address)
+    tokens, keys = tokens_of(1, 4)
+    stream = index.add_stream("pod", 0)
+    for _ in range(3):
+        stream.clear()
+        stream.begin(index._client, index._tags, index._owner, 1000)
+        assert matches(reader, keys) == {}
+        stream.apply([stored(tokens)])
+        assert index.flush()
+        assert matches(reader, keys) == {"pod": 4}
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_a_batch_on_its_way_is_refused_after_the_fence(server: "valkey_server.Valkey", partitions: int) -> None:
+    """Calls of a dead life do nothing at all, at any partition, in whatever order they arrive."""
+    index = replica(server.address, partitions=partitions)
+    stream = index.add_stream("pod", 0)
+    tokens, keys = tokens_of(1, 16)
+    stream.apply([stored(tokens)])
+    stream_life = 0
+    late: list[tuple[str, tuple[object, ...]]] = []
+    index.flush()
+    stream_life = stream.life
+    stream.apply([stored(tokens_of(2, 16)[0], 100)])
+    stream.take()
+    late = [call for _, call in stream.next_batches(index._tags)]
+    stream.clear()
+    index.flush()
+    assert stream.life > stream_life
+    for tag, arguments in late:
+        assert index._client.run(scripts.APPLY, tag, *arguments) == b"FENCED"
+        assert index._client.run(scripts.RELEASE, tag, *arguments) == b"FENCED"
+    for tag in index._tags[1:]:  # nor can it open a partition that the new life has opened
+        assert index._client.run(scripts.OPEN, tag, stream.name, packed(stream_life), "x", 1000) == [0, 0]
+    assert matches(index, keys) == {}
+    assert matches(index, tokens_of(2, 16)[1]) == {}
+
+
+def test_a_fence_costs_the_same_however_much_was_held(server: "valkey_server.Valkey") -> None:
+    """One call ends all claims; what they leave behind is taken out bit by bit."""
+    index = replica(server.address)
+    stream = index.add_stream("pod", 0)
+    tokens, keys = tokens_of(1, 3000)
+    stream.apply([stored(tokens)])
+    settle(index)
+    before = server.client().info("commandstats")["cmdstat_evalsha"]["calls"]
+    stream.apply([batch([as_map(Cleared())])])
+    index.flush()
+    assert server.client().info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 3
+    assert matches(index, keys) == {}
+    swept = []
+    while dead := index.sweep():
+        swept.append(dead)
+    assert sum(swept) == 3000
+    assert max(swept) <= 256 * 8 * 2
+    assert list(index._client.blocks(index._tags[0])) == []
+
+
+def test_a_killed_server_comes_back_empty_and_is_filled_again(server: "valkey_server.Valkey") -> None:
+    """After kill -9 and an empty restart answers are empty, then whole: from this process, without the engine."""
+    index, reader = replica(server.address), replica(server.address)
+    tokens, keys = tokens_of(1, 40)
+    stream = index.add_stream("pod", 0)
+    stream.apply([stored(tokens)])
+    settle(index)
+    index.renew()
+    assert matches(reader, keys) == {"pod": 40}
+    life = stream.life
+    server.kill()
+    with pytest.raises(StoreAway):
+        reader.score(keys, [], [1.0])
+    stream.apply([batch([as_map(Removed([40]))])])
+    with pytest.raises(StoreAway):
+        index.flush()
+    server.start()
+    assert matches(reader, keys) == {}
+    settle(index)
+    assert matches(reader, keys) == {"pod": 39}
+    assert stream.life > life  # a store without memory gives no life twice
+    assert stream.claims == 39
+
+
+def test_an_idle_stream_notices_a_restart_when_it_renews(server: "valkey_server.Valkey") -> None:
+    """Without a single event, too."""
+    index = replica(server.address)
+    tokens, keys = tokens_of(1, 5)
+    index.add_stream("pod", 0).apply([stored(tokens)])
+    settle(index)
+    server.kill()
+    server.start()
+    index.renew()
+    settle(index)
+    assert matches(index, keys) == {"pod": 5}
+
+
+def test_a_store_that_lost_its_last_batches_is_filled_again(server: "valkey_server.Valkey") -> None:
+    """A replica of the store that takes over may not have them: the number of the last batch shows it."""
+    index = replica(server.address)
+    tokens, keys = tokens_of(1, 6)
+    stream = index.add_stream("pod", 0)
+    stream.apply([stored(tokens)])
+    settle(index)
+    plain = server.client()
+    saved = {key: plain.dump(key) for key in plain.scan_iter()}
+    stream.apply([batch([as_map(Removed([2]))])])
+    settle(index)
+    assert matches(index, keys) == {"pod": 1}
+    plain.flushall()
+    for key, value in saved.items():
+        plain.restore(key, 0, value)
+    assert matches(index, keys) == {"pod": 6}  # as the store that took over believes
+    index.renew()
+    settle(index)
+    assert matches(index, keys) == {"pod": 1}
+
+
+def test_a_slow_store_is_said_and_nothing_is_applied_twice(server: "valkey_server.Valkey") -> None:
+    """An answer that does not come leaves open what was done; asking again settles it."""
+    proxy = SlowProxy(server.port)
+    index, reader = replica(proxy.address), replica(server.address)
+    tokens, keys = tokens_of(1, 4)
+    stream = index.add_stream("pod", 0)
+    settle(index)
+    index.renew()
+    assert index.reachable
+    proxy.held.set()
+    stream.apply([stored(tokens)])
+    started = time.monotonic()
+    with pytest.raises(StoreAway):
+        index.flush()
+    with pytest.raises(StoreAway):
+        index.score(keys, [], [1.0])
+    assert time.monotonic() - started < 3
+    time.sleep(LEASE / 2)
+    assert not index.reachable
+    assert index.standing("pod", 0)[:2] == (4, "the shared store does not answer")
+    proxy.held.clear()
+    stream.apply([batch([as_map(Removed([4]))])])
+    settle(index)
+    assert matches(reader, keys) == {"pod": 3}
+    index.renew()
+    assert index.standing("pod", 0)[0] == 3
+    proxy.delay = 0.05
+    assert matches(index, keys) == {"pod": 3}
+    proxy.close()
+
+
+def test_a_full_store_misses_claims_but_keeps_none_that_is_gone(tmp_path: Path) -> None:
+    """Removals go through, stores are refused and said; when there is room again all is sent."""
+    with valkey_server.valkey(tmp_path) as server:
+        now = [1000.0]
+        index = replica(server.address, clock=lambda: now[0])
+        tokens, keys = tokens_of(1, 2000)
+        stream = index.add_stream("pod", 0)
+        stream.apply([stored(tokens[: 1000 * BLOCK])])
+        settle(index)
+        index.renew()
+        assert index.standing("pod", 0)[0] == 3
+        plain = server.client()
+        plain.config_set("maxmemory", 1024 * 1024)
+        more = Stored(list(range(1001, 2001)), 1000, tokens[1000 * BLOCK :], BLOCK)
+        stream.apply([batch([as_map(more), as_map(Removed([500]))])])
+        index.flush()
+        assert stream.full
+        assert matches(index, keys) == {"pod": 499}
+        index.renew()
+        assert index.standing("pod", 0)[:2] == (2, "the shared store is full")
+        stream.apply([batch([as_map(Stored([500], 499, tokens[499 * BLOCK : 500 * BLOCK], BLOCK))])])
+        index.flush()
+        assert matches(index, keys) == {"pod": 499}
+        stream.clear()  # a fence needs no room
+        index.flush()
+        assert matches(index, keys) == {}
+        stream.apply([stored(tokens)])
+        index.flush()
+        assert stream.full
+        plain.config_set("maxmemory", 0)
+        now[0] += 61
+        settle(index)
+        assert not stream.full
+        assert matches(index, keys) == {"pod": 2000}
+
+
+def test_trust_is_that_of_the_replica_that_follows(server: "valkey_server.Valkey") -> None:
+    """Every replica says the same of a stream; when its replica is gone, the claims are STALE."""
+    writer, reader = replica(server.address), replica(server.address)
+    stream = writer.add_stream("pod", 0)
+    writer._trust_of = lambda pod, rank: (2, "joined late", 1.5)
+    settle(writer)
+    reader.renew()
+    assert reader.standing("pod", 0)[0] == 1  # nothing told yet
+    writer.renew()
+    reader.renew()
+    trust, reason, age = reader.standing("pod", 0)
+    assert (trust, reason) == (2, "joined late")
+    assert 1.5 <= age < 2
+    assert reader.standing("absent", 0)[:2] == (1, "no replica follows it")
+    time.sleep(LEASE + 0.1)
+    reader.renew()
+    assert reader.standing("pod", 0)[:2] == (4, "the replica that followed it is gone")
+    stream.close()
+    writer.flush()
+    reader.renew()
+    assert reader.standing("pod", 0)[0] == 1
+
+
+def test_threads_write_renew_and_hand_over(server: "valkey_server.Valkey") -> None:
+    """With its threads running a replica needs no call; when it goes, the other one takes over."""
+    one, two = replica(server.address), replica(server.address)
+    tokens, keys = tokens_of(1, 12)
+    stream = one.add_stream("pod", 0)
+    one.start()
+    deadline = time.monotonic() + 10
+    stream.apply([stored(tokens)])
+    while matches(two, keys) != {"pod": 12}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    standby = two.add_stream("pod", 0)
+    two.start()
+    time.sleep(LEASE * 1.5)  # the lease is renewed
+    assert standby.standby
+    stream.close()
+    one.stop()
+    while not standby.life:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    standby.apply([stored(tokens[: 2 * BLOCK])])
+    while matches(one, keys) != {"pod": 2}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    two.stop()
+
+
+def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
+    """The rights that the documentation names suffice, and a wrong password is the store being away."""
+    with valkey_server.valkey(tmp_path) as server:
+        plain = server.client()
+        # fmt: off
+        plain.execute_command(
+            "ACL", "SETUSER", "kvindex", "on", ">secret", "~kvindex:*", "-@all", "+evalsha", "+script|load", "+scan",
+            "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+get", "+set",
+            "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+ping", "+select",
+        )
+        # fmt: on
+        password = tmp_path / "password"
+        password.write_text("secret\n")
+        index = replica(server.address, username="kvindex", password_file=str(password))
+        tokens, keys = tokens_of(1, 3)
+        stream = index.add_stream("pod", 0)
+        stream.apply([stored(tokens)])
+        settle(index)
+        index.renew()
+        stream.clear()
+        settle(index)
+        stream.apply([stored(tokens[:BLOCK])])
+        settle(index)
+        assert index.sweep() == 2
+        assert matches(index, keys) == {"pod": 1}
+        password.write_text("other")
+        with pytest.raises(StoreAway) as raised:
+            replica(server.address, username="kvindex", password_file=str(password)).score(keys, [], [1.0])
+        assert "other" not in str(raised.value)
+
+
+def test_tls_checks_the_certificate(server: "valkey_server.Valkey", tmp_path: Path) -> None:
+    """The store's certificate must be signed by the CA that was given."""
+    trustme = pytest.importorskip("trustme")
+    ca, stranger = trustme.CA(), trustme.CA()
+    certificate = ca.issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    stranger.cert_pem.write_to_path(tmp_path / "stranger.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    proxy = SlowProxy(server.port, context)  # the server of the package cannot do TLS itself
+    _, keys = tokens_of(1, 3)
+    assert matches(replica(proxy.address, tls=True, ca_file=str(tmp_path / "ca.pem")), keys) == {}
+    with pytest.raises(StoreAway):
+        replica(proxy.address, tls=True, ca_file=str(tmp_path / "stranger.pem")).score(keys, [], [1.0])
+    with pytest.raises(StoreAway):
+        replica(proxy.address).score(keys, [], [1.0])
+    proxy.close()
+
+
+def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path) -> None:
+    """The address is that of a sentinel; it tells where the server is."""
+    port = valkey_server.free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
+    command = [str(valkey_server.binary()), str(config), "--sentinel"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sentinel:
+        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+        tokens, keys = tokens_of(1, 3)
+        index.add_stream("pod", 0).apply([stored(tokens)])
+        try:
+            settle(index)
+            assert matches(replica(server.address), keys) == {"pod": 3}
+        finally:
+            sentinel.kill()
+
+
+def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:
+    """Placements and engine hashes: refused with the reason, instead of an answer that knows half."""
+    index = replica(server.address)
+    with pytest.raises(FailedPrecondition, match="placements"):
+        index.place("pod", 0, b"", 1.0)
+    with pytest.raises(FailedPrecondition, match="engine hashes"):
+        index.holders_of_ints(b"", [])
+    assert not index.add_stream("pod", 0).restore(b"")
+
+
+def test_a_missing_password_file_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"store\.password_file"):
+        replica("127.0.0.1:1", password_file="/nowhere/password")
