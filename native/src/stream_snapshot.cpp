@@ -65,8 +65,9 @@ class Stream::Reader {
   std::vector<T> numbers() {
     const uint64_t size = number<uint32_t>();
     const char* from = take(size * sizeof(T));
-    std::vector<T> values(from == nullptr ? 0 : size);
-    if (!values.empty()) std::memcpy(values.data(), from, size * sizeof(T));
+    if (from == nullptr || size == 0) return {};
+    std::vector<T> values(size);
+    std::memcpy(values.data(), from, size * sizeof(T));
     return values;
   }
   // How many things of at least `least` bytes follow.
