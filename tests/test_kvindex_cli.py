@@ -192,9 +192,9 @@ def test_watch_shows_it_again_and_again(site: Site) -> None:
 
 
 def test_watch_ends_with_a_signal(site: Site) -> None:
-    popen = subprocess.Popen(
-        [KVINDEX, "watch", *site.server], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # A job in the background of a shell, as these tests may be, is born with this signal ignored.
+    command = ["env", "--default-signal=INT", KVINDEX, "watch", *site.server]
+    popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert popen.stdout is not None
     assert "1 EXACT" in popen.stdout.readline()
     popen.send_signal(signal.SIGINT)
