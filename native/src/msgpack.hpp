@@ -81,11 +81,12 @@ class Cursor {
 
   // Appends integers of at most 32 bits, non-negative, as long as they come and the end is far; returns how many.
   // No processor can foresee their widths, so there is no branch on them: how wide it and the next one would be is
-  // found for every one of the next bytes at once, and going on by two integers is one load and one addition.
+  // found for every byte of a stretch at once, and going on by two integers is one load and one addition.
   template <typename Numbers>
   uint32_t small_integers(uint32_t most, Numbers& out) {
-    constexpr size_t kWindow = 64, kVector = sizeof(Bytes), kSafe = kWindow + kVector + sizeof(uint64_t);
-    if (left() < kSafe || most < 2) return 0;
+    constexpr size_t kStretch = 512, kVector = sizeof(Bytes);
+    constexpr size_t kSafe = 2 * kVector + sizeof(uint64_t);  // read behind a stretch
+    if (left() < kVector + kSafe || most < 2) return 0;
     const size_t before = out.size();
     // Each takes a byte at least: a number that is announced but not there reserves nothing.
     const auto count = static_cast<uint32_t>(most < left() ? most : left()) & ~1U;
@@ -94,12 +95,17 @@ class Cursor {
     const uint8_t* at = at_;
     uint32_t i = 0;
     bool small = true;
-    while (small && i < count && static_cast<size_t>(end_ - at) >= kSafe) {
-      uint8_t widths[kWindow + kVector], of_two[kWindow];
-      for (size_t offset = 0; offset < sizeof widths; offset += kVector) widths_at(at + offset, widths + offset);
-      for (size_t offset = 0; offset < kWindow; offset += kVector) add_next(widths + offset, of_two + offset);
+    while (small && i < count && static_cast<size_t>(end_ - at) >= kVector + kSafe) {
+      uint8_t widths[kStretch + kVector], of_two[kStretch];
+      // Not more than this many integers can need, nor than there is.
+      size_t stretch = static_cast<size_t>(end_ - at) - kSafe;
+      if (stretch > kStretch) stretch = kStretch;
+      if (stretch > 5UL * (count - i)) stretch = 5UL * (count - i);
+      stretch = (stretch + kVector - 1) / kVector * kVector;
+      for (size_t offset = 0; offset < stretch + kVector; offset += kVector) widths_at(at + offset, widths + offset);
+      for (size_t offset = 0; offset < stretch; offset += kVector) add_next(widths + offset, of_two + offset);
       size_t place = 0;
-      for (; place < kWindow && i < count; i += 2) {
+      for (; place < stretch && i < count; i += 2) {
         const size_t both = of_two[place];
         if (both == 0) {
           small = false;
