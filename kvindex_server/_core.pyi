@@ -234,7 +234,7 @@ class Text:
     def ids(self, text: str, max_tokens: int, seconds: float) -> tuple[bytes, int] | str: ...
     def keys(
         self,
-        text: str,
+        text: str | ScoreRequest,
         block_size: int,
         seed: int,
         lora_name: str,

@@ -46,6 +46,15 @@ class Keyed:
     tokens: int
 
 
+Body = str | _core.ScoreRequest
+"""A prompt, a chat-completions body, or the request that holds it, whose text need not become a Python string."""
+
+
+def text_of(body: Body) -> str:
+    """The text itself."""
+    return body if isinstance(body, str) else body.text
+
+
 class AnyTokenizer(Protocol):
     """What the read path asks of a tokenizer; see Tokenizer for the methods."""
 
@@ -60,7 +69,7 @@ class AnyTokenizer(Protocol):
     def keys(
         self,
         kind: Literal["prompt", "chat"],
-        body: str,
+        body: Body,
         block_size: int,
         seed: int,
         lora_name: str = ...,
@@ -139,8 +148,8 @@ class Tokenizer:
 
         InvalidArgument above `max_tokens`, DeadlineExceeded when `seconds` pass, or surely will.
         """
-        text_of = self._added if add_special_tokens else self._plain
-        return checked(lambda: text_of.ids(text, max_tokens, seconds), field, max_tokens)[0]
+        bound = self._added if add_special_tokens else self._plain
+        return checked(lambda: bound.ids(text, max_tokens, seconds), field, max_tokens)[0]
 
     def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """Ids of a completions prompt: with the special tokens of the tokenizer's own post-processor."""
@@ -159,7 +168,7 @@ class Tokenizer:
     def keys(
         self,
         kind: Literal["prompt", "chat"],
-        body: str,
+        body: Body,
         block_size: int,
         seed: int,
         lora_name: str = "",
@@ -170,12 +179,12 @@ class Tokenizer:
     ) -> Keyed:
         """The block keys of a prompt or chat body; of a text seen before, nothing is encoded or hashed again."""
         ends = time.monotonic() + seconds
-        text = body if kind == "prompt" else self.render_chat(body, seconds=seconds)
-        text_of = self._added if kind == "prompt" else self._plain
+        text = body if kind == "prompt" else self.render_chat(text_of(body), seconds=seconds)
+        bound = self._added if kind == "prompt" else self._plain
         left = ends - time.monotonic()
         return Keyed(
             *checked(
-                lambda: text_of.keys(text, block_size, seed, lora_name, cache_salt, max_tokens, left),
+                lambda: bound.keys(text, block_size, seed, lora_name, cache_salt, max_tokens, left),
                 kind,
                 max_tokens,
             )

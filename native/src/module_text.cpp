@@ -11,6 +11,7 @@
 #include <string>
 
 #include "numbers.hpp"
+#include "score_request.hpp"
 #include "text_cache.hpp"
 #include "text_encoder.hpp"
 
@@ -90,6 +91,23 @@ nb::object result_of(const TextAnswer& answer, nb::bytes&& data) {
   return nb::str("too_late");
 }
 
+std::string_view text_of(std::string_view text) { return text; }
+std::string_view text_of(const ScoreRequest& request) { return request.text; }
+
+// A request's text is not copied into a Python string, which for all but ASCII costs more than the rest.
+template <typename From>
+nb::object keys_of(const BoundText& self, From from, uint32_t block_size, uint64_t seed, std::string lora_name,
+                   std::string cache_salt, size_t max_tokens, double seconds) {
+  if (block_size == 0) throw nb::value_error("block_size must not be 0");
+  const KeyContext context{block_size, seed, std::move(lora_name), std::move(cache_salt)};
+  TextAnswer answer;
+  {
+    nb::gil_scoped_release release;
+    answer = self.cache->keys(self.request(text_of(from), max_tokens, seconds), context);
+  }
+  return result_of(answer, nb::bytes(reinterpret_cast<const char*>(answer.keys.data()), answer.keys.size() * 8));
+}
+
 }  // namespace
 
 void bind_text(nb::module_& m) {
@@ -155,22 +173,10 @@ void bind_text(nb::module_& m) {
                              nb::bytes(reinterpret_cast<const char*>(answer.ids.data()), answer.ids.size() * 4));
           },
           nb::arg("text"), nb::arg("max_tokens"), nb::arg("seconds"))
-      .def(
-          "keys",
-          [](const BoundText& self, std::string_view text, uint32_t block_size, uint64_t seed, std::string lora_name,
-             std::string cache_salt, size_t max_tokens, double seconds) {
-            if (block_size == 0) throw nb::value_error("block_size must not be 0");
-            const KeyContext context{block_size, seed, std::move(lora_name), std::move(cache_salt)};
-            TextAnswer answer;
-            {
-              nb::gil_scoped_release release;
-              answer = self.cache->keys(self.request(text, max_tokens, seconds), context);
-            }
-            return result_of(answer,
-                             nb::bytes(reinterpret_cast<const char*>(answer.keys.data()), answer.keys.size() * 8));
-          },
-          nb::arg("text"), nb::arg("block_size"), nb::arg("seed"), nb::arg("lora_name"), nb::arg("cache_salt"),
-          nb::arg("max_tokens"), nb::arg("seconds"));
+      .def("keys", &keys_of<std::string_view>, nb::arg("text"), nb::arg("block_size"), nb::arg("seed"),
+           nb::arg("lora_name"), nb::arg("cache_salt"), nb::arg("max_tokens"), nb::arg("seconds"))
+      .def("keys", &keys_of<const ScoreRequest&>, nb::arg("text"), nb::arg("block_size"), nb::arg("seed"),
+           nb::arg("lora_name"), nb::arg("cache_salt"), nb::arg("max_tokens"), nb::arg("seconds"));
 }
 
 }  // namespace kvindex

@@ -13,6 +13,8 @@
 #include <unordered_set>
 #include <vector>
 
+#include "text_classes.hpp"
+#include "text_split.hpp"
 #include "text_words.hpp"
 
 namespace kvindex {
@@ -72,18 +74,10 @@ class TextEncoder {
   struct Fresh {
     size_t offset, size, id_offset, id_count;
   };
-  struct Pass {
-    std::vector<uint32_t> entries;
-    std::vector<uint8_t> starts;  // per class: a match may start with it
-    std::vector<int32_t> loops;   // per row: where in `stays` its bytes are, or -1
-    std::vector<uint8_t> stays;   // per ASCII byte: the match goes on, in the same state
-  };
   struct Work;
 
-  void find_loops(Pass& pass) const;
   static void add(Trie& trie, std::string_view content, int32_t token);
   int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
-  uint8_t class_at(const char* at, size_t& size) const;
   bool joined(uint32_t left, uint32_t right) const;
   void split_joints(size_t begin, size_t end, Work& work) const;
   void symbols_of(std::string_view word, std::vector<uint32_t>& symbols) const;
@@ -92,16 +86,14 @@ class TextEncoder {
   void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
   void word(size_t begin, size_t end, Work& work) const;
   void flush(Work& work) const;
-  void merge(std::string_view word, std::vector<uint32_t>& ids) const;
+  void merge(std::string_view word, Work& work) const;
   void merge_short(std::vector<uint32_t>& symbols) const;
   void merge_long(std::vector<uint32_t>& symbols) const;
   const Merge* find_merge(uint32_t left, uint32_t right) const;
 
   EncoderPlan plan_;
-  std::vector<uint16_t> page_of_;  // pages of 256 code points; equal ones are kept once
-  std::vector<uint8_t> pages_;
-  uint8_t ascii_[128];
-  std::vector<Pass> passes_;
+  CharClasses classes_;
+  std::vector<Splitter> passes_;
   bool by_character_ = false;
   std::unordered_map<uint32_t, uint32_t> char_ids_;
   std::unordered_set<uint64_t> joints_;
