@@ -10,7 +10,7 @@ from itertools import islice
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers_at_hand import NASTY, NATIVE, load, real
+from tokenizers_at_hand import NASTY, NATIVE, WHOLE, load, real
 
 from kvindex_server import _core
 from kvindex_server.tokenize import selftest
@@ -56,6 +56,8 @@ def test_each_shape_is_native_or_says_why_not(case: Case) -> None:
     name, _, tested = case
     if name in NASTY:
         assert (tested.mode == "native") == (name in NATIVE), tested.reason
+        assert (tested.cuts == "anywhere") == (name in NATIVE)
+        assert (tested.cuts == "nowhere") == (name in WHOLE)
     assert (tested.reason == "") == (tested.mode == "native")
 
 

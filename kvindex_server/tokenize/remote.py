@@ -20,6 +20,7 @@ class RemoteTokenizer:
 
     mode: Literal["remote"] = "remote"
     reason = "the engine is asked for every new text"
+    cuts: Literal["nowhere"] = "nowhere"
     has_chat_template = True
 
     def __init__(self, url: str, model: str, cache: _core.TextCache) -> None:

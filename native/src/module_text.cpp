@@ -14,6 +14,7 @@
 #include "score_request.hpp"
 #include "text_cache.hpp"
 #include "text_encoder.hpp"
+#include "text_markers.hpp"
 
 namespace nb = nanobind;
 
@@ -54,6 +55,7 @@ EncoderPlan plan_of(nb::dict fields) {
 struct BoundText {
   std::shared_ptr<TextCache> cache;
   std::shared_ptr<const TextEncoder> encoder;
+  std::shared_ptr<const TextMarkers> markers;
   uint64_t root;
   std::vector<uint32_t> prefix, suffix;
   nb::callable reference;
@@ -63,6 +65,7 @@ struct BoundText {
     TextRequest out;
     out.text = text;
     out.encoder = encoder.get();
+    out.cuts = encoder ? static_cast<const TextCuts*>(encoder.get()) : markers.get();
     out.root = root;
     out.prefix = prefix;
     out.suffix = suffix;
@@ -129,6 +132,11 @@ void bind_text(nb::module_& m) {
       .def_prop_ro("refuted", &TextEncoder::refuted)
       .def("next_cut", &TextEncoder::next_cut, nb::arg("text"), nb::arg("start"));
 
+  nb::class_<TextMarkers>(m, "TextMarkers")
+      .def(nb::new_([](const std::vector<std::string>& contents) { return std::make_shared<TextMarkers>(contents); }),
+           nb::arg("contents"))
+      .def("next_cut", &TextMarkers::next_cut, nb::arg("text"), nb::arg("start"));
+
   nb::class_<TextCache>(m, "TextCache")
       .def(nb::new_([](size_t max_bytes, uint64_t verify_every, size_t chunk_bytes) {
              return std::make_shared<TextCache>(max_bytes, verify_every, chunk_bytes);
@@ -155,12 +163,12 @@ void bind_text(nb::module_& m) {
           "__init__",
           [](BoundText* self, std::shared_ptr<TextCache> cache, std::shared_ptr<TextEncoder> encoder, uint64_t root,
              std::vector<uint32_t> prefix, std::vector<uint32_t> suffix, nb::callable reference,
-             size_t max_reference_bytes) {
-            new (self) BoundText{std::move(cache),     std::move(encoder), root, std::move(prefix), std::move(suffix),
-                                 std::move(reference), max_reference_bytes};
+             size_t max_reference_bytes, std::shared_ptr<TextMarkers> markers) {
+            new (self) BoundText{std::move(cache),  std::move(encoder), std::move(markers),   root,
+                                 std::move(prefix), std::move(suffix),  std::move(reference), max_reference_bytes};
           },
           nb::arg("cache"), nb::arg("encoder").none(), nb::arg("root"), nb::arg("prefix"), nb::arg("suffix"),
-          nb::arg("reference"), nb::arg("max_reference_bytes") = SIZE_MAX)
+          nb::arg("reference"), nb::arg("max_reference_bytes") = SIZE_MAX, nb::arg("markers").none() = nb::none())
       .def(
           "ids",
           [](const BoundText& self, std::string_view text, size_t max_tokens, double seconds) {

@@ -53,7 +53,7 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
   all_inert_ = std::find(plan_.inert.begin(), plan_.inert.end(), 0) == plan_.inert.end();
   for (size_t i = 0; i < plan_.added.size(); ++i)
     if (!plan_.added[i].content.empty())
-      add(plan_.added[i].normalized ? normalized_ : plain_, plan_.added[i].content, static_cast<int32_t>(i));
+      (plan_.added[i].normalized ? normalized_ : plain_).add(plan_.added[i].content, static_cast<int32_t>(i));
   const size_t count = plan_.merges.size() / 3;
   merge_mask_ = std::bit_ceil(std::max<size_t>(count * 2, 16)) - 1;
   merges_ = Zeroed<Merge>(merge_mask_ + 1);
@@ -73,36 +73,6 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
       ascii_joints_.push_back(
           joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right)));
   plan_.char_ids = plan_.joints = {};
-}
-
-void TextEncoder::add(Trie& trie, std::string_view content, int32_t token) {
-  const auto first = static_cast<uint8_t>(content[0]);
-  trie.only = trie.empty() || trie.only == first ? first : -1;
-  int32_t* link = &trie.roots[first];
-  int32_t at = -1;
-  for (const char each : content) {
-    const auto byte = static_cast<uint8_t>(each);
-    while (*link >= 0 && trie.nodes[*link].byte != byte) link = &trie.nodes[*link].sibling;
-    at = *link;
-    if (at < 0) {
-      *link = at = static_cast<int32_t>(trie.nodes.size());
-      trie.nodes.push_back({-1, -1, -1, byte});  // moves what `link` points to
-    }
-    link = &trie.nodes[at].child;
-  }
-  trie.nodes[at].token = token;
-}
-
-int32_t TextEncoder::longest(const Trie& trie, std::string_view text, size_t at) const {
-  int32_t node = trie.roots[static_cast<uint8_t>(text[at])], found = -1;
-  while (node >= 0) {
-    if (trie.nodes[node].token >= 0) found = trie.nodes[node].token;
-    if (++at == text.size()) break;
-    const auto byte = static_cast<uint8_t>(text[at]);
-    node = trie.nodes[node].child;
-    while (node >= 0 && trie.nodes[node].byte != byte) node = trie.nodes[node].sibling;
-  }
-  return found;
 }
 
 inline bool TextEncoder::joined(uint32_t left, uint32_t right) const {
@@ -164,7 +134,7 @@ bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) cons
 }
 
 // Leftmost, and of those the longest; the text between goes on to the second set, or to the pre-tokenizer.
-void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const {
+void TextEncoder::split_added(const TextTrie& trie, size_t begin, size_t end, bool last, Work& work) const {
   const auto go_on = [&](size_t from, size_t to) {
     if (from == to) return;
     if (!last && !normalized_.empty())
@@ -177,13 +147,8 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
   if (trie.empty()) return go_on(begin, end);
   const std::string_view text = work.text.substr(0, end);
   size_t start = begin;  // of the text that no token has taken yet
-  for (size_t at = begin; at < end;) {
-    if (trie.only >= 0) {
-      const void* found = std::memchr(text.data() + at, trie.only, end - at);
-      if (found == nullptr) break;
-      at = static_cast<size_t>(static_cast<const char*>(found) - text.data());
-    }
-    const int32_t token = trie.roots[static_cast<uint8_t>(text[at])] < 0 ? -1 : longest(trie, text, at);
+  for (size_t at = begin; (at = trie.candidate(text, at)) < end;) {
+    const int32_t token = trie.longest(text, at);
     if (token < 0) {
       ++at;
       continue;

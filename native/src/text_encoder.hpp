@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "text_classes.hpp"
+#include "text_cuts.hpp"
 #include "text_split.hpp"
+#include "text_trie.hpp"
 #include "text_words.hpp"
 
 namespace kvindex {
@@ -43,7 +45,7 @@ struct EncoderPlan {
   size_t word_slots = 1 << 17;
 };
 
-class TextEncoder {
+class TextEncoder : public TextCuts {
  public:
   explicit TextEncoder(EncoderPlan plan);
 
@@ -53,36 +55,23 @@ class TextEncoder {
   void refute() const { refuted_ = true; }
   bool refuted() const { return refuted_; }
 
-  // The first safe cut at or after `from`, which is inside the text; the text's size when there is none.
-  size_t next_cut(std::string_view text, size_t from) const;
+  size_t next_cut(std::string_view text, size_t from) const override;
 
  private:
   struct Merge {
     uint64_t pair;  // plus one, so that 0 is none
     uint32_t rank, product;
   };
-  struct TrieNode {
-    int32_t child = -1, sibling = -1, token = -1;
-    uint8_t byte = 0;
-  };
-  struct Trie {
-    std::vector<TrieNode> nodes;
-    std::vector<int32_t> roots = std::vector<int32_t>(256, -1);
-    int only = -1;  // the first byte of every token, when it is one
-    bool empty() const { return nodes.empty(); }
-  };
   struct Fresh {
     size_t offset, size, id_offset, id_count;
   };
   struct Work;
 
-  static void add(Trie& trie, std::string_view content, int32_t token);
-  int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
   bool joined(uint32_t left, uint32_t right) const;
   void split_joints(size_t begin, size_t end, Work& work) const;
   void symbols_of(std::string_view word, std::vector<uint32_t>& symbols) const;
   bool is_inert(std::string_view text) const;
-  void split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const;
+  void split_added(const TextTrie& trie, size_t begin, size_t end, bool last, Work& work) const;
   void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
   void word(size_t begin, size_t end, Work& work) const;
   void flush(Work& work) const;
@@ -99,7 +88,7 @@ class TextEncoder {
   std::unordered_set<uint64_t> joints_;
   std::vector<uint8_t> ascii_joints_;  // 128 * 128, the space as U+2581
   bool all_inert_;
-  Trie plain_, normalized_;
+  TextTrie plain_, normalized_;
   Zeroed<Merge> merges_;
   size_t merge_mask_ = 0;
   mutable std::atomic<bool> refuted_ = false;

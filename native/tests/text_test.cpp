@@ -82,6 +82,7 @@ TextRequest request_of(const TextEncoder& encoder, std::string_view text) {
   TextRequest request;
   request.text = text;
   request.encoder = &encoder;
+  request.cuts = &encoder;
   request.root = 1;
   request.reference = [](std::string_view chunk, double) { return reference(chunk); };
   return request;
