@@ -208,6 +208,12 @@ class TextEncoder:
     @property
     def refuted(self) -> bool: ...  # found to differ from the reference in service
 
+class TextMarkers:
+    """Cuts before these strings, which are what tokenize/markers.py allows."""
+
+    def __init__(self, contents: Sequence[str]) -> None: ...
+    def next_cut(self, text: str, start: int) -> int: ...  # as TextEncoder's
+
 class TextCache:
     """What was tokenized before, bounded in bytes, shared by all tokenizers and threads."""
 
@@ -224,17 +230,18 @@ class Text:
     def __init__(
         self,
         cache: TextCache,
-        encoder: TextEncoder | None,  # None: a text is one piece, encoded by the reference
+        encoder: TextEncoder | None,  # None: encoded by the reference
         root: int,
         prefix: Sequence[int],
         suffix: Sequence[int],
         reference: Callable[[str, float], bytes],
         max_reference_bytes: int = ...,  # of one text
+        markers: TextMarkers | None = None,  # without an encoder: where a text may be cut; None: it is one piece
     ) -> None: ...
     def ids(self, text: str, max_tokens: int, seconds: float) -> tuple[bytes, int] | str: ...
     def keys(
         self,
-        text: str,
+        text: str | ScoreRequest,
         block_size: int,
         seed: int,
         lora_name: str,

@@ -12,6 +12,7 @@ from kvindex_server.models import Model, Models
 from kvindex_server.pods import PodSpec
 from kvindex_server.reach import reach
 from kvindex_server.stream import StreamState, StreamStatus
+from kvindex_server.tokenize.tokenizer import AnyTokenizer
 
 REACH_SECONDS = 1.0
 MAX_REACHED = 256
@@ -85,7 +86,7 @@ class Checkup:
             streams=streams,
             specs=specs,
             loras=model.loras,
-            tokenizer=None if tokenizer is None else (tokenizer.mode, tokenizer.reason, tokenizer.has_chat_template),
+            tokenizer=None if tokenizer is None else (tokenizer.mode, _why(tokenizer), tokenizer.has_chat_template),
             candidates=query.pods,
             pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},
             reached=reached,
@@ -113,6 +114,14 @@ class Checkup:
             salted=bool(query.cache_salt),
             other_contexts={label: max(blocks.values(), default=0) for label, blocks in others.items()},
         )
+
+
+def _why(tokenizer: AnyTokenizer) -> str:
+    """Why not natively, and what that means for texts seen before; empty when natively."""
+    if tokenizer.mode != "reference":
+        return tokenizer.reason
+    where = {"added_tokens": "cut only before added tokens", "nowhere": "encoded whole"}
+    return f"{tokenizer.reason}; texts are {where.get(tokenizer.cuts, 'cut as before')}"
 
 
 def _reached(streams: list[StreamStatus], registrations: list[PodSpec]) -> dict[str, str]:

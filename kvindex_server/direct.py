@@ -80,7 +80,7 @@ class Direct:
             return b""
         if not isinstance(model.index, _core.Index):
             return b""  # kept in a shared store
-        if request.text and not self._find_keys(model, lora, request, check):
+        if (request.is_prompt or request.is_chat) and not self._find_keys(model, lora, request, check):
             return b""
         if not request.media_fit:
             return b""
@@ -103,7 +103,7 @@ class Direct:
             return False
         kind: Literal["prompt", "chat"] = "chat" if request.is_chat else "prompt"
         context = (request.lora_name or lora, request.cache_salt)
-        keyed = self._lookup.keys_of_text(model, kind, request.text, *context, check)
+        keyed = self._lookup.keys_of_text(model, kind, request, *context, check)
         request.set_keys(keyed.keys, keyed.tokens)
         return keyed.tokens > 0
 

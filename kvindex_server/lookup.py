@@ -10,7 +10,7 @@ from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound,
 from kvindex_server.models import Model, Models
 from kvindex_server.score import PodScore, Weights, ranked
 from kvindex_server.stream import Trust
-from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer, Keyed
+from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer, Body, Keyed
 
 Check = Callable[[], None]
 """Called between stages; raises when the caller's deadline has passed or the caller is gone.
@@ -268,7 +268,7 @@ class Lookup:
         return keys, block_size, total
 
     def keys_of_text(
-        self, model: Model, kind: Literal["prompt", "chat"], text: str, lora_name: str, cache_salt: str, check: Check
+        self, model: Model, kind: Literal["prompt", "chat"], text: Body, lora_name: str, cache_salt: str, check: Check
     ) -> Keyed:
         """Straight from text to keys, so that what was seen before is neither encoded nor hashed again.
 

@@ -35,6 +35,10 @@ MAX_METHODS = 64
 Kind = Literal["counter", "gauge", "histogram", "info"]
 
 
+Tokenizers = Callable[[], Mapping[str, tuple[bool, bool]]]
+"""Per model with a tokenizer: is it encoded natively, and are its texts never cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class MetricName:
     """One row of docs/metrics.md; `name` is as it appears in a scrape."""
@@ -83,7 +87,8 @@ TEXT = (
     MetricName("kvindex_text_evictions_total", "counter", (), "Pieces forgotten for want of memory"),
     MetricName("kvindex_text_cache_bytes", "gauge", (), "Memory of the known pieces"),
     MetricName("kvindex_text_cache_chunks", "gauge", (), "Known pieces"),
-    MetricName("kvindex_tokenizer_native", "gauge", ("model",), "1 native, 0 when texts are encoded whole"),
+    MetricName("kvindex_tokenizer_native", "gauge", ("model",), "1 native, 0 by the reference library"),
+    MetricName("kvindex_tokenizer_whole", "gauge", ("model",), "1 when texts are never cut: only whole ones are known"),
 )
 
 STORE = (
@@ -319,9 +324,9 @@ class Metrics:
         """Show the fleet's streams and models, and what discovery sees, in every scrape from now on."""
         self.registry.register(FleetCollector(statuses, models, sources))
 
-    def watch_text(self, stats: Callable[[], Mapping[str, int]], native: Callable[[], Mapping[str, bool]]) -> None:
-        """Show the text cache, and per model whether its tokenizer is encoded natively, in every scrape."""
-        self.registry.register(TextCollector(stats, native))
+    def watch_text(self, stats: Callable[[], Mapping[str, int]], tokenizers: Tokenizers) -> None:
+        """Show the text cache, and per model (is it native, are its texts never cut), in every scrape."""
+        self.registry.register(TextCollector(stats, tokenizers))
 
     def watch_store(self, stats: Callable[[], Iterable[StoreStats]]) -> None:
         """Show each model's part in the shared store in every scrape."""
@@ -381,9 +386,9 @@ class FleetCollector(Collector):
 class TextCollector(Collector):
     """The text cache's own counters, read at scrape."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, int]], native: Callable[[], Mapping[str, bool]]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, int]], tokenizers: Tokenizers) -> None:
         self._stats = stats
-        self._native = native
+        self._tokenizers = tokenizers
 
     def describe(self) -> Iterable[Metric]:
         """The families without samples."""
@@ -395,8 +400,9 @@ class TextCollector(Collector):
         for what, value in self._stats().items():
             name = f"kvindex_text_cache_{what}" if what in ("bytes", "chunks") else f"kvindex_text_{what}_total"
             _add(families, name, (), value)
-        for model, native in self._native().items():
+        for model, (native, whole) in self._tokenizers().items():
             _add(families, "kvindex_tokenizer_native", (model,), native)
+            _add(families, "kvindex_tokenizer_whole", (model,), whole)
         yield from families.values()
 
 

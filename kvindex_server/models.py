@@ -94,9 +94,13 @@ class Models:
         """Every model, in the order they became known."""
         return list(self._models.values())
 
-    def native(self) -> dict[str, bool]:
-        """Of every model with a tokenizer: whether it is encoded natively."""
-        return {each.name: each.tokenizer.mode == "native" for each in self.all() if each.tokenizer is not None}
+    def tokenizers(self) -> dict[str, tuple[bool, bool]]:
+        """Of every model with a tokenizer: whether it is encoded natively, and whether its texts are never cut."""
+        return {
+            each.name: (each.tokenizer.mode == "native", each.tokenizer.cuts == "nowhere")
+            for each in self.all()
+            if each.tokenizer is not None
+        }
 
 
 def _names(models: Sequence[Model]) -> dict[str, tuple[Model, str]]:

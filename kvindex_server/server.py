@@ -163,7 +163,7 @@ class Server:
             else self.grpc_address
         )
         self.metrics.watch(self.fleet.statuses, self._sizes, self.discovery.statuses)
-        self.metrics.watch_text(self.texts.stats, self.models.native)
+        self.metrics.watch_text(self.texts.stats, self.models.tokenizers)
         self.metrics.watch_snapshots(lambda: self._keeper.stats)
         host, _, port = settings.metrics_listen.rpartition(":")
         try:

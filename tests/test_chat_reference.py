@@ -8,6 +8,7 @@ import pytest
 from tokenizers_at_hand import real
 
 from kvindex_server.errors import KvindexError
+from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.conversation import conversation, tools_as_engine_sees
 from kvindex_server.tokenize.template import ChatTemplate
 
@@ -84,3 +85,27 @@ def test_a_rendered_chat_equals_transformers(name: str, chat: str, options: dict
             template.render({**variables, "messages": messages, "tools": tools})
         return
     assert template.render({**variables, "messages": messages, "tools": tools}) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("final", ["The answer is", " spaced out ", "é 🙂\n", "<think>\nhm\n</think>\n\nSo"])
+def test_a_continued_message_equals_transformers(name: str, final: str) -> None:
+    source, special = TEMPLATES[name]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": final}]
+    body = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+    chat = ChatTemplates({"default": source}, special)
+    try:
+        expected = transformers.utils.chat_template_utils.render_jinja_template(
+            conversations=[conversation(messages, ChatTemplate(source).content_format)],
+            chat_template=source,
+            continue_final_message=True,
+            add_generation_prompt=False,
+            tools=None,
+            documents=None,
+            **special,
+        )[0][0]
+    except Exception:
+        with pytest.raises(KvindexError):
+            chat.render(json.dumps(body))
+        return
+    assert chat.render(json.dumps(body)) == expected

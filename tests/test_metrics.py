@@ -305,7 +305,7 @@ def test_labels_are_as_declared() -> None:
     metrics.shed("method", "in_flight")
     metrics.watch_in_flight("method", lambda: 1)
     metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
-    metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": True})
+    metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": (True, False)})
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
     rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)
@@ -334,7 +334,7 @@ def test_documented_alerts_name_real_metrics() -> None:
 def test_the_text_cache_is_read_at_scrape() -> None:
     metrics = Metrics()
     cache = _core.TextCache(1 << 20)
-    metrics.watch_text(cache.stats, lambda: {"m": True, "n": False})
+    metrics.watch_text(cache.stats, lambda: {"m": (True, False), "n": (False, True)})
     text = _core.Text(cache, None, 1, (), (), lambda text, left: b"\1\0\0\0")
     text.ids("a", 9, 1e9)
     text.ids("a", 9, 1e9)
@@ -344,6 +344,8 @@ def test_the_text_cache_is_read_at_scrape() -> None:
     assert samples["kvindex_text_cache_bytes"] == cache.stats()["bytes"] > 0
     assert samples['kvindex_tokenizer_native{model="m"}'] == 1
     assert samples['kvindex_tokenizer_native{model="n"}'] == 0
+    assert samples['kvindex_tokenizer_whole{model="m"}'] == 0
+    assert samples['kvindex_tokenizer_whole{model="n"}'] == 1
 
 
 def scrape(metrics: Metrics) -> dict[str, float]:

@@ -36,7 +36,7 @@ from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub, KVIn
 from kvindex_server.stream import Trust
 from kvindex_server.tokenize import tokenizer as tokenizer_module
 from kvindex_server.tokenize.chat import ChatTemplates
-from kvindex_server.tokenize.tokenizer import Keyed, Tokenizer
+from kvindex_server.tokenize.tokenizer import Body, Keyed, Tokenizer, text_of
 
 TIER_WEIGHTS = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5}
 LIMITS = LimitSettings(max_tokens=1000, max_pods=8, max_keys=100, max_prompt_bytes=1000)
@@ -54,9 +54,9 @@ class FakeTokenizer:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise InvalidArgument("chat", "is not valid JSON") from None
 
-    def keys(self, kind: str, body: str, *context: object, max_tokens: int, seconds: float) -> Keyed:
+    def keys(self, kind: str, body: Body, *context: object, max_tokens: int, seconds: float) -> Keyed:
         encode = self.encode_chat if kind == "chat" else self.encode_prompt
-        ids = encode(body, max_tokens=max_tokens, seconds=seconds)
+        ids = encode(text_of(body), max_tokens=max_tokens, seconds=seconds)
         return Keyed(_core.block_keys(ids, *context), len(ids) // 4)  # type: ignore[arg-type]
 
     def limited(self, field: str, text: str, max_tokens: int) -> bytes:

@@ -10,7 +10,7 @@ from itertools import islice
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers_at_hand import NASTY, NATIVE, load, real
+from tokenizers_at_hand import NASTY, NATIVE, WHOLE, load, real
 
 from kvindex_server import _core
 from kvindex_server.tokenize import selftest
@@ -18,6 +18,7 @@ from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.tokenizer import Tokenizer
 
 TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "1500"))
+SHARED_TEXTS = TEXTS if "TOKENIZER_TEXTS" in os.environ else 120
 REAL = real()
 ROUNDS = ("cold", "warm")
 
@@ -56,6 +57,8 @@ def test_each_shape_is_native_or_says_why_not(case: Case) -> None:
     name, _, tested = case
     if name in NASTY:
         assert (tested.mode == "native") == (name in NATIVE), tested.reason
+        assert (tested.cuts == "anywhere") == (name in NATIVE)
+        assert (tested.cuts == "nowhere") == (name in WHOLE)
     assert (tested.reason == "") == (tested.mode == "native")
 
 
@@ -106,7 +109,7 @@ def test_keys_are_those_of_the_ids(case: Case) -> None:
 def test_threads_and_eviction_change_nothing(case: Case) -> None:
     _, fast, _ = case
     tested = tokenizer(fast, max_bytes=20_000, chunk_bytes=16)
-    texts = list(samples(fast, 120, 21))
+    texts = list(samples(fast, SHARED_TEXTS, 21))
     expected = [plain(fast, text, True) for text in texts]
     wrong: list[int] = []
 
@@ -119,7 +122,8 @@ def test_threads_and_eviction_change_nothing(case: Case) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
+    assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 
 

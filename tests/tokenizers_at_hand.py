@@ -170,11 +170,28 @@ NASTY: dict[str, Callable[[], Tokenizer]] = {
     "metaspace_never": lambda: _sentencepiece("never"),
     "gemma": lambda: _template(_sentencepiece(None), "<s> $A"),
     "llama2": lambda: _template(_sentencepiece(None, prepend=True), "<s> $A"),
+    "overlapping_lowercase": lambda: byte_level(
+        normalizer=normalizers.Lowercase(), specials=("<a>", "<a><b>", "<b>", "><", "<<a", "a>")
+    ),
+    "strips_lowercase": lambda: byte_level(
+        normalizer=normalizers.Lowercase(),
+        specials=(
+            *SPECIALS,
+            AddedToken("<m>", lstrip=True),
+            AddedToken("<n>", rstrip=True),
+            AddedToken("\n", special=True),
+        ),
+    ),
+    "normalized_lowercase": lambda: byte_level(
+        normalizer=normalizers.Lowercase(),
+        specials=(AddedToken("<A>", normalized=True), AddedToken("x y", normalized=True)),
+    ),
     "word_piece": _word_piece,
     "unigram": _unigram,
 }
 
-# The others are encoded whole, by the reference.
+# The others are encoded by the reference: cut before added tokens, except where none lets itself be found alone.
+WHOLE = {"overlapping_lowercase", "normalized_lowercase"}
 NATIVE = {
     *("llama3", "bos_eos", "eos_only", "repeated_affix", "roberta", "gpt2", "qwen_nfc", "deepseek", "gpt_oss"),
     *("overlapping", "lstrip", "rstrip", "both_strips", "letters_and_spaces", "normalized_tokens", "gaps"),

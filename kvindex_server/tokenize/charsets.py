@@ -1,11 +1,13 @@
 """Which characters a regular expression of one character matches, asked of the tokenizers library itself."""
 
 import itertools
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import PreTokenizedString, Regex, normalizers, pre_tokenizers
 
 CODE_POINTS = 0x110000
 _SURROGATES = (0xD800, 0xE000)
@@ -52,13 +54,49 @@ def matched_by(charset: str) -> Ranges:
     if len(charset) == 1 or (len(charset) == 2 and charset[0] == "\\" and not charset[1].isalnum()):
         return ((ord(charset[-1]), ord(charset[-1]) + 1),)
     text = _cased() if charset.startswith("(?i:") else _asked()
-    split = pre_tokenizers.Split(Regex(f"(?:{charset})+"), "removed")
+    runs = _runs(text)
+    starts = [index for index, _ in runs]
     ranges: list[tuple[int, int]] = []
-    end = 0
-    for _, (start, stop) in (*split.pre_tokenize_str(text), ("", (len(text), len(text)))):
-        _add(ranges, text[end:start])
-        end = stop
+    at = 0
+    for size in _matches(charset, text):
+        if size > 0:
+            _add_run(ranges, text, runs[bisect_right(starts, at) - 1 : bisect_left(starts, at + size)], at, at + size)
+        at += abs(size)
     return tuple(ranges)
+
+
+def _matches(charset: str, text: str) -> Iterator[int]:
+    """The text's parts by turns, in characters: matched ones, and the others as negative sizes."""
+    pieces = PreTokenizedString(text)
+    pre_tokenizers.Split(Regex(f"(?:{charset})+"), "removed").pre_tokenize(pieces)
+    data = text.encode()
+    end = 0
+    # In bytes, as the library is slow to count characters.
+    for piece, (start, stop), _ in pieces.get_splits("original", "byte"):
+        yield len(data[end:start].decode())
+        yield -len(piece)
+        end = stop
+    yield len(data[end:].decode())
+
+
+@lru_cache(maxsize=2)
+def _runs(text: str) -> list[tuple[int, int]]:
+    """Where in the text, and with what, a run of consecutive code points begins."""
+    points = array("I", text.encode("utf-32-le" if sys.byteorder == "little" else "utf-32-be"))
+    return [(at, point) for at, point in enumerate(points) if at == 0 or points[at - 1] + 1 != point]
+
+
+def _add_run(ranges: list[tuple[int, int]], text: str, runs: Sequence[tuple[int, int]], begin: int, end: int) -> None:
+    for number, (index, _) in enumerate(runs):
+        first = max(index, begin)
+        last = min(end, runs[number + 1][0]) if number + 1 < len(runs) else end
+        start, stop = ord(text[first]), ord(text[last - 1]) + 1
+        if start >> 16 in _UNIFORM_PLANES:
+            start, stop = start & ~0xFFFF, (start & ~0xFFFF) + 0x10000
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
 
 
 def _add(ranges: list[tuple[int, int]], matched: str) -> None:

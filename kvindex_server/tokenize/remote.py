@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kvindex_server import _core
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, Unavailable
-from kvindex_server.tokenize.tokenizer import NO_DEADLINE, UNLIMITED, Keyed, checked, next_root
+from kvindex_server.tokenize.tokenizer import NO_DEADLINE, UNLIMITED, Body, Keyed, checked, next_root
 
 MAX_SECONDS = 10.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -20,6 +20,7 @@ class RemoteTokenizer:
 
     mode: Literal["remote"] = "remote"
     reason = "the engine is asked for every new text"
+    cuts: Literal["nowhere"] = "nowhere"
     has_chat_template = True
 
     def __init__(self, url: str, model: str, cache: _core.TextCache) -> None:
@@ -39,7 +40,7 @@ class RemoteTokenizer:
     def keys(
         self,
         kind: Literal["prompt", "chat"],
-        body: str,
+        body: Body,
         block_size: int,
         seed: int,
         lora_name: str = "",
@@ -49,8 +50,8 @@ class RemoteTokenizer:
         seconds: float = NO_DEADLINE,
     ) -> Keyed:
         """As Tokenizer.keys."""
-        text_of = self._prompts if kind == "prompt" else self._chats
-        ask = lambda: text_of.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
+        bound = self._prompts if kind == "prompt" else self._chats
+        ask = lambda: bound.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
         return Keyed(*checked(ask, kind, max_tokens))
 
 

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 _SCRIPTS = (
     "the quick brown fox jumps over the lazy dog and doesn't stop at 12345 or 3.14159",
@@ -84,21 +83,19 @@ def first_difference(
     return None
 
 
-class Cutter(Protocol):
-    """An encoder that says where a text may be cut."""
-
-    def encode(self, text: str) -> bytes | None: ...
-    def next_cut(self, text: str, start: int) -> int: ...
-
-
-def first_bad_cut(samples: Iterator[str], encoder: Cutter) -> int | None:
+def first_bad_cut(
+    samples: Iterator[str], encode: Callable[[str], bytes | None], next_cut: Callable[[str, int], int]
+) -> int | None:
     """The number of the first text whose parts, cut at any safe place, do not give the ids of the whole."""
     for number, text in enumerate(samples):
-        whole = encoder.encode(text)
         data = text.encode()
-        at = 0
-        while whole is not None and (at := encoder.next_cut(text, at + 1)) < len(data):
-            left, right = encoder.encode(data[:at].decode()), encoder.encode(data[at:].decode())
+        at = next_cut(text, 1)
+        if at >= len(data):
+            continue
+        whole = encode(text)
+        while whole is not None and at < len(data):
+            left, right = encode(data[:at].decode()), encode(data[at:].decode())
             if left is None or right is None or left + right != whole:
                 return number
+            at = next_cut(text, at + 1)
     return None

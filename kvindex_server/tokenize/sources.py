@@ -74,9 +74,8 @@ class Sources:
             word_slots=self._word_slots,
             max_reference_bytes=self._max_reference_bytes,
         )
-        logs.event(
-            logger, logging.INFO, "tokenizer", directory=str(directory), mode=tokenizer.mode, reason=tokenizer.reason
-        )
+        mode, cuts, reason = tokenizer.mode, tokenizer.cuts, tokenizer.reason
+        logs.event(logger, logging.INFO, "tokenizer", directory=str(directory), mode=mode, cuts=cuts, reason=reason)
         return tokenizer
 
 

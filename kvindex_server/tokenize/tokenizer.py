@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,12 +16,15 @@ from kvindex_server import _core, logs
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from kvindex_server.tokenize import selftest
 from kvindex_server.tokenize.chat import ChatTemplates
+from kvindex_server.tokenize.markers import markers
 from kvindex_server.tokenize.pattern import Unsupported
 from kvindex_server.tokenize.plan import plan
 
 logger = logging.getLogger(__name__)
 
 SELF_TEST_TEXTS = 2_000
+MARKER_TEXTS = 500
+"""Fewer, as the library encodes every part of them."""
 LONG_BYTES = 256 * 1024
 """From here on an encoding by the reference is long: it may be refused for time, and few run at once."""
 LONG_AT_ONCE = 2
@@ -29,6 +32,8 @@ UNLIMITED = 2**62
 NO_DEADLINE = 1e9
 
 Mode = Literal["native", "reference", "remote"]
+Cuts = Literal["anywhere", "added_tokens", "nowhere"]
+"""`anywhere` it is provably safe, about every 4 KiB; only before certain added tokens; or texts are encoded whole."""
 
 _roots = itertools.count(1)
 
@@ -46,6 +51,15 @@ class Keyed:
     tokens: int
 
 
+Body = str | _core.ScoreRequest
+"""A prompt, a chat-completions body, or the request that holds it, whose text need not become a Python string."""
+
+
+def text_of(body: Body) -> str:
+    """The text itself."""
+    return body if isinstance(body, str) else body.text
+
+
 class AnyTokenizer(Protocol):
     """What the read path asks of a tokenizer; see Tokenizer for the methods."""
 
@@ -54,13 +68,15 @@ class AnyTokenizer(Protocol):
     @property
     def reason(self) -> str: ...
     @property
+    def cuts(self) -> Cuts: ...
+    @property
     def has_chat_template(self) -> bool: ...
     def encode_prompt(self, text: str, *, max_tokens: int = ..., seconds: float = ...) -> bytes: ...
     def encode_chat(self, body: str | bytes, *, max_tokens: int = ..., seconds: float = ...) -> bytes: ...
     def keys(
         self,
         kind: Literal["prompt", "chat"],
-        body: str,
+        body: Body,
         block_size: int,
         seed: int,
         lora_name: str = ...,
@@ -95,19 +111,23 @@ class Tokenizer:
         self._chat = chat
         cache = _core.TextCache(64 << 20) if cache is None else cache
         self._encoder, self._reason = _native(fast, word_slots, self_test_texts)
+        affixes = _affixes(fast, self_test_texts)
+        if self._encoder is not None and affixes is None:
+            self._encoder, self._reason = None, "the post-processor does more than add tokens around a text"
+        self._markers = _markers(fast, self_test_texts) if self._encoder is None else None
         reference = _Reference(fast)
         plain, added = next_root(), next_root()
-        affixes = _affixes(fast, self_test_texts) if self._encoder else None
-        if self._encoder and affixes is None:
-            self._encoder, self._reason = None, "the post-processor does more than add tokens around a text"
-        self._plain = _core.Text(cache, self._encoder, plain, (), (), reference.plain, max_reference_bytes)
+
+        def bound(root: int, prefix: Sequence[int], suffix: Sequence[int]) -> _core.Text:
+            encoder, plain_ids = self._encoder, reference.plain
+            return _core.Text(cache, encoder, root, prefix, suffix, plain_ids, max_reference_bytes, self._markers)
+
+        self._plain = bound(plain, (), ())
         if affixes is None:
             self._added = _core.Text(cache, None, added, (), (), reference.added, max_reference_bytes)
         else:
-            prefix, suffix = affixes
             # What lies before the first token decides every key; without it both may share what they know.
-            root = added if prefix else plain
-            self._added = _core.Text(cache, self._encoder, root, prefix, suffix, reference.plain, max_reference_bytes)
+            self._added = bound(added if affixes[0] else plain, *affixes)
 
     @property
     def mode(self) -> Mode:
@@ -120,6 +140,13 @@ class Tokenizer:
         if self._encoder is not None and self._encoder.refuted:
             return "the native encoder was found to differ in service"
         return self._reason
+
+    @property
+    def cuts(self) -> Cuts:
+        """Where texts are cut, so that of what was seen before nothing is encoded again."""
+        if self._encoder is not None:
+            return "anywhere"
+        return "added_tokens" if self._markers is not None else "nowhere"
 
     @property
     def has_chat_template(self) -> bool:
@@ -139,8 +166,8 @@ class Tokenizer:
 
         InvalidArgument above `max_tokens`, DeadlineExceeded when `seconds` pass, or surely will.
         """
-        text_of = self._added if add_special_tokens else self._plain
-        return checked(lambda: text_of.ids(text, max_tokens, seconds), field, max_tokens)[0]
+        bound = self._added if add_special_tokens else self._plain
+        return checked(lambda: bound.ids(text, max_tokens, seconds), field, max_tokens)[0]
 
     def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """Ids of a completions prompt: with the special tokens of the tokenizer's own post-processor."""
@@ -159,7 +186,7 @@ class Tokenizer:
     def keys(
         self,
         kind: Literal["prompt", "chat"],
-        body: str,
+        body: Body,
         block_size: int,
         seed: int,
         lora_name: str = "",
@@ -170,12 +197,12 @@ class Tokenizer:
     ) -> Keyed:
         """The block keys of a prompt or chat body; of a text seen before, nothing is encoded or hashed again."""
         ends = time.monotonic() + seconds
-        text = body if kind == "prompt" else self.render_chat(body, seconds=seconds)
-        text_of = self._added if kind == "prompt" else self._plain
+        text = body if kind == "prompt" else self.render_chat(text_of(body), seconds=seconds)
+        bound = self._added if kind == "prompt" else self._plain
         left = ends - time.monotonic()
         return Keyed(
             *checked(
-                lambda: text_of.keys(text, block_size, seed, lora_name, cache_salt, max_tokens, left),
+                lambda: bound.keys(text, block_size, seed, lora_name, cache_salt, max_tokens, left),
                 kind,
                 max_tokens,
             )
@@ -249,11 +276,25 @@ def _native(fast: FastTokenizer, word_slots: int, texts: int) -> tuple[_core.Tex
         selftest.texts(texts, specials), encoder.encode, lambda text: _reference_ids(fast, text, False)
     )
     if wrong is None:
-        wrong = selftest.first_bad_cut(selftest.texts(texts, specials), encoder)
+        wrong = selftest.first_bad_cut(selftest.texts(texts, specials), encoder.encode, encoder.next_cut)
     if wrong is not None:
         logs.event(logger, logging.WARNING, "native encoder failed its self-test", sample=wrong)
         return None, f"the native encoder failed its self-test at sample {wrong}"
     return encoder, ""
+
+
+def _markers(fast: FastTokenizer, texts: int) -> _core.TextMarkers | None:
+    """Where texts may be cut that the library encodes; None when nowhere. They have passed the self-test."""
+    contents = markers(fast)
+    if not contents:
+        return None
+    cuts = _core.TextMarkers(contents)
+    samples = selftest.texts(min(texts, MARKER_TEXTS), _added_contents(fast))
+    wrong = selftest.first_bad_cut(samples, lambda text: _reference_ids(fast, text, False), cuts.next_cut)
+    if wrong is None:
+        return cuts
+    logs.event(logger, logging.WARNING, "cuts before added tokens failed their self-test", sample=wrong)
+    return None
 
 
 def _added_contents(fast: FastTokenizer) -> list[str]:

@@ -11,8 +11,10 @@
 #include <string>
 
 #include "numbers.hpp"
+#include "score_request.hpp"
 #include "text_cache.hpp"
 #include "text_encoder.hpp"
+#include "text_markers.hpp"
 
 namespace nb = nanobind;
 
@@ -53,6 +55,7 @@ EncoderPlan plan_of(nb::dict fields) {
 struct BoundText {
   std::shared_ptr<TextCache> cache;
   std::shared_ptr<const TextEncoder> encoder;
+  std::shared_ptr<const TextMarkers> markers;
   uint64_t root;
   std::vector<uint32_t> prefix, suffix;
   nb::callable reference;
@@ -62,6 +65,7 @@ struct BoundText {
     TextRequest out;
     out.text = text;
     out.encoder = encoder.get();
+    out.cuts = encoder ? static_cast<const TextCuts*>(encoder.get()) : markers.get();
     out.root = root;
     out.prefix = prefix;
     out.suffix = suffix;
@@ -90,6 +94,23 @@ nb::object result_of(const TextAnswer& answer, nb::bytes&& data) {
   return nb::str("too_late");
 }
 
+std::string_view text_of(std::string_view text) { return text; }
+std::string_view text_of(const ScoreRequest& request) { return request.text; }
+
+// A request's text is not copied into a Python string, which for all but ASCII costs more than the rest.
+template <typename From>
+nb::object keys_of(const BoundText& self, From from, uint32_t block_size, uint64_t seed, std::string lora_name,
+                   std::string cache_salt, size_t max_tokens, double seconds) {
+  if (block_size == 0) throw nb::value_error("block_size must not be 0");
+  const KeyContext context{block_size, seed, std::move(lora_name), std::move(cache_salt)};
+  TextAnswer answer;
+  {
+    nb::gil_scoped_release release;
+    answer = self.cache->keys(self.request(text_of(from), max_tokens, seconds), context);
+  }
+  return result_of(answer, nb::bytes(reinterpret_cast<const char*>(answer.keys.data()), answer.keys.size() * 8));
+}
+
 }  // namespace
 
 void bind_text(nb::module_& m) {
@@ -110,6 +131,11 @@ void bind_text(nb::module_& m) {
           nb::arg("text"))
       .def_prop_ro("refuted", &TextEncoder::refuted)
       .def("next_cut", &TextEncoder::next_cut, nb::arg("text"), nb::arg("start"));
+
+  nb::class_<TextMarkers>(m, "TextMarkers")
+      .def(nb::new_([](const std::vector<std::string>& contents) { return std::make_shared<TextMarkers>(contents); }),
+           nb::arg("contents"))
+      .def("next_cut", &TextMarkers::next_cut, nb::arg("text"), nb::arg("start"));
 
   nb::class_<TextCache>(m, "TextCache")
       .def(nb::new_([](size_t max_bytes, uint64_t verify_every, size_t chunk_bytes) {
@@ -137,12 +163,12 @@ void bind_text(nb::module_& m) {
           "__init__",
           [](BoundText* self, std::shared_ptr<TextCache> cache, std::shared_ptr<TextEncoder> encoder, uint64_t root,
              std::vector<uint32_t> prefix, std::vector<uint32_t> suffix, nb::callable reference,
-             size_t max_reference_bytes) {
-            new (self) BoundText{std::move(cache),     std::move(encoder), root, std::move(prefix), std::move(suffix),
-                                 std::move(reference), max_reference_bytes};
+             size_t max_reference_bytes, std::shared_ptr<TextMarkers> markers) {
+            new (self) BoundText{std::move(cache),  std::move(encoder), std::move(markers),   root,
+                                 std::move(prefix), std::move(suffix),  std::move(reference), max_reference_bytes};
           },
           nb::arg("cache"), nb::arg("encoder").none(), nb::arg("root"), nb::arg("prefix"), nb::arg("suffix"),
-          nb::arg("reference"), nb::arg("max_reference_bytes") = SIZE_MAX)
+          nb::arg("reference"), nb::arg("max_reference_bytes") = SIZE_MAX, nb::arg("markers").none() = nb::none())
       .def(
           "ids",
           [](const BoundText& self, std::string_view text, size_t max_tokens, double seconds) {
@@ -155,22 +181,10 @@ void bind_text(nb::module_& m) {
                              nb::bytes(reinterpret_cast<const char*>(answer.ids.data()), answer.ids.size() * 4));
           },
           nb::arg("text"), nb::arg("max_tokens"), nb::arg("seconds"))
-      .def(
-          "keys",
-          [](const BoundText& self, std::string_view text, uint32_t block_size, uint64_t seed, std::string lora_name,
-             std::string cache_salt, size_t max_tokens, double seconds) {
-            if (block_size == 0) throw nb::value_error("block_size must not be 0");
-            const KeyContext context{block_size, seed, std::move(lora_name), std::move(cache_salt)};
-            TextAnswer answer;
-            {
-              nb::gil_scoped_release release;
-              answer = self.cache->keys(self.request(text, max_tokens, seconds), context);
-            }
-            return result_of(answer,
-                             nb::bytes(reinterpret_cast<const char*>(answer.keys.data()), answer.keys.size() * 8));
-          },
-          nb::arg("text"), nb::arg("block_size"), nb::arg("seed"), nb::arg("lora_name"), nb::arg("cache_salt"),
-          nb::arg("max_tokens"), nb::arg("seconds"));
+      .def("keys", &keys_of<std::string_view>, nb::arg("text"), nb::arg("block_size"), nb::arg("seed"),
+           nb::arg("lora_name"), nb::arg("cache_salt"), nb::arg("max_tokens"), nb::arg("seconds"))
+      .def("keys", &keys_of<const ScoreRequest&>, nb::arg("text"), nb::arg("block_size"), nb::arg("seed"),
+           nb::arg("lora_name"), nb::arg("cache_salt"), nb::arg("max_tokens"), nb::arg("seconds"));
 }
 
 }  // namespace kvindex

@@ -111,10 +111,11 @@ TextAnswer TextCache::walk(const TextRequest& request, const KeyContext* context
   size_t referred = 0;
   const std::string_view text = request.text;
   // The reference may have something to say of an empty text too.
-  const bool whole = request.encoder == nullptr;
-  for (size_t begin = 0; begin < text.size() || (whole && path.empty());) {
+  const bool asks_of_empty = request.encoder == nullptr;
+  for (size_t begin = 0; begin < text.size() || (asks_of_empty && path.empty());) {
     size_t end = text.size();
-    if (!whole && end - begin > chunk_bytes_) end = begin + request.encoder->next_cut(text.substr(begin), chunk_bytes_);
+    if (request.cuts != nullptr && end - begin > chunk_bytes_)
+      end = begin + request.cuts->next_cut(text.substr(begin), chunk_bytes_);
     const bool late = std::chrono::steady_clock::now() > request.deadline;
     const ChunkPtr chunk =
         late ? nullptr : obtain(request, parent, text.substr(begin, end - begin), end == text.size(), referred);

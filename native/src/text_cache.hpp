@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "keys.hpp"
+#include "text_cuts.hpp"
 #include "text_encoder.hpp"
 
 namespace kvindex {
@@ -26,7 +27,8 @@ using ReferenceEncoder = std::function<std::vector<uint32_t>(std::string_view, d
 
 struct TextRequest {
   std::string_view text;                 // valid UTF-8
-  const TextEncoder* encoder = nullptr;  // none: one chunk, encoded by the reference
+  const TextEncoder* encoder = nullptr;  // none: encoded by the reference
+  const TextCuts* cuts = nullptr;        // none: one chunk
   uint64_t root = 0;                     // texts of different roots share nothing
   std::vector<uint32_t> prefix, suffix;  // what the tokenizer adds before and behind
   ReferenceEncoder reference;

@@ -11,9 +11,8 @@ namespace kvindex {
 
 namespace {
 
-constexpr uint16_t kPlanMatch = 0x8000;
-constexpr uint32_t kMatch = 0x80000000;
-constexpr size_t kWordsAhead = 16;  // looked up together, so that their memory is fetched together
+constexpr size_t kWordsAhead = 32;  // looked up together, so that their memory is fetched together
+constexpr size_t kEnds = 512;       // ends of pieces found in one go
 constexpr size_t kShortWord = 48;   // symbols up to which a scan beats a queue
 constexpr uint32_t kSpaceSign = 0x2581;
 constexpr uint64_t kNoPair = 0;
@@ -26,46 +25,35 @@ size_t place(uint64_t pair) { return xxh3_detail::mul_fold(pair ^ 0x9E3779B97F4A
 // One text on its way: where it is, what came out, and the words met for the first time.
 struct TextEncoder::Work {
   std::string_view text;
-  std::vector<uint32_t>& ids;
+  std::vector<uint32_t>& ids;  // longer than what is in it: ids are written without asking for room one by one
+  size_t used;
   std::vector<Fresh> fresh;
   Words::Wanted wanted[kWordsAhead];
   size_t waiting = 0;
+
+  // Where to write the next ids, at most so many.
+  uint32_t* room(size_t count) {
+    if (ids.size() < used + count) ids.resize(std::max(used + count, ids.size() * 2));
+    return ids.data() + used;
+  }
 };
 
 TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan_.word_slots) {
   const size_t classes = plan_.class_count;
-  if (plan_.classes.size() != 0x110000 || plan_.byte_ids.size() != 256 || plan_.inert.size() != classes ||
-      plan_.space.size() != classes || plan_.cuts.size() != classes * classes || plan_.merges.size() % 3 != 0 ||
-      plan_.passes.empty() == plan_.char_ids.empty() || plan_.char_ids.size() % 2 != 0 || plan_.joints.size() % 2 != 0)
+  if (plan_.classes.size() != 0x110000 || classes > 255 || plan_.byte_ids.size() != 256 ||
+      plan_.inert.size() != classes || plan_.space.size() != classes || plan_.cuts.size() != classes * classes ||
+      plan_.merges.size() % 3 != 0 || plan_.passes.empty() == plan_.char_ids.empty() ||
+      plan_.char_ids.size() % 2 != 0 || plan_.joints.size() % 2 != 0)
     throw std::invalid_argument("malformed encoder plan");
   for (const char each : plan_.classes)
     if (static_cast<uint8_t>(each) >= classes) throw std::invalid_argument("a class out of range");
-  for (const auto& pass : plan_.passes) {
-    if (pass.size() < 2 * (classes + 1) || pass.size() % (classes + 1) != 0)
-      throw std::invalid_argument("malformed table of states");
-    Pass& table = passes_.emplace_back();
-    for (const uint16_t entry : pass) {
-      const uint32_t state = entry & static_cast<uint16_t>(~kPlanMatch);
-      if (state >= pass.size() / (classes + 1)) throw std::invalid_argument("a state out of range");
-      // The row of the next state, so that a step needs no multiplication.
-      table.entries.push_back(state * static_cast<uint32_t>(classes + 1) | ((entry & kPlanMatch) != 0 ? kMatch : 0));
-    }
-    for (size_t of = 0; of < classes; ++of) table.starts.push_back(table.entries[classes + 1 + of] != 0);
-  }
-  std::map<std::string, uint16_t> known;
-  for (size_t page = 0; page < 0x1100; ++page) {
-    const std::string content = plan_.classes.substr(page * 256, 256);
-    const auto [found, is_new] = known.try_emplace(content, static_cast<uint16_t>(known.size()));
-    if (is_new) pages_.insert(pages_.end(), content.begin(), content.end());
-    page_of_.push_back(found->second);
-  }
-  std::memcpy(ascii_, plan_.classes.data(), sizeof ascii_);
-  for (Pass& pass : passes_) find_loops(pass);
+  classes_ = CharClasses(plan_.classes);
+  for (const auto& pass : plan_.passes) passes_.emplace_back(pass, classes_, classes);
   plan_.classes = std::string();
   all_inert_ = std::find(plan_.inert.begin(), plan_.inert.end(), 0) == plan_.inert.end();
   for (size_t i = 0; i < plan_.added.size(); ++i)
     if (!plan_.added[i].content.empty())
-      add(plan_.added[i].normalized ? normalized_ : plain_, plan_.added[i].content, static_cast<int32_t>(i));
+      (plan_.added[i].normalized ? normalized_ : plain_).add(plan_.added[i].content, static_cast<int32_t>(i));
   const size_t count = plan_.merges.size() / 3;
   merge_mask_ = std::bit_ceil(std::max<size_t>(count * 2, 16)) - 1;
   merges_ = Zeroed<Merge>(merge_mask_ + 1);
@@ -87,86 +75,6 @@ TextEncoder::TextEncoder(EncoderPlan plan) : plan_(std::move(plan)), words_(plan
   plan_.char_ids = plan_.joints = {};
 }
 
-// States that a run of letters or spaces does not leave: their characters need no step each.
-void TextEncoder::find_loops(Pass& pass) const {
-  const size_t columns = plan_.class_count + 1;
-  pass.loops.assign(pass.entries.size(), -1);
-  for (size_t row = columns; row < pass.entries.size(); row += columns) {
-    std::vector<uint8_t> stay(128);
-    for (size_t byte = 0; byte < 128; ++byte) stay[byte] = pass.entries[row + ascii_[byte]] == (row | kMatch);
-    if (std::find(stay.begin(), stay.end(), 1) == stay.end()) continue;
-    pass.loops[row] = static_cast<int32_t>(pass.stays.size());
-    pass.stays.insert(pass.stays.end(), stay.begin(), stay.end());
-  }
-}
-
-void TextEncoder::add(Trie& trie, std::string_view content, int32_t token) {
-  const auto first = static_cast<uint8_t>(content[0]);
-  trie.only = trie.empty() || trie.only == first ? first : -1;
-  int32_t* link = &trie.roots[first];
-  int32_t at = -1;
-  for (const char each : content) {
-    const auto byte = static_cast<uint8_t>(each);
-    while (*link >= 0 && trie.nodes[*link].byte != byte) link = &trie.nodes[*link].sibling;
-    at = *link;
-    if (at < 0) {
-      *link = at = static_cast<int32_t>(trie.nodes.size());
-      trie.nodes.push_back({-1, -1, -1, byte});  // moves what `link` points to
-    }
-    link = &trie.nodes[at].child;
-  }
-  trie.nodes[at].token = token;
-}
-
-int32_t TextEncoder::longest(const Trie& trie, std::string_view text, size_t at) const {
-  int32_t node = trie.roots[static_cast<uint8_t>(text[at])], found = -1;
-  while (node >= 0) {
-    if (trie.nodes[node].token >= 0) found = trie.nodes[node].token;
-    if (++at == text.size()) break;
-    const auto byte = static_cast<uint8_t>(text[at]);
-    node = trie.nodes[node].child;
-    while (node >= 0 && trie.nodes[node].byte != byte) node = trie.nodes[node].sibling;
-  }
-  return found;
-}
-
-namespace {
-
-// The character that starts at `at`, and its size in bytes. The text is valid UTF-8.
-inline uint32_t point_at(const char* at, size_t& size) {
-  const auto* byte = reinterpret_cast<const uint8_t*>(at);
-  const uint32_t first = byte[0];
-  if (first < 0x80) {
-    size = 1;
-    return first;
-  }
-  if (first < 0xE0) {
-    size = 2;
-    return (first & 0x1F) << 6 | (byte[1] & 0x3F);
-  }
-  if (first < 0xF0) {
-    size = 3;
-    return (first & 0x0F) << 12 | (byte[1] & 0x3F) << 6 | (byte[2] & 0x3F);
-  }
-  size = 4;
-  return (first & 0x07) << 18 | (byte[1] & 0x3F) << 12 | (byte[2] & 0x3F) << 6 | (byte[3] & 0x3F);
-}
-
-// The start of the last character before `at`, which is not the text's start.
-size_t before(std::string_view text, size_t at) {
-  --at;
-  while (at > 0 && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) --at;
-  return at;
-}
-
-}  // namespace
-
-inline uint8_t TextEncoder::class_at(const char* at, size_t& size) const {
-  const uint32_t point = point_at(at, size);
-  if (size == 1) return ascii_[point];
-  return pages_[static_cast<size_t>(page_of_[point >> 8]) << 8 | (point & 0xFF)];
-}
-
 inline bool TextEncoder::joined(uint32_t left, uint32_t right) const {
   if ((left | right) < 128) return ascii_joints_[left * 128 + right] != 0;
   return joints_.contains(pair_of(left == ' ' ? kSpaceSign : left, right == ' ' ? kSpaceSign : right));
@@ -181,7 +89,7 @@ bool TextEncoder::is_inert(std::string_view text) const {
     if (at + 8 <= text.size() && (eight & 0x8080808080808080ULL) == 0) {
       at += 8;
     } else {
-      if (plan_.inert[class_at(text.data() + at, size)] == 0) return false;
+      if (plan_.inert[classes_.at(text.data() + at, size)] == 0) return false;
       at += size;
     }
   }
@@ -193,9 +101,9 @@ size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
   if (text.empty()) return 0;
   size_t at = from;
   while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) ++at;
-  size_t size = 0, left = before(text, at);
+  size_t size = 0, left = point_before(text, at);
   for (size_t next = 0; at < text.size(); left = at, at = next) {
-    const uint8_t left_class = class_at(text.data() + left, size), right_class = class_at(text.data() + at, size);
+    const uint8_t left_class = classes_.at(text.data() + left, size), right_class = classes_.at(text.data() + at, size);
     next = at + size;
     if (plan_.cuts[left_class * plan_.class_count + right_class] == 0) continue;
     if (!by_character_ || !joined(point_at(text.data() + left, size), point_at(text.data() + at, size))) return at;
@@ -206,8 +114,8 @@ size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
 bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) const {
   if (text.empty()) return true;
   if (refuted_ || !is_inert(text)) return false;
-  Work work{text, ids, {}, {}, 0};
-  ids.reserve(ids.size() + text.size() / 3 + 8);
+  Work work{text, ids, ids.size(), {}, {}, 0};
+  (void)work.room(text.size() / 3 + kWordsAhead * Words::kRoom);
   {
     const std::shared_lock lock(words_lock_);
     if (plain_.empty())
@@ -216,6 +124,7 @@ bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) cons
       split_added(plain_, 0, text.size(), false, work);
     flush(work);
   }
+  ids.resize(work.used);
   if (!work.fresh.empty()) {
     const std::unique_lock lock(words_lock_);
     for (const Fresh& each : work.fresh)
@@ -225,7 +134,7 @@ bool TextEncoder::encode(std::string_view text, std::vector<uint32_t>& ids) cons
 }
 
 // Leftmost, and of those the longest; the text between goes on to the second set, or to the pre-tokenizer.
-void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const {
+void TextEncoder::split_added(const TextTrie& trie, size_t begin, size_t end, bool last, Work& work) const {
   const auto go_on = [&](size_t from, size_t to) {
     if (from == to) return;
     if (!last && !normalized_.empty())
@@ -238,13 +147,8 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
   if (trie.empty()) return go_on(begin, end);
   const std::string_view text = work.text.substr(0, end);
   size_t start = begin;  // of the text that no token has taken yet
-  for (size_t at = begin; at < end;) {
-    if (trie.only >= 0) {
-      const void* found = std::memchr(text.data() + at, trie.only, end - at);
-      if (found == nullptr) break;
-      at = static_cast<size_t>(static_cast<const char*>(found) - text.data());
-    }
-    const int32_t token = trie.roots[static_cast<uint8_t>(text[at])] < 0 ? -1 : longest(trie, text, at);
+  for (size_t at = begin; (at = trie.candidate(text, at)) < end;) {
+    const int32_t token = trie.longest(text, at);
     if (token < 0) {
       ++at;
       continue;
@@ -254,72 +158,40 @@ void TextEncoder::split_added(const Trie& trie, size_t begin, size_t end, bool l
     at = to;  // the next search starts behind the token itself
     if (added.lstrip)
       while (from > start) {
-        const size_t left = before(text, from);
-        if (plan_.space[class_at(text.data() + left, size)] == 0) break;
+        const size_t left = point_before(text, from);
+        if (plan_.space[classes_.at(text.data() + left, size)] == 0) break;
         from = left;
       }
     if (added.rstrip)
-      while (to < end && plan_.space[class_at(text.data() + to, size)] != 0) to += size;
+      while (to < end && plan_.space[classes_.at(text.data() + to, size)] != 0) to += size;
     from = std::max(from, start);
     go_on(start, from);
     flush(work);
-    work.ids.push_back(added.id);
+    *work.room(1) = added.id;
+    ++work.used;
     start = to;
   }
   go_on(start, end);
 }
 
+[[gnu::always_inline]] inline void TextEncoder::word(size_t begin, size_t end, Work& work) const {
+  const std::string_view found(work.text.data() + begin, end - begin);
+  words_.want(found, work.text.size() - begin, work.wanted[work.waiting++]);
+  if (work.waiting == kWordsAhead) flush(work);
+}
+
 void TextEncoder::split_pass(size_t pass, size_t begin, size_t end, Work& work) const {
   const bool last = pass + 1 == passes_.size();
-  const uint32_t* const table = passes_[pass].entries.data();
-  const uint8_t* const starts = passes_[pass].starts.data();
-  const size_t classes = plan_.class_count;
-  const char* const text = work.text.data();
-  const auto piece = [&](size_t from, size_t to) {
-    if (last)
-      word(from, to, work);
-    else
-      split_pass(pass + 1, from, to, work);
-  };
-  size_t start = begin;  // of the text that no match has taken yet
-  for (size_t at = begin; at < end;) {
-    size_t size = 0;
-    uint8_t of = class_at(text + at, size);
-    if (starts[of] == 0) {
-      at += size;
-      continue;
+  size_t ends[kEnds];
+  for (size_t from = begin; begin < end;) {
+    const size_t count = passes_[pass].split(classes_, work.text, begin, end, ends, kEnds);
+    for (size_t i = 0; i < count; from = ends[i++]) {
+      if (last)
+        word(from, ends[i], work);
+      else
+        split_pass(pass + 1, from, ends[i], work);
     }
-    const size_t first = size;
-    size_t matched = at;
-    uint32_t row = table[classes + 1 + of];  // from the start's row
-    for (size_t next = at + size; row != 0;) {
-      if (const int32_t loop = passes_[pass].loops[row]; loop >= 0) {
-        const uint8_t* const stay = passes_[pass].stays.data() + loop;
-        const size_t from = next;
-        while (next < end && static_cast<uint8_t>(text[next]) < 0x80 && stay[static_cast<uint8_t>(text[next])] != 0)
-          ++next;
-        if (next > from) matched = next - 1;
-      }
-      uint32_t entry;
-      if (next < end) {
-        of = class_at(text + next, size);
-        entry = table[row + of];
-      } else {
-        entry = table[row + classes] & kMatch;
-      }
-      if ((entry & kMatch) != 0) matched = next;
-      row = entry & ~kMatch;
-      next += size;
-    }
-    if (matched == at) {
-      at += first;
-      continue;
-    }
-    if (start < at) piece(start, at);
-    piece(at, matched);
-    start = at = matched;
   }
-  if (start < end) piece(start, end);
 }
 
 void TextEncoder::split_joints(size_t begin, size_t end, Work& work) const {
@@ -337,27 +209,32 @@ void TextEncoder::split_joints(size_t begin, size_t end, Work& work) const {
   word(start, end, work);
 }
 
-void TextEncoder::word(size_t begin, size_t end, Work& work) const {
-  work.wanted[work.waiting++] = words_.want(work.text.substr(begin, end - begin), work.text.size() - begin);
-  if (work.waiting == kWordsAhead) flush(work);
-}
-
 void TextEncoder::flush(Work& work) const {
+  uint32_t* out = work.room(kWordsAhead * Words::kRoom);
   for (size_t i = 0; i < work.waiting; ++i) {
     const Words::Wanted& wanted = work.wanted[i];
-    if (words_.find(wanted, work.ids)) continue;
-    const size_t begin = work.ids.size();
-    merge(wanted.word, work.ids);
-    work.fresh.push_back({static_cast<size_t>(wanted.word.data() - work.text.data()), wanted.word.size(), begin,
-                          work.ids.size() - begin});
+    const size_t known = words_.find(wanted, out);
+    out += known;
+    if (known != 0) continue;
+    const auto begin = static_cast<size_t>(out - work.ids.data());
+    work.used = begin;
+    merge(wanted.word, work);
+    work.fresh.push_back(
+        {static_cast<size_t>(wanted.word.data() - work.text.data()), wanted.word.size(), begin, work.used - begin});
+    out = work.room(kWordsAhead * Words::kRoom);
   }
+  work.used = static_cast<size_t>(out - work.ids.data());
   work.waiting = 0;
 }
 
-void TextEncoder::merge(std::string_view text, std::vector<uint32_t>& ids) const {
+void TextEncoder::merge(std::string_view text, Work& work) const {
   if (!plan_.whole_words.empty()) {
     const auto found = plan_.whole_words.find(std::string(text));
-    if (found != plan_.whole_words.end()) return ids.push_back(found->second);
+    if (found != plan_.whole_words.end()) {
+      *work.room(1) = found->second;
+      ++work.used;
+      return;
+    }
   }
   std::vector<uint32_t> symbols;
   symbols_of(text, symbols);
@@ -365,7 +242,8 @@ void TextEncoder::merge(std::string_view text, std::vector<uint32_t>& ids) const
     merge_short(symbols);
   else
     merge_long(symbols);
-  ids.insert(ids.end(), symbols.begin(), symbols.end());
+  std::copy(symbols.begin(), symbols.end(), work.room(symbols.size()));
+  work.used += symbols.size();
 }
 
 void TextEncoder::symbols_of(std::string_view text, std::vector<uint32_t>& symbols) const {

@@ -13,6 +13,10 @@
 #include <unordered_set>
 #include <vector>
 
+#include "text_classes.hpp"
+#include "text_cuts.hpp"
+#include "text_split.hpp"
+#include "text_trie.hpp"
 #include "text_words.hpp"
 
 namespace kvindex {
@@ -41,7 +45,7 @@ struct EncoderPlan {
   size_t word_slots = 1 << 17;
 };
 
-class TextEncoder {
+class TextEncoder : public TextCuts {
  public:
   explicit TextEncoder(EncoderPlan plan);
 
@@ -51,63 +55,40 @@ class TextEncoder {
   void refute() const { refuted_ = true; }
   bool refuted() const { return refuted_; }
 
-  // The first safe cut at or after `from`, which is inside the text; the text's size when there is none.
-  size_t next_cut(std::string_view text, size_t from) const;
+  size_t next_cut(std::string_view text, size_t from) const override;
 
  private:
   struct Merge {
     uint64_t pair;  // plus one, so that 0 is none
     uint32_t rank, product;
   };
-  struct TrieNode {
-    int32_t child = -1, sibling = -1, token = -1;
-    uint8_t byte = 0;
-  };
-  struct Trie {
-    std::vector<TrieNode> nodes;
-    std::vector<int32_t> roots = std::vector<int32_t>(256, -1);
-    int only = -1;  // the first byte of every token, when it is one
-    bool empty() const { return nodes.empty(); }
-  };
   struct Fresh {
     size_t offset, size, id_offset, id_count;
   };
-  struct Pass {
-    std::vector<uint32_t> entries;
-    std::vector<uint8_t> starts;  // per class: a match may start with it
-    std::vector<int32_t> loops;   // per row: where in `stays` its bytes are, or -1
-    std::vector<uint8_t> stays;   // per ASCII byte: the match goes on, in the same state
-  };
   struct Work;
 
-  void find_loops(Pass& pass) const;
-  static void add(Trie& trie, std::string_view content, int32_t token);
-  int32_t longest(const Trie& trie, std::string_view text, size_t at) const;
-  uint8_t class_at(const char* at, size_t& size) const;
   bool joined(uint32_t left, uint32_t right) const;
   void split_joints(size_t begin, size_t end, Work& work) const;
   void symbols_of(std::string_view word, std::vector<uint32_t>& symbols) const;
   bool is_inert(std::string_view text) const;
-  void split_added(const Trie& trie, size_t begin, size_t end, bool last, Work& work) const;
+  void split_added(const TextTrie& trie, size_t begin, size_t end, bool last, Work& work) const;
   void split_pass(size_t pass, size_t begin, size_t end, Work& work) const;
   void word(size_t begin, size_t end, Work& work) const;
   void flush(Work& work) const;
-  void merge(std::string_view word, std::vector<uint32_t>& ids) const;
+  void merge(std::string_view word, Work& work) const;
   void merge_short(std::vector<uint32_t>& symbols) const;
   void merge_long(std::vector<uint32_t>& symbols) const;
   const Merge* find_merge(uint32_t left, uint32_t right) const;
 
   EncoderPlan plan_;
-  std::vector<uint16_t> page_of_;  // pages of 256 code points; equal ones are kept once
-  std::vector<uint8_t> pages_;
-  uint8_t ascii_[128];
-  std::vector<Pass> passes_;
+  CharClasses classes_;
+  std::vector<Splitter> passes_;
   bool by_character_ = false;
   std::unordered_map<uint32_t, uint32_t> char_ids_;
   std::unordered_set<uint64_t> joints_;
   std::vector<uint8_t> ascii_joints_;  // 128 * 128, the space as U+2581
   bool all_inert_;
-  Trie plain_, normalized_;
+  TextTrie plain_, normalized_;
   Zeroed<Merge> merges_;
   size_t merge_mask_ = 0;
   mutable std::atomic<bool> refuted_ = false;

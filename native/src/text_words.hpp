@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
@@ -12,7 +13,7 @@
 
 namespace kvindex {
 
-// Not synchronised. `want`, then `find`, which appends the ids of a known word; `insert` may displace another word of
+// Not synchronised. `want`, then `find`; `insert` may displace another word of
 // the same set.
 class Words {
  public:
@@ -28,45 +29,46 @@ class Words {
   };
 
   // `readable` bytes from `word` on may be read.
-  Wanted want(std::string_view word, size_t readable) const {
-    Wanted wanted{word, 0, 0, nullptr};
+  [[gnu::always_inline]] void want(std::string_view word, size_t readable, Wanted& wanted) const {
+    wanted.word = word;
     if (word.size() <= kShortText) {
       const Name name = name_of(word, readable);
+      const Short* const set = short_.get() + short_set(name);
+      __builtin_prefetch(set);
+      __builtin_prefetch(set + kWays / 2);  // the other line
       wanted.lo = name.lo;
       wanted.hi = name.hi;
-      wanted.set = short_.get() + short_set(name);
-      __builtin_prefetch(wanted.set);
-      __builtin_prefetch(static_cast<const char*>(wanted.set) + 64);
+      wanted.set = set;
     } else if (word.size() <= kLongText) {
       wanted.set = long_.get() + long_set(word);
       __builtin_prefetch(wanted.set);
     }
-    return wanted;
   }
 
-  bool find(const Wanted& wanted, std::vector<uint32_t>& ids) const {
+  // Writes the ids of a known word to `ids`, where there is place for kRoom, and returns how many; 0 = not known.
+  size_t find(const Wanted& wanted, uint32_t* ids) const {
     const std::string_view word = wanted.word;
     if (word.size() <= kShortText) {
-      const Name name{wanted.lo, wanted.hi};
       const auto* set = static_cast<const Short*>(wanted.set);
+      // Compared without a branch: which of the four it is cannot be guessed.
+      uint32_t ways = 0;
       for (size_t way = 0; way < kWays; ++way)
-        if (set[way].name.lo == name.lo && set[way].name.hi == name.hi) {
-          if (set[way].count == 1)
-            ids.push_back(set[way].ids[0]);
-          else
-            ids.insert(ids.end(), set[way].ids, set[way].ids + set[way].count);
-          return true;
-        }
+        ways |= static_cast<uint32_t>(((set[way].name.lo ^ wanted.lo) | (set[way].name.hi ^ wanted.hi)) == 0) << way;
+      if (ways != 0) {
+        const Short& found = set[std::countr_zero(ways)];
+        std::memcpy(ids, found.ids, sizeof found.ids);
+        return found.count;
+      }
     }
-    if (word.size() > kLongText) return false;
+    if (word.size() > kLongText) return 0;
     // A short word of many tokens lies among the long ones.
     const Long* set = word.size() <= kShortText ? long_.get() + long_set(word) : static_cast<const Long*>(wanted.set);
     for (size_t way = 0; way < kWays; ++way)
       if (set[way].size == word.size() && std::memcmp(set[way].text, word.data(), word.size()) == 0) {
-        ids.insert(ids.end(), set[way].ids, set[way].ids + set[way].count);
-        return true;
+        std::memcpy(ids, set[way].ids, set[way].count * size_t{4});
+        return set[way].count;
       }
-    return false;
+    return 0;
   }
 
   void insert(std::string_view word, const uint32_t* ids, size_t count) {
@@ -96,6 +98,10 @@ class Words {
  private:
   static constexpr size_t kWays = 4, kShortText = 15, kShortIds = 3, kLongText = 118, kLongIds = 34;
 
+ public:
+  static constexpr size_t kRoom = kLongIds;
+
+ private:
   // The word itself, zero padded, its length in the last byte.
   struct Name {
     uint64_t lo, hi;
@@ -120,9 +126,12 @@ class Words {
     return bits;
   }();
 
-  static Name name_of(std::string_view word, size_t readable) {
+  [[gnu::always_inline]] static Name name_of(std::string_view word, size_t readable) {
     uint64_t part[2] = {0, 0};
-    std::memcpy(part, word.data(), readable >= 16 ? 16 : word.size());
+    if (readable >= sizeof part)
+      std::memcpy(part, word.data(), sizeof part);
+    else
+      std::memcpy(part, word.data(), word.size());
     const Name& bits = kBits[word.size()];
     return {part[0] & bits.lo, (part[1] & bits.hi) | static_cast<uint64_t>(word.size()) << 56};
   }

@@ -9,6 +9,8 @@
 
 #include "text_cache.hpp"
 #include "text_encoder.hpp"
+#include "text_markers.hpp"
+#include "text_split.hpp"
 
 using namespace kvindex;
 
@@ -82,6 +84,7 @@ TextRequest request_of(const TextEncoder& encoder, std::string_view text) {
   TextRequest request;
   request.text = text;
   request.encoder = &encoder;
+  request.cuts = &encoder;
   request.root = 1;
   request.reference = [](std::string_view chunk, double) { return reference(chunk); };
   return request;
@@ -117,6 +120,82 @@ void test_encoding() {
   CHECK(ids(word) == expected);
 }
 
+// Match by match, as the table says it: what the leaps must come to.
+std::vector<size_t> plain_ends(const std::vector<uint16_t>& table, const CharClasses& classes, size_t class_count,
+                               std::string_view text) {
+  std::vector<size_t> ends;
+  const size_t columns = class_count + 1;
+  size_t start = 0;
+  for (size_t at = 0, size = 0; at < text.size();) {
+    size_t matched = at, next = at, first = 0, state = 1;
+    while (state != 0) {
+      const uint16_t entry = next < text.size() ? table[state * columns + classes.at(text.data() + next, size)]
+                                                : table[state * columns + class_count] & kMatch;
+      if (next == at) first = size;
+      if ((entry & kMatch) != 0) matched = next;
+      state = entry & static_cast<uint16_t>(~kMatch);
+      next += size;
+    }
+    if (matched == at) {
+      at += first;
+      continue;
+    }
+    if (start < at) ends.push_back(at);
+    ends.push_back(matched);
+    start = at = matched;
+  }
+  if (start < text.size()) ends.push_back(text.size());
+  return ends;
+}
+
+void test_splitting() {
+  static const char* const kChars[] = {"a", "b", " ", "\n", "é", "中", "😀"};
+  std::mt19937_64 random(5);
+  for (int round = 0; round < 300; ++round) {
+    const size_t class_count = 1 + random() % 5, states = 2 + random() % 6;
+    std::string class_of(0x110000, 0);
+    for (const uint32_t point : {0x61U, 0x62U, 0x20U, 0x0AU, 0xE9U, 0x4E2DU, 0x1F600U})
+      class_of[point] = static_cast<char>(random() % class_count);
+    const CharClasses classes(class_of);
+    std::vector<uint16_t> table((class_count + 1) * states);
+    for (size_t i = class_count + 1; i < table.size(); ++i) {
+      if (random() % 3 != 0 && i % (class_count + 1) != class_count)
+        table[i] = static_cast<uint16_t>(random() % states);
+      if (i >= 2 * (class_count + 1) && random() % 2 == 0) table[i] |= kMatch;
+    }
+    // Never back to the start, which would be a match of nothing.
+    for (uint16_t& entry : table)
+      if ((entry & static_cast<uint16_t>(~kMatch)) == 1) entry &= kMatch;
+    for (size_t of = 0; of < class_count; ++of) table[class_count + 1 + of] &= static_cast<uint16_t>(~kMatch);
+    table[2 * class_count + 1] = 0;
+    const Splitter splitter(table, classes, class_count);
+    for (int number = 0; number < 20; ++number) {
+      std::string text;
+      for (size_t i = random() % 60; i > 0; --i) text += kChars[random() % (number % 2 == 0 ? 4 : std::size(kChars))];
+      const std::vector<size_t> expected = plain_ends(table, classes, class_count, text);
+      for (const size_t room : {Splitter::kLeastRoom, size_t{64}}) {
+        std::vector<size_t> ends, some(room);
+        for (size_t begin = 0; begin < text.size();) {
+          const size_t count = splitter.split(classes, text, begin, text.size(), some.data(), room);
+          CHECK(count > 0 && count <= room && begin == some[count - 1]);
+          ends.insert(ends.end(), some.begin(), some.begin() + static_cast<std::ptrdiff_t>(count));
+        }
+        CHECK(ends == expected);
+      }
+    }
+  }
+}
+
+void test_markers() {
+  const TextMarkers markers({"<|a|>", "[b]"});
+  const std::string_view text = "<|a|>x[b][b] <|a|";
+  CHECK(markers.next_cut(text, 0) == 6);
+  CHECK(markers.next_cut(text, 6) == 6);
+  CHECK(markers.next_cut(text, 7) == 9);
+  CHECK(markers.next_cut(text, 10) == text.size());
+  CHECK(TextMarkers({}).next_cut(text, 1) == text.size());
+}
+
 void test_malformed_plans() {
   const auto refused = [](auto&& spoil) {
     EncoderPlan plan = small_plan();
@@ -131,6 +210,7 @@ void test_malformed_plans() {
   CHECK(refused([](EncoderPlan& plan) { plan.classes[5] = 9; }));
   CHECK(refused([](EncoderPlan& plan) { plan.passes[0][7] = 99; }));
   CHECK(refused([](EncoderPlan& plan) { plan.passes[0].pop_back(); }));
+  CHECK(refused([](EncoderPlan& plan) { plan.passes[0][5] |= kMatch; }));
   CHECK(refused([](EncoderPlan& plan) { plan.passes.clear(); }));
   CHECK(refused([](EncoderPlan& plan) { plan.byte_ids.pop_back(); }));
 }
@@ -188,6 +268,8 @@ void test_a_wrong_encoder_is_refuted() {
 
 int main() {
   test_encoding();
+  test_splitting();
+  test_markers();
   test_malformed_plans();
   test_concurrency();
   test_a_wrong_encoder_is_refuted();
