@@ -568,6 +568,7 @@ class Ingest:
         self._applier.touch()
         if self._rearm is not None and self._rearm.aim is Aim.VERIFY:
             self._rearm = None
+        self._mark()  # what was restored may be all there is to compare, as long as the engine is idle
 
     # --- effect ---
 
