@@ -26,6 +26,7 @@ MAX_ONLY = 1024
 METHOD = "/kvindex.v1.KVIndexAdmin/PullSnapshot"
 _TRY_AGAIN_SECONDS = 0.2
 _MAX_RESUMES = 1000
+_CONNECT_MS = 2_000
 
 
 def arrival(keeper: Keeper, fleet: Fleet, guard: Guard) -> Arrival:
@@ -154,7 +155,11 @@ class Peers:
 
     def channel(self, address: str, name: str = "") -> grpc.Channel:
         """A channel to a peer, whose certificate is for `name` when that is not what is dialled."""
-        options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", 4 * CHUNK_BYTES)]
+        options: list[tuple[str, int | str]] = [
+            ("grpc.max_receive_message_length", 4 * CHUNK_BYTES),
+            # A replica that starts, which may be this one, has its port open and does not answer yet.
+            ("grpc.min_reconnect_backoff_ms", _CONNECT_MS),
+        ]
         if name and self.ca_file:
             options.append(("grpc.ssl_target_name_override", name))
         if not self.ca_file:
