@@ -189,6 +189,8 @@ class Stream:
     @property
     def claims(self) -> int: ...
     @property
+    def digest(self) -> int: ...  # of the (key, group, tier) held, in whatever order they came
+    @property
     def claims_by_tier(self) -> list[int]: ...
     @property
     def orphans(self) -> int: ...  # blocks waiting for their parent

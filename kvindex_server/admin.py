@@ -4,7 +4,7 @@ import time
 
 import grpc
 
-from kvindex_server import __version__, codec, pull
+from kvindex_server import __version__, codec, pull, siblings
 from kvindex_server.checkup import Checkup
 from kvindex_server.codec import decode
 from kvindex_server.errors import InvalidArgument
@@ -103,9 +103,10 @@ def register(
     lookup: Lookup,
     limits: codec.Limits,
     keeper: Keeper,
+    instance: str,
     guard: Guard,
 ) -> None:
-    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod, GetStats, Check, Explain and PullSnapshot."""
+    """Serve ListPods, RegisterPod, UnregisterPod, ClearPod, GetStats, Check, Explain, PullSnapshot and PullDigests."""
     admin = Admin(fleet, models, lookup, limits)
     methods = {
         "ListPods": admin.list_pods,
@@ -118,6 +119,7 @@ def register(
     }
     handlers = {name: guard.admin(f"/{SERVICE}/{name}", method) for name, method in methods.items()}
     handlers["PullSnapshot"] = pull.arrival(keeper, fleet, guard)
+    handlers["PullDigests"] = siblings.arrival(fleet, instance, guard)
     server.add_generic_rpc_handlers(service(SERVICE, handlers))
 
 

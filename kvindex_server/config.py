@@ -350,6 +350,9 @@ class SnapshotSettings(_Section):
     )
     peer_timeout_seconds: Seconds = Field(default=30.0, gt=0, description="Longest time to pull from the peers")
     peer_token_file: str = Field(default="", description="Bearer token for the peers' admin service")
+    compare_seconds: Seconds = Field(
+        default=60.0, description="Time between two comparisons with the peers' streams; 0 = none are made"
+    )
     peer_ca_file: str = Field(default="", description="CA of the peers' certificates; empty = no TLS to them")
 
 

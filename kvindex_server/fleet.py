@@ -2,10 +2,11 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
+from kvindex_server.divergence import Side
 from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
@@ -127,10 +128,33 @@ class Fleet:
         """Drop a pod's claims and synchronise again; returns how many. NotFound when it is not registered."""
         return self._subscribers[self._key(pod, model)].clear()
 
-    def save(self) -> Iterator[SavedStream]:
-        """The state of every stream, one after the other, as far as it is worth saving. One caller at a time."""
-        for subscriber in self._subscribers.values():
-            yield from subscriber.save()
+    def save(self, only: Collection[tuple[str, str, int]] | None = None) -> Iterator[SavedStream]:
+        """The state of every stream, or of these (model, pod, rank), one after the other, as far as worth saving.
+
+        One caller at a time.
+        """
+        for (model, pod), subscriber in self._subscribers.items():
+            if only is None:
+                yield from subscriber.save()
+            elif ranks := {rank for of_model, of_pod, rank in only if (of_model, of_pod) == (model, pod)}:
+                yield from subscriber.save(ranks)
+
+    def sides(self) -> Iterator[tuple[Side, int]]:
+        """Each stream as it is compared with a sibling's, and its epoch."""
+        for (model, _), subscriber in self._subscribers.items():
+            index = self._models.get(model).index
+            yield from subscriber.sides(index.block_size, index.seed)
+
+    def doubt(self, side: Side, epoch: int, why: str) -> None:
+        """A sibling that is as sure holds something else of this stream."""
+        subscriber = self._subscribers.get((side.model, side.pod))
+        if subscriber is not None and side.rank < subscriber.spec.ranks:
+            subscriber.doubt(side.rank, epoch, why)
+
+    def adopt(self, saved: SavedStream, epoch: int) -> None:
+        """Have a stream go on behind a sibling's state, if that is of the same engine."""
+        if (subscriber := self._subscribers.get((saved.model, saved.pod))) is not None:
+            subscriber.adopt(saved, epoch)
 
     @property
     def registered(self) -> list[PodSpec]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvindex_server._core import Drained, Order, Outcome, Stream, xxh3_64
 from kvindex_server.applier import Applier
+from kvindex_server.marks import EVERY, Mark, Marks, until_next
 from kvindex_server.rearm import Aim, Rearm, Verdict
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Cause, Message, StreamState, StreamStatus, Trust
@@ -51,12 +52,15 @@ class Ingest:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._applier = Applier(stream, status, clock, wall)
+        self._stream = stream
         self._counters = status
         self._bounds = bounds
         self._ask_replay = ask
         self._clock = clock
         self.order = Order()
         """Handed to the core, which moves it on with every message it applies from the socket itself."""
+        self.marks = Marks()
+        """What was held after certain messages; to be read from any thread."""
         self._lost_at: float | None = None
         self._tried = False
         # Why claims may be wrong, beside what is believed of them; and what could mend it.
@@ -93,7 +97,7 @@ class Ingest:
     def resume(self, saved: SavedStream) -> None:
         """Go on behind a saved state that the stream holds again; before `start`."""
         self.order.applied(saved.last_sequence, saved.digest)
-        self._counters.epoch = saved.epoch
+        self._counters.epoch = max(self._counters.epoch, saved.epoch)
         self._applier.believe(saved.trust, saved.cause, saved.reason)
         self._verify = saved.last_sequence
         self._stranger = "restored from a snapshot, and the engine is being asked whether it is the same"
@@ -147,11 +151,17 @@ class Ingest:
         """True while the core may apply messages that are next in order itself; see `drained`."""
         return not self._syncing and self.order.last is not None
 
+    @property
+    def until_mark(self) -> int:
+        """How many messages at most the core may apply at once."""
+        return until_next(self.order.last or 0)
+
     def drained(self, drained: Drained) -> None:
         """The core has applied published messages, all in order."""
         if drained.messages:
             effect = self._applier.count(drained.applied, drained.messages)
             self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
+            self._mark()
 
     def replayed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
         """Replayed messages in order of arrival; `ended` when the end marker came behind them."""
@@ -218,6 +228,24 @@ class Ingest:
         self._restart("cleared by request", count=False)
         if self._ask_replay is not None:
             self._sync()
+
+    def diverged(self, epoch: int, why: str) -> None:
+        """A sibling that was as sure of the same messages holds something else; nothing to do in another epoch."""
+        if epoch == self._counters.epoch and self.status().trust is Trust.EXACT:
+            self._unfillable = None  # what a replay brought may be what was wrong
+            self._doubt_claims(why, Aim.REBUILD, 0, cause=Cause.DIVERGED)
+
+    def replaced(self, saved: SavedStream, epoch: int) -> bool:
+        """The claims are dropped, and those of a sibling's state are to take their place; then `start`.
+
+        False when the stream is busy, in another epoch, exact by now, or could not ask its engine whose they are.
+        """
+        busy = self._syncing or self._lost_at is not None or self._ask_replay is None
+        if busy or epoch != self._counters.epoch or self.status().trust is Trust.EXACT:
+            return False
+        self._restart("replaced by a sibling's state", count=False)
+        self.resume(saved)
+        return True
 
     def tick(self) -> None:
         """Time has passed: deadlines."""
@@ -318,6 +346,7 @@ class Ingest:
     def _restart(self, why: str, *, count: bool = True) -> None:
         self._applier.clear()
         self.order.restarted()
+        self.marks.clear()
         self._asked_last = None
         self._unanswered = False
         self._verify = None
@@ -469,12 +498,14 @@ class Ingest:
 
     # --- doubt, and trying again ---
 
-    def _doubt_claims(self, reason: str, aim: Aim, first: int, last: int | None = None) -> None:
+    def _doubt_claims(
+        self, reason: str, aim: Aim, first: int, last: int | None = None, *, cause: Cause = Cause.GAP
+    ) -> None:
         """Claims may be wrong from now on; a later answer about these messages could mend it."""
         last = first if last is None else last
         hopeless = bool(self._doubt) and self._rearm is None
         self._doubt = reason
-        self._doubt_cause = Cause.UNREADABLE if aim is Aim.COMPARE else Cause.GAP
+        self._doubt_cause = Cause.UNREADABLE if aim is Aim.COMPARE else cause
         if hopeless or first == self._unfillable:
             self._rearm = None
         elif self._rearm is None or self._rearm.aim is Aim.VERIFY:
@@ -537,16 +568,30 @@ class Ingest:
         self._applier.touch()
         if self._rearm is not None and self._rearm.aim is Aim.VERIFY:
             self._rearm = None
+        self._mark()  # what was restored may be all there is to compare, as long as the engine is idle
 
     # --- effect ---
 
     def _apply(self, run: Sequence[Message]) -> None:
-        if not run:
-            return
-        effect = self._applier.apply(run)
-        for sequence, _, digest in run:
-            self.order.applied(sequence, digest)
-        self._judge_effect(*effect, run[0][0], run[-1][0])
+        begin = 0
+        while begin < len(run):
+            end = begin + 1
+            while end < len(run) and run[end - 1][0] % EVERY:
+                end += 1
+            part = run[begin:end]
+            effect = self._applier.apply(part)
+            for sequence, _, digest in part:
+                self.order.applied(sequence, digest)
+            self._judge_effect(*effect, part[0][0], part[-1][0])
+            self._mark()
+            begin = end
+
+    def _mark(self) -> None:
+        last = self.order.last
+        if last is not None:
+            trust = Trust.STALE if self._doubt or self._stranger else self._counters.trust
+            digest, stream = self.order.last_digest, self._stream
+            self.marks.add(Mark(last, digest, stream.digest, stream.claims, trust))
 
     def _judge_effect(self, unsound: list[str], incomplete: list[str], cleared: bool, first: int, last: int) -> None:
         if cleared:

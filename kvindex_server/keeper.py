@@ -1,10 +1,11 @@
 """Keeps the index across restarts: writes snapshots in the background, and gives saved streams back as pods come."""
 
+import contextlib
 import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +175,18 @@ class Keeper:
             self.stats.last_seconds = time.monotonic() - started
             self.stats.last_time = self._wall()
             return path
+
+    @contextlib.contextmanager
+    def extract(self, fleet: Fleet, only: Collection[tuple[str, str, int]]) -> Iterator[Path]:
+        """A file with these streams alone, for a sibling; it is nobody's to load at a start. OSError without room."""
+        with tempfile.TemporaryDirectory(prefix="kvindex-streams-") as directory:
+            path = Path(directory) / "streams"
+            with self._writing:
+                writer = Writer(path)
+                for saved in fleet.save(only):
+                    writer.stream(saved)
+                writer.close()
+            yield path
 
     def _directory(self) -> Directory:
         if self._place is not None:

@@ -154,6 +154,22 @@ DISCOVERY = (
 )
 
 
+REPLICAS = (
+    MetricName(
+        "kvindex_replica_divergence_blocks",
+        "gauge",
+        ("peer",),
+        "By how many blocks at least this replica and a peer differ after the same messages; none when not comparable",
+    ),
+    MetricName("kvindex_replica_compared_streams", "gauge", ("peer",), "Streams compared with a peer last time"),
+    MetricName(
+        "kvindex_replica_repairs_total",
+        "counter",
+        ("how",),
+        "Streams that differed and took over the peer's state (`adopt`), or are built anew by the engine's (`doubt`)",
+    ),
+)
+
 SNAPSHOTS = (
     MetricName("kvindex_snapshots_written_total", "counter", (), "Snapshots written"),
     MetricName("kvindex_snapshots_failed_total", "counter", (), "Snapshots that could not be written"),
@@ -171,7 +187,7 @@ SNAPSHOTS = (
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS):
+    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -336,6 +352,12 @@ class Metrics:
         """Show how the index is kept, in every scrape."""
         self.registry.register(SnapshotCollector(stats))
 
+    def watch_replicas(
+        self, states: Callable[[], Iterable["PeerState"]], repairs: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """Show what the last comparison with each peer said, in every scrape."""
+        self.registry.register(ReplicaCollector(states, repairs))
+
     def lookups(self) -> dict[str, tuple[int, int]]:
         """Per model: the blocks of the prompts asked about, and those of them the best pod held, since the start."""
         matched = _by_model(self._matched)
@@ -439,6 +461,40 @@ class SnapshotCollector(Collector):
         _add(families, "kvindex_snapshot_last_time_seconds", (), stats.last_time)
         for what in ("streams", "claims"):
             _add(families, f"kvindex_snapshot_restored_{what}_total", (), getattr(stats, f"restored_{what}"))
+        yield from families.values()
+
+
+class PeerState(Protocol):
+    """What is shown of a comparison with a peer."""
+
+    @property
+    def peer(self) -> str: ...
+    @property
+    def streams(self) -> int: ...
+    @property
+    def blocks(self) -> int | None: ...
+
+
+class ReplicaCollector(Collector):
+    """How far the replicas agree, read at scrape."""
+
+    def __init__(self, states: Callable[[], Iterable[PeerState]], repairs: Callable[[], Mapping[str, int]]) -> None:
+        self._states = states
+        self._repairs = repairs
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples."""
+        return list(_families(REPLICAS).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        families = _families(REPLICAS)
+        for each in self._states():
+            if each.blocks is not None:
+                _add(families, "kvindex_replica_divergence_blocks", (each.peer,), each.blocks)
+            _add(families, "kvindex_replica_compared_streams", (each.peer,), each.streams)
+        for how, times in self._repairs().items():
+            _add(families, "kvindex_replica_repairs_total", (how,), times)
         yield from families.values()
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from kvindex_server.pods import PodSpec
 from kvindex_server.pull import Peers
 from kvindex_server.rest import Calls
 from kvindex_server.shared import SharedFleet, Stores
+from kvindex_server.siblings import Siblings
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
 
@@ -81,6 +83,11 @@ class Server:
             Path(kept.directory) if kept.directory else None, kept.keep, kept.interval_seconds, kept.max_age_seconds
         )
         self.fleet = _fleet(settings, self.models, self._stores, self._keeper)
+        self._instance = uuid.uuid4().hex
+        self._siblings: Siblings | None = None
+        # Behind a shared store each stream is one replica's, so that there is nothing to compare.
+        if kept.peers and kept.compare_seconds and self._stores is None:
+            self._siblings = Siblings(self.fleet, _peers(settings), self._instance, kept.compare_seconds)
         self.discovery = Reconciler(self.fleet, _sources(settings))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
@@ -99,13 +106,13 @@ class Server:
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:
-            admin.register(self._public, self.fleet, self.models, lookup, limits, self._keeper, guard)
+            admin.register(self._public, self.fleet, self.models, lookup, limits, self._keeper, self._instance, guard)
             described: tuple[str, ...] = (*READ_SERVICES, ADMIN_SERVICE, health.SERVICE)
         else:
             described = (*READ_SERVICES, health.SERVICE)
             behind = self._guard(settings, gate)
             self._admin = _grpc_server(settings, behind)
-            admin.register(self._admin, self.fleet, self.models, lookup, limits, self._keeper, behind)
+            admin.register(self._admin, self.fleet, self.models, lookup, limits, self._keeper, self._instance, behind)
             self._health.register(self._admin, behind)
             if settings.server.reflection:
                 reflection.register(self._admin, (ADMIN_SERVICE, health.SERVICE), behind)
@@ -183,6 +190,9 @@ class Server:
             raise ConfigError(f"pods: {error.field}", error.reason) from error
         register_again(self.fleet, again)
         self._keeper.start(self.fleet)
+        if (siblings := self._siblings) is not None:
+            self.metrics.watch_replicas(lambda: siblings.states, lambda: siblings.repairs)
+            siblings.start()
         self.discovery.start()
         self._public.start()
         if self._front is not None:
@@ -196,9 +206,8 @@ class Server:
         """What a peer, or else the last snapshot, has kept; the registrations to be made again."""
         kept = self._settings.snapshot
         if kept.peers:
-            peers = Peers(kept.peers, kept.peer_timeout_seconds, kept.peer_token_file, kept.peer_ca_file)
             with _config_errors("snapshot"):
-                if (pulled := self._keeper.receive(peers.fetch)) is not None:
+                if (pulled := self._keeper.receive(_peers(self._settings).fetch)) is not None:
                     return pulled
         with _config_errors("snapshot.directory"):
             return self._keeper.load()
@@ -269,6 +278,8 @@ class Server:
         for guard in self._guards:
             guard.close()
         self.discovery.stop()
+        if self._siblings is not None:
+            self._siblings.stop()
         self._keeper.stop()
         if self._settings.snapshot.directory and self._ready.is_set():
             self._keeper.write(self.fleet)
@@ -429,6 +440,11 @@ def _fleet(settings: Settings, models: Models, stores: Stores | None, keeper: Ke
         max_pods=settings.limits.max_registered_pods,
         saved=keeper.saved,
     )
+
+
+def _peers(settings: Settings) -> Peers:
+    kept = settings.snapshot
+    return Peers(kept.peers, kept.peer_timeout_seconds, kept.peer_token_file, kept.peer_ca_file)
 
 
 def _sources(settings: Settings) -> list[Source]:

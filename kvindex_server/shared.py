@@ -1,7 +1,7 @@
 """The fleet of a replica whose indexes are kept in a shared store: who follows what, and how far it is trusted."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -99,7 +99,7 @@ class SharedFleet(Fleet):
         self._stores = stores
         stores.fleet = self
 
-    def save(self) -> Iterator[SavedStream]:
+    def save(self, only: Collection[tuple[str, str, int]] | None = None) -> Iterator[SavedStream]:
         """Nothing: the store keeps what its streams hold."""
         return iter(())
 

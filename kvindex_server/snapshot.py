@@ -107,8 +107,12 @@ class Writer:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except OSError:  # it writes what is still to be written, for which there is no more room than before
+            pass
+        finally:
+            self._part.unlink(missing_ok=True)
 
     def _record(self, header: dict[str, object], body: bytes) -> None:
         encoded = json.dumps(header, separators=(",", ":")).encode()

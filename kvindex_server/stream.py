@@ -43,6 +43,7 @@ class Cause(enum.StrEnum):
     UNREADABLE = "unreadable"
     CONNECTION_LOST = "connection_lost"
     STORE = "store"
+    DIVERGED = "diverged"
 
 
 @dataclass

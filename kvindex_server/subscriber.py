@@ -4,11 +4,12 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
 from kvindex_server._core import Index, Stream
+from kvindex_server.divergence import Side
 from kvindex_server.ingest import Bounds, Ingest
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
@@ -67,11 +68,39 @@ class Subscriber:
         """How many ranks are synchronised."""
         return sum(rank.ingest.synced for rank in self._ranks)
 
-    def save(self) -> Iterator[SavedStream]:
-        """Each rank's state, one after the other, as far as it is worth saving; see `_Rank.save`."""
-        for rank in self._ranks:
-            if (saved := rank.save()) is not None:
+    def save(self, ranks: Collection[int] | None = None) -> Iterator[SavedStream]:
+        """Each rank's state, or that of these ones, one after the other, as far as it is worth saving."""
+        for number, rank in enumerate(self._ranks):
+            if (ranks is None or number in ranks) and (saved := rank.save()) is not None:
                 yield saved
+
+    def sides(self, block_size: int, hash_seed: int) -> Iterator[tuple[Side, int]]:
+        """Each rank as it is compared with a sibling's, and its epoch."""
+        for number, rank in enumerate(self._ranks):
+            status, spec = rank.ingest.status(), self.spec
+            marks = rank.ingest.marks.all()
+            side = Side(
+                model=spec.model,
+                pod=spec.pod,
+                rank=number,
+                endpoint=spec.endpoint_of(number),
+                incarnation=spec.incarnation,
+                block_size=block_size,
+                hash_seed=hash_seed,
+                trust=status.trust,
+                cause=status.trust_cause,
+                marks=marks,
+            )
+            yield side, status.epoch
+
+    def doubt(self, rank: int, epoch: int, why: str) -> None:
+        """Say that a sibling holds something else; nothing happens when the rank is in another epoch by then."""
+        self._ranks[rank].doubt(epoch, why)
+
+    def adopt(self, saved: SavedStream, epoch: int) -> None:
+        """Have a rank go on behind a sibling's state, unless it is in another epoch by then."""
+        if saved.fits(self.spec):
+            self._ranks[saved.rank].adopt(saved, epoch)
 
     def statuses(self) -> list[StreamStatus]:
         """One per rank."""
@@ -103,6 +132,7 @@ class _Rank(threading.Thread):
         self._replay_endpoint = spec.replay_endpoint_of(rank)
         self._halt = threading.Event()
         self._resync = threading.Event()
+        self._told: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # Bound here, so that an address in use is told to whoever registers; owned by the thread from start on.
         self._events = wire.subscriber(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
         self._monitor = wire.Monitor(self._events)
@@ -170,6 +200,23 @@ class _Rank(threading.Thread):
         except queue.Empty:
             return None
 
+    def doubt(self, epoch: int, why: str) -> None:
+        self._told.put(lambda: self.ingest.diverged(epoch, why))
+        self._wake()
+
+    def adopt(self, saved: SavedStream, epoch: int) -> None:
+        self._told.put(lambda: self._replace(saved, epoch))
+        self._wake()
+
+    def _replace(self, saved: SavedStream, epoch: int) -> None:
+        if not self.ingest.replaced(saved, epoch):
+            return
+        if self.stream.restore(saved.state):
+            self.ingest.start()
+        else:
+            self.ingest.resync()
+            _log.warning("sibling's stream does not fit this server", extra={"fields": {"stream": self.name}})
+
     def _save(self) -> SavedStream | None:
         known = self.ingest.save()
         if known is None:
@@ -218,6 +265,8 @@ class _Rank(threading.Thread):
         if self._save_asked.is_set():
             self._save_asked.clear()
             self._saves.put(self._save())
+        while not self._told.empty():
+            self._told.get()()
         if self._resync.is_set():
             self._resync.clear()
             self.ingest.resync()
@@ -236,7 +285,7 @@ class _Rank(threading.Thread):
     def _read_events(self) -> None:
         left = self._drain_messages
         while left > 0 and self.ingest.in_order:
-            drained = self._events.drain(self.stream, self.ingest.order, left)
+            drained = self._events.drain(self.stream, self.ingest.order, min(left, self.ingest.until_mark))
             if drained is None:
                 break
             self.ingest.drained(drained)

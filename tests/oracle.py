@@ -179,16 +179,17 @@ class StreamOracle:
         """Everything an engine announces, in order."""
         for event in events:
             if isinstance(event, Stored):
-                before = self._holdings()
+                before = self.holdings()
                 self._store(event)
-                for key, _, _ in self._holdings() - before:
+                for key, _, _ in self.holdings() - before:
                     self.model.confirm(self, key)
             elif isinstance(event, Removed):
                 self._remove(event)
             else:
                 self._drop()
 
-    def _holdings(self) -> set[tuple[int, int, str]]:
+    def holdings(self) -> set[tuple[int, int, str]]:
+        """The (key, group, tier) held."""
         return {
             (key, group, tier) for key, of in self.tiers_of().items() for group, tiers in of.items() for tier in tiers
         }

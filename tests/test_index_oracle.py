@@ -21,9 +21,29 @@ from event_encoding import (
 )
 from oracle import MmFeature, ModelOracle, StreamOracle, query_keys
 
-from kvindex_server._core import Index, Stream, block_keys
+from kvindex_server._core import Index, Stream, block_keys, xxh3_64
 
 BLOCK = 4
+ALL_ONES = 2**64 - 1
+
+
+def mixed(value: int) -> int:
+    """SplitMix64's output for a state."""
+    value = value + 0x9E3779B97F4A7C15 & ALL_ONES
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & ALL_ONES
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & ALL_ONES
+    return value ^ value >> 31
+
+
+def digest_of(held: set[tuple[int, int, str]]) -> int:
+    """The digest of (key, group, tier), taken from scratch."""
+    sums: dict[tuple[int, str], int] = {}
+    for key, group, tier in held:
+        sums[group, tier] = sums.get((group, tier), 0) + mixed(key) & ALL_ONES
+    named = [mixed(total ^ mixed(xxh3_64(tier.encode()) + group & ALL_ONES)) for (group, tier), total in sums.items()]
+    return sum(named) & ALL_ONES
+
+
 WEIGHTS = {"gpu": 1.0, "cpu": 0.75, "disk": 0.5}
 TIERS = ("GPU", "gpu", "CPU", "Disk", "DISK", None)
 RARE_TIERS = ("CPU_PINNED", "EXTERNAL", "Storage")
@@ -284,6 +304,7 @@ class Fleet:
             expected = {name: sum(tier == name for _, tier, _ in counts) for name in tiers}
             assert by_tier == expected
             assert engine.native.unresolved == engine.oracle.unresolved
+            assert engine.native.digest == digest_of(engine.oracle.holdings())
         assert index.claims == sum(len(engine.oracle.counts) for engine in self.engines)
         holders = oracle.holders()
         assert index.blocks == sum(any(not speculative for *_, speculative in found) for found in holders.values())

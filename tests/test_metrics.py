@@ -19,6 +19,7 @@ from kvindex_server.keeper import KeeperStats
 from kvindex_server.metrics import (
     DISCOVERY,
     MAX_METHODS,
+    REPLICAS,
     REQUESTS,
     SNAPSHOTS,
     STORE,
@@ -291,7 +292,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
+    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)}
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -308,7 +309,7 @@ def test_labels_are_as_declared() -> None:
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": (True, False)})
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
-    rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)
+    rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)
     declared = {row.name: set(row.labels) for row in rows}
     seen = set()
     for name, labels in samples(metrics):
@@ -326,7 +327,7 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS)}
+    declared = {row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)}
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_(bucket|sum)$", "", name) for name in named} - {"kvindex_server"} <= declared
 

@@ -109,6 +109,10 @@ class StoreStream:
         return self._native.claims
 
     @property
+    def digest(self) -> int:
+        return self._native.digest
+
+    @property
     def claims_by_tier(self) -> list[int]:
         return self._native.claims_by_tier
 

@@ -277,6 +277,11 @@ NB_MODULE(_core, m) {
                      nb::gil_scoped_release release;
                      return self.stream->claims();
                    })
+      .def_prop_ro("digest",
+                   [](const BoundStream& self) {
+                     nb::gil_scoped_release release;
+                     return self.stream->digest();
+                   })
       .def_prop_ro("claims_by_tier",
                    [](const BoundStream& self) {
                      nb::gil_scoped_release release;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "keys.hpp"
+#include "xxh3.hpp"
 
 namespace kvindex {
 namespace {
@@ -354,9 +355,11 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     }
   }
   uint64_t used = 0;
-  if (changes_ != nullptr)
-    for (size_t i = 0; i < count; ++i)
-      if (nodes_[i] != 0 && is_new_[i]) changes_->held(keys_[i], group, tier);
+  for (size_t i = 0; i < count; ++i) {
+    if (nodes_[i] == 0 || !is_new_[i]) continue;
+    book.held += mixed(keys_[i]);
+    if (changes_ != nullptr) changes_->held(keys_[i], group, tier);
+  }
   const bool placed = index_->placements().any();
   for (size_t i = 0; i < count; ++i) {
     if (nodes_[i] == 0 && book.claims.find(hashes[i]) == nullptr) {
@@ -378,7 +381,7 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
     Special& claim = make_special(*ref, hashes[i]);
     if (claim.count != UINT32_MAX) ++claim.count;
     if (nodes_[i] != 0 && nodes_[i] != claim.node && is_new_[i]) {
-      if (changes_ != nullptr) changes_->released(keys_[i], group, tier);
+      note_released(keys_[i], group, tier);
       blocks.release(nodes_[i], holder);
     }
   }
@@ -420,24 +423,34 @@ Node Stream::hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before) {
   Node node;
   bool is_new;
   index_->held().hold(&key, 1, before, holder_of(group, tier), pen_, &node, &is_new);
-  if (is_new && changes_ != nullptr) changes_->held(key, group, tier);
   if (!is_new) {
     share(key, group, tier);
-  } else if (index_->placements().any()) {
-    index_->placements().confirm({pod_, number_}, key);
+  } else {
+    note_held(key, group, tier);
+    if (index_->placements().any()) index_->placements().confirm({pod_, number_}, key);
   }
   return node;
 }
 
+void Stream::note_held(uint64_t key, uint8_t group, uint8_t tier) {
+  if (Book* book = find_book(group, tier)) book->held += mixed(key);
+  if (changes_ != nullptr) changes_->held(key, group, tier);
+}
+
+void Stream::note_released(uint64_t key, uint8_t group, uint8_t tier) {
+  if (Book* book = find_book(group, tier)) book->held -= mixed(key);
+  if (changes_ != nullptr) changes_->released(key, group, tier);
+}
+
 void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
   if (!shared_.empty() && unshare(key, group, tier)) return;
-  if (changes_ != nullptr) changes_->released(key, group, tier);
+  note_released(key, group, tier);
   if (const Node node = index_->held().find(key)) index_->held().release(node, holder_of(group, tier));
 }
 
 void Stream::release_node(Node node, uint8_t group, uint8_t tier) {
   if (!shared_.empty() && unshare(index_->held().key_of(node), group, tier)) return;
-  if (changes_ != nullptr) changes_->released(index_->held().key_of(node), group, tier);
+  note_released(index_->held().key_of(node), group, tier);
   index_->held().release(node, holder_of(group, tier));
 }
 
@@ -830,6 +843,18 @@ uint64_t Stream::size() const {
 uint64_t Stream::claims() const {
   std::lock_guard lock(mutex_);
   return size();
+}
+
+uint64_t Stream::digest() const {
+  std::lock_guard lock(mutex_);
+  const std::vector<std::string> tiers = index_->tiers();
+  uint64_t all = 0;
+  for (const Book& book : books_) {
+    if (book.held == 0) continue;
+    const uint64_t tier = xxh3_64(tiers[book.tier].data(), tiers[book.tier].size());
+    all += mixed(book.held ^ mixed(tier + groups_[book.group].index));
+  }
+  return all;
 }
 
 std::array<uint64_t, kMaxTiers> Stream::claims_by_tier() const {

@@ -49,6 +49,16 @@ class Stream {
   Changes::Taken take_changes(uint32_t partitions, std::string& groups);
 
   uint64_t claims() const;
+  // Makes keys independent of each other, so that a sum of them tells sets apart. (The steps of SplitMix64.)
+  static uint64_t mixed(uint64_t value) {
+    value += 0x9E3779B97F4A7C15;
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
+    value = (value ^ value >> 27) * 0x94D049BB133111EB;
+    return value ^ value >> 31;
+  }
+  // Of what is held, whatever order it came in: the same for everyone who holds the same keys in the same (group as the
+  // engine numbers it, tier by its name).
+  uint64_t digest() const;
   std::array<uint64_t, kMaxTiers> claims_by_tier() const;
   uint64_t orphans() const;
   uint64_t unresolved() const;
@@ -75,6 +85,7 @@ class Stream {
     uint8_t group;  // index into groups_
     uint8_t tier;
     Claims claims;
+    uint64_t held = 0;  // the sum of mixed(key) over the keys held
   };
   struct Group {
     uint32_t index;  // the engine's group_idx
@@ -151,6 +162,9 @@ class Stream {
   Node hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before);
   void release_key(uint64_t key, uint8_t group, uint8_t tier);
   void release_node(Node node, uint8_t group, uint8_t tier);
+  // The stream has come to hold a key, or no longer does: for `digest`, and for whoever follows changes.
+  void note_held(uint64_t key, uint8_t group, uint8_t tier);
+  void note_released(uint64_t key, uint8_t group, uint8_t tier);
   // Whether another hash of the same (group, tier) still stands for the key.
   bool unshare(uint64_t key, uint8_t group, uint8_t tier);
   void share(uint64_t key, uint8_t group, uint8_t tier);

@@ -259,7 +259,8 @@ bool Stream::read_orphans(Reader& in) {
 
 bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
   if (find_book(group, tier) != nullptr) return false;
-  Claims& claims = book_of(group, tier).claims;
+  Book& book = book_of(group, tier);
+  Claims& claims = book.claims;
   Blocks& blocks = index_->held();
   const HolderId holder = holder_of(group, tier);
   uint64_t hashes[kSlots], keys[kSlots];
@@ -285,7 +286,11 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
           if (is_new[rest]) blocks.release(nodes[rest], holder);
         return index_->unclaim(count - i), false;
       }
-      if (!is_new[i]) share(keys[i], group, tier);
+      if (is_new[i]) {
+        book.held += mixed(keys[i]);
+      } else {
+        share(keys[i], group, tier);
+      }
     }
     left -= count;
   }

@@ -2310,7 +2310,9 @@ type PullSnapshotRequest struct {
 	// The snapshot a broken transfer belongs to; empty asks for a fresh one.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Bytes of it that are there already.
-	Offset        uint64 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	Offset uint64 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	// Only these streams, in a file that is made for this call and cannot be taken up again; empty = all.
+	Only          []*StreamName `protobuf:"bytes,3,rep,name=only,proto3" json:"only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2359,6 +2361,314 @@ func (x *PullSnapshotRequest) GetOffset() uint64 {
 	return 0
 }
 
+func (x *PullSnapshotRequest) GetOnly() []*StreamName {
+	if x != nil {
+		return x.Only
+	}
+	return nil
+}
+
+type StreamName struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Model         string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	Pod           string                 `protobuf:"bytes,2,opt,name=pod,proto3" json:"pod,omitempty"`
+	Rank          uint32                 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamName) Reset() {
+	*x = StreamName{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamName) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamName) ProtoMessage() {}
+
+func (x *StreamName) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamName.ProtoReflect.Descriptor instead.
+func (*StreamName) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *StreamName) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *StreamName) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *StreamName) GetRank() uint32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
+type PullDigestsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullDigestsRequest) Reset() {
+	*x = PullDigestsRequest{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullDigestsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullDigestsRequest) ProtoMessage() {}
+
+func (x *PullDigestsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullDigestsRequest.ProtoReflect.Descriptor instead.
+func (*PullDigestsRequest) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{27}
+}
+
+// One stream. Two replicas' marks are of the same moment when `sequence` and `message` are equal.
+type StreamDigests struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message, which names no stream: who answers, drawn at its start, and its version.
+	Instance      string        `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Version       string        `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Model         string        `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	Pod           string        `protobuf:"bytes,4,opt,name=pod,proto3" json:"pod,omitempty"`
+	Rank          uint32        `protobuf:"varint,5,opt,name=rank,proto3" json:"rank,omitempty"`
+	Endpoint      string        `protobuf:"bytes,6,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Incarnation   string        `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	BlockSize     uint32        `protobuf:"varint,8,opt,name=block_size,json=blockSize,proto3" json:"block_size,omitempty"`
+	HashSeed      uint64        `protobuf:"varint,9,opt,name=hash_seed,json=hashSeed,proto3" json:"hash_seed,omitempty"`
+	Trust         Trust         `protobuf:"varint,10,opt,name=trust,proto3,enum=kvindex.v1.Trust" json:"trust,omitempty"`
+	Marks         []*StreamMark `protobuf:"bytes,11,rep,name=marks,proto3" json:"marks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamDigests) Reset() {
+	*x = StreamDigests{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamDigests) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamDigests) ProtoMessage() {}
+
+func (x *StreamDigests) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamDigests.ProtoReflect.Descriptor instead.
+func (*StreamDigests) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *StreamDigests) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetRank() uint32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
+func (x *StreamDigests) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetIncarnation() string {
+	if x != nil {
+		return x.Incarnation
+	}
+	return ""
+}
+
+func (x *StreamDigests) GetBlockSize() uint32 {
+	if x != nil {
+		return x.BlockSize
+	}
+	return 0
+}
+
+func (x *StreamDigests) GetHashSeed() uint64 {
+	if x != nil {
+		return x.HashSeed
+	}
+	return 0
+}
+
+func (x *StreamDigests) GetTrust() Trust {
+	if x != nil {
+		return x.Trust
+	}
+	return Trust_TRUST_UNSPECIFIED
+}
+
+func (x *StreamDigests) GetMarks() []*StreamMark {
+	if x != nil {
+		return x.Marks
+	}
+	return nil
+}
+
+type StreamMark struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sequence uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Digest of the engine's message.
+	Message uint64 `protobuf:"fixed64,2,opt,name=message,proto3" json:"message,omitempty"`
+	// Digest of the (key, group, tier) held after it, whatever order they came in.
+	Held   uint64 `protobuf:"fixed64,3,opt,name=held,proto3" json:"held,omitempty"`
+	Claims uint64 `protobuf:"varint,4,opt,name=claims,proto3" json:"claims,omitempty"`
+	// How far they could be trusted then.
+	Trust         Trust `protobuf:"varint,5,opt,name=trust,proto3,enum=kvindex.v1.Trust" json:"trust,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamMark) Reset() {
+	*x = StreamMark{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamMark) ProtoMessage() {}
+
+func (x *StreamMark) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamMark.ProtoReflect.Descriptor instead.
+func (*StreamMark) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *StreamMark) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *StreamMark) GetMessage() uint64 {
+	if x != nil {
+		return x.Message
+	}
+	return 0
+}
+
+func (x *StreamMark) GetHeld() uint64 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *StreamMark) GetClaims() uint64 {
+	if x != nil {
+		return x.Claims
+	}
+	return 0
+}
+
+func (x *StreamMark) GetTrust() Trust {
+	if x != nil {
+		return x.Trust
+	}
+	return Trust_TRUST_UNSPECIFIED
+}
+
 type PullSnapshotChunk struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the first chunk: which snapshot this is, and its size in bytes.
@@ -2372,7 +2682,7 @@ type PullSnapshotChunk struct {
 
 func (x *PullSnapshotChunk) Reset() {
 	*x = PullSnapshotChunk{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2384,7 +2694,7 @@ func (x *PullSnapshotChunk) String() string {
 func (*PullSnapshotChunk) ProtoMessage() {}
 
 func (x *PullSnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[26]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2397,7 +2707,7 @@ func (x *PullSnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullSnapshotChunk.ProtoReflect.Descriptor instead.
 func (*PullSnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{26}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PullSnapshotChunk) GetId() string {
@@ -2429,7 +2739,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2751,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[27]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2764,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{27}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{31}
 }
 
 type ModelStats struct {
@@ -2475,7 +2785,7 @@ type ModelStats struct {
 
 func (x *ModelStats) Reset() {
 	*x = ModelStats{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2487,7 +2797,7 @@ func (x *ModelStats) String() string {
 func (*ModelStats) ProtoMessage() {}
 
 func (x *ModelStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[28]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2500,7 +2810,7 @@ func (x *ModelStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelStats.ProtoReflect.Descriptor instead.
 func (*ModelStats) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{28}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ModelStats) GetModel() string {
@@ -2577,7 +2887,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2589,7 +2899,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[29]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2602,7 +2912,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{29}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetStatsResponse) GetModels() []*ModelStats {
@@ -2650,7 +2960,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2662,7 +2972,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[30]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2675,7 +2985,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{30}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CheckRequest) GetModel() string {
@@ -2791,7 +3101,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2803,7 +3113,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[31]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2816,7 +3126,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{31}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CheckResult) GetName() string {
@@ -2880,7 +3190,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2892,7 +3202,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[32]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2905,7 +3215,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{32}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CheckResponse) GetChecks() []*CheckResult {
@@ -2945,7 +3255,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2957,7 +3267,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[33]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2970,7 +3280,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{33}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ExplainRequest) GetModel() string {
@@ -3091,7 +3401,7 @@ type TierRun struct {
 
 func (x *TierRun) Reset() {
 	*x = TierRun{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3103,7 +3413,7 @@ func (x *TierRun) String() string {
 func (*TierRun) ProtoMessage() {}
 
 func (x *TierRun) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[34]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3116,7 +3426,7 @@ func (x *TierRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TierRun.ProtoReflect.Descriptor instead.
 func (*TierRun) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{34}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TierRun) GetTier() string {
@@ -3147,7 +3457,7 @@ type PodExplanation struct {
 
 func (x *PodExplanation) Reset() {
 	*x = PodExplanation{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3159,7 +3469,7 @@ func (x *PodExplanation) String() string {
 func (*PodExplanation) ProtoMessage() {}
 
 func (x *PodExplanation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[35]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3172,7 +3482,7 @@ func (x *PodExplanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodExplanation.ProtoReflect.Descriptor instead.
 func (*PodExplanation) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{35}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PodExplanation) GetScore() *PodScore {
@@ -3225,7 +3535,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3237,7 +3547,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[36]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3250,7 +3560,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{36}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExplainResponse) GetModel() string {
@@ -3504,10 +3814,38 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\"*\n" +
 	"\x10ClearPodResponse\x12\x16\n" +
-	"\x06claims\x18\x01 \x01(\x04R\x06claims\"=\n" +
+	"\x06claims\x18\x01 \x01(\x04R\x06claims\"i\n" +
 	"\x13PullSnapshotRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06offset\x18\x02 \x01(\x04R\x06offset\"M\n" +
+	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12*\n" +
+	"\x04only\x18\x03 \x03(\v2\x16.kvindex.v1.StreamNameR\x04only\"H\n" +
+	"\n" +
+	"StreamName\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n" +
+	"\x03pod\x18\x02 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04rank\x18\x03 \x01(\rR\x04rank\"\x14\n" +
+	"\x12PullDigestsRequest\"\xd2\x02\n" +
+	"\rStreamDigests\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\x12\x10\n" +
+	"\x03pod\x18\x04 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04rank\x18\x05 \x01(\rR\x04rank\x12\x1a\n" +
+	"\bendpoint\x18\x06 \x01(\tR\bendpoint\x12 \n" +
+	"\vincarnation\x18\a \x01(\tR\vincarnation\x12\x1d\n" +
+	"\n" +
+	"block_size\x18\b \x01(\rR\tblockSize\x12\x1b\n" +
+	"\thash_seed\x18\t \x01(\x04R\bhashSeed\x12'\n" +
+	"\x05trust\x18\n" +
+	" \x01(\x0e2\x11.kvindex.v1.TrustR\x05trust\x12,\n" +
+	"\x05marks\x18\v \x03(\v2\x16.kvindex.v1.StreamMarkR\x05marks\"\x97\x01\n" +
+	"\n" +
+	"StreamMark\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\x06R\amessage\x12\x12\n" +
+	"\x04held\x18\x03 \x01(\x06R\x04held\x12\x16\n" +
+	"\x06claims\x18\x04 \x01(\x04R\x06claims\x12'\n" +
+	"\x05trust\x18\x05 \x01(\x0e2\x11.kvindex.v1.TrustR\x05trust\"M\n" +
 	"\x11PullSnapshotChunk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05total\x18\x02 \x01(\x04R\x05total\x12\x12\n" +
@@ -3623,14 +3961,15 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\vScoreStream\x12\x18.kvindex.v1.ScoreRequest\x1a\x19.kvindex.v1.ScoreResponse(\x010\x01\x12]\n" +
 	"\x10GetPodsForBlocks\x12#.kvindex.v1.GetPodsForBlocksRequest\x1a$.kvindex.v1.GetPodsForBlocksResponse\x12Z\n" +
 	"\x0fRecordPlacement\x12\".kvindex.v1.RecordPlacementRequest\x1a#.kvindex.v1.RecordPlacementResponse\x12N\n" +
-	"\vReportUsage\x12\x1e.kvindex.v1.ReportUsageRequest\x1a\x1f.kvindex.v1.ReportUsageResponse2\xdd\x04\n" +
+	"\vReportUsage\x12\x1e.kvindex.v1.ReportUsageRequest\x1a\x1f.kvindex.v1.ReportUsageResponse2\xa9\x05\n" +
 	"\fKVIndexAdmin\x12E\n" +
 	"\bListPods\x12\x1b.kvindex.v1.ListPodsRequest\x1a\x1c.kvindex.v1.ListPodsResponse\x12N\n" +
 	"\vRegisterPod\x12\x1e.kvindex.v1.RegisterPodRequest\x1a\x1f.kvindex.v1.RegisterPodResponse\x12T\n" +
 	"\rUnregisterPod\x12 .kvindex.v1.UnregisterPodRequest\x1a!.kvindex.v1.UnregisterPodResponse\x12E\n" +
 	"\bClearPod\x12\x1b.kvindex.v1.ClearPodRequest\x1a\x1c.kvindex.v1.ClearPodResponse\x12E\n" +
 	"\bGetStats\x12\x1b.kvindex.v1.GetStatsRequest\x1a\x1c.kvindex.v1.GetStatsResponse\x12P\n" +
-	"\fPullSnapshot\x12\x1f.kvindex.v1.PullSnapshotRequest\x1a\x1d.kvindex.v1.PullSnapshotChunk0\x01\x12<\n" +
+	"\fPullSnapshot\x12\x1f.kvindex.v1.PullSnapshotRequest\x1a\x1d.kvindex.v1.PullSnapshotChunk0\x01\x12J\n" +
+	"\vPullDigests\x12\x1e.kvindex.v1.PullDigestsRequest\x1a\x19.kvindex.v1.StreamDigests0\x01\x12<\n" +
 	"\x05Check\x12\x18.kvindex.v1.CheckRequest\x1a\x19.kvindex.v1.CheckResponse\x12B\n" +
 	"\aExplain\x12\x1a.kvindex.v1.ExplainRequest\x1a\x1b.kvindex.v1.ExplainResponseB\x87\x01\n" +
 	"\x0ecom.kvindex.v1B\fKvindexProtoP\x01Z\x1ekvindex.local/router/kvindexpb\xa2\x02\x03KXX\xaa\x02\n" +
@@ -3650,7 +3989,7 @@ func file_kvindex_v1_kvindex_proto_rawDescGZIP() []byte {
 }
 
 var file_kvindex_v1_kvindex_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_kvindex_v1_kvindex_proto_goTypes = []any{
 	(Trust)(0),                       // 0: kvindex.v1.Trust
 	(StreamState)(0),                 // 1: kvindex.v1.StreamState
@@ -3682,27 +4021,31 @@ var file_kvindex_v1_kvindex_proto_goTypes = []any{
 	(*ClearPodRequest)(nil),          // 27: kvindex.v1.ClearPodRequest
 	(*ClearPodResponse)(nil),         // 28: kvindex.v1.ClearPodResponse
 	(*PullSnapshotRequest)(nil),      // 29: kvindex.v1.PullSnapshotRequest
-	(*PullSnapshotChunk)(nil),        // 30: kvindex.v1.PullSnapshotChunk
-	(*GetStatsRequest)(nil),          // 31: kvindex.v1.GetStatsRequest
-	(*ModelStats)(nil),               // 32: kvindex.v1.ModelStats
-	(*GetStatsResponse)(nil),         // 33: kvindex.v1.GetStatsResponse
-	(*CheckRequest)(nil),             // 34: kvindex.v1.CheckRequest
-	(*CheckResult)(nil),              // 35: kvindex.v1.CheckResult
-	(*CheckResponse)(nil),            // 36: kvindex.v1.CheckResponse
-	(*ExplainRequest)(nil),           // 37: kvindex.v1.ExplainRequest
-	(*TierRun)(nil),                  // 38: kvindex.v1.TierRun
-	(*PodExplanation)(nil),           // 39: kvindex.v1.PodExplanation
-	(*ExplainResponse)(nil),          // 40: kvindex.v1.ExplainResponse
-	nil,                              // 41: kvindex.v1.PodScore.TierBlocksEntry
-	nil,                              // 42: kvindex.v1.StreamInfo.BlocksByTierEntry
-	nil,                              // 43: kvindex.v1.StreamInfo.DecodeErrorsEntry
-	nil,                              // 44: kvindex.v1.StreamInfo.DroppedEntry
+	(*StreamName)(nil),               // 30: kvindex.v1.StreamName
+	(*PullDigestsRequest)(nil),       // 31: kvindex.v1.PullDigestsRequest
+	(*StreamDigests)(nil),            // 32: kvindex.v1.StreamDigests
+	(*StreamMark)(nil),               // 33: kvindex.v1.StreamMark
+	(*PullSnapshotChunk)(nil),        // 34: kvindex.v1.PullSnapshotChunk
+	(*GetStatsRequest)(nil),          // 35: kvindex.v1.GetStatsRequest
+	(*ModelStats)(nil),               // 36: kvindex.v1.ModelStats
+	(*GetStatsResponse)(nil),         // 37: kvindex.v1.GetStatsResponse
+	(*CheckRequest)(nil),             // 38: kvindex.v1.CheckRequest
+	(*CheckResult)(nil),              // 39: kvindex.v1.CheckResult
+	(*CheckResponse)(nil),            // 40: kvindex.v1.CheckResponse
+	(*ExplainRequest)(nil),           // 41: kvindex.v1.ExplainRequest
+	(*TierRun)(nil),                  // 42: kvindex.v1.TierRun
+	(*PodExplanation)(nil),           // 43: kvindex.v1.PodExplanation
+	(*ExplainResponse)(nil),          // 44: kvindex.v1.ExplainResponse
+	nil,                              // 45: kvindex.v1.PodScore.TierBlocksEntry
+	nil,                              // 46: kvindex.v1.StreamInfo.BlocksByTierEntry
+	nil,                              // 47: kvindex.v1.StreamInfo.DecodeErrorsEntry
+	nil,                              // 48: kvindex.v1.StreamInfo.DroppedEntry
 }
 var file_kvindex_v1_kvindex_proto_depIdxs = []int32{
 	4,  // 0: kvindex.v1.ScoreRequest.tokens:type_name -> kvindex.v1.Tokens
 	5,  // 1: kvindex.v1.ScoreRequest.keys:type_name -> kvindex.v1.Keys
 	7,  // 2: kvindex.v1.ScoreRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	41, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
+	45, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
 	0,  // 4: kvindex.v1.PodScore.trust:type_name -> kvindex.v1.Trust
 	9,  // 5: kvindex.v1.ScoreResponse.scores:type_name -> kvindex.v1.PodScore
 	11, // 6: kvindex.v1.ScoreResponse.status:type_name -> kvindex.v1.Status
@@ -3717,54 +4060,60 @@ var file_kvindex_v1_kvindex_proto_depIdxs = []int32{
 	7,  // 15: kvindex.v1.RecordPlacementRequest.mm_features:type_name -> kvindex.v1.MmFeature
 	1,  // 16: kvindex.v1.StreamInfo.state:type_name -> kvindex.v1.StreamState
 	0,  // 17: kvindex.v1.StreamInfo.trust:type_name -> kvindex.v1.Trust
-	42, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
-	43, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
-	44, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
+	46, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
+	47, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
+	48, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
 	21, // 21: kvindex.v1.ListPodsResponse.streams:type_name -> kvindex.v1.StreamInfo
-	32, // 22: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
-	4,  // 23: kvindex.v1.CheckRequest.tokens:type_name -> kvindex.v1.Tokens
-	4,  // 24: kvindex.v1.CheckRequest.engine_tokens:type_name -> kvindex.v1.Tokens
-	2,  // 25: kvindex.v1.CheckResult.status:type_name -> kvindex.v1.CheckStatus
-	35, // 26: kvindex.v1.CheckResponse.checks:type_name -> kvindex.v1.CheckResult
-	2,  // 27: kvindex.v1.CheckResponse.status:type_name -> kvindex.v1.CheckStatus
-	4,  // 28: kvindex.v1.ExplainRequest.tokens:type_name -> kvindex.v1.Tokens
-	5,  // 29: kvindex.v1.ExplainRequest.keys:type_name -> kvindex.v1.Keys
-	7,  // 30: kvindex.v1.ExplainRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	9,  // 31: kvindex.v1.PodExplanation.score:type_name -> kvindex.v1.PodScore
-	3,  // 32: kvindex.v1.PodExplanation.end:type_name -> kvindex.v1.MatchEnd
-	38, // 33: kvindex.v1.PodExplanation.runs:type_name -> kvindex.v1.TierRun
-	39, // 34: kvindex.v1.ExplainResponse.pods:type_name -> kvindex.v1.PodExplanation
-	8,  // 35: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
-	8,  // 36: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
-	12, // 37: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
-	16, // 38: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
-	18, // 39: kvindex.v1.KVIndex.ReportUsage:input_type -> kvindex.v1.ReportUsageRequest
-	20, // 40: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
-	23, // 41: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
-	25, // 42: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
-	27, // 43: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
-	31, // 44: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
-	29, // 45: kvindex.v1.KVIndexAdmin.PullSnapshot:input_type -> kvindex.v1.PullSnapshotRequest
-	34, // 46: kvindex.v1.KVIndexAdmin.Check:input_type -> kvindex.v1.CheckRequest
-	37, // 47: kvindex.v1.KVIndexAdmin.Explain:input_type -> kvindex.v1.ExplainRequest
-	10, // 48: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
-	10, // 49: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
-	15, // 50: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
-	17, // 51: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
-	19, // 52: kvindex.v1.KVIndex.ReportUsage:output_type -> kvindex.v1.ReportUsageResponse
-	22, // 53: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
-	24, // 54: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
-	26, // 55: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
-	28, // 56: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
-	33, // 57: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
-	30, // 58: kvindex.v1.KVIndexAdmin.PullSnapshot:output_type -> kvindex.v1.PullSnapshotChunk
-	36, // 59: kvindex.v1.KVIndexAdmin.Check:output_type -> kvindex.v1.CheckResponse
-	40, // 60: kvindex.v1.KVIndexAdmin.Explain:output_type -> kvindex.v1.ExplainResponse
-	48, // [48:61] is the sub-list for method output_type
-	35, // [35:48] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	30, // 22: kvindex.v1.PullSnapshotRequest.only:type_name -> kvindex.v1.StreamName
+	0,  // 23: kvindex.v1.StreamDigests.trust:type_name -> kvindex.v1.Trust
+	33, // 24: kvindex.v1.StreamDigests.marks:type_name -> kvindex.v1.StreamMark
+	0,  // 25: kvindex.v1.StreamMark.trust:type_name -> kvindex.v1.Trust
+	36, // 26: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
+	4,  // 27: kvindex.v1.CheckRequest.tokens:type_name -> kvindex.v1.Tokens
+	4,  // 28: kvindex.v1.CheckRequest.engine_tokens:type_name -> kvindex.v1.Tokens
+	2,  // 29: kvindex.v1.CheckResult.status:type_name -> kvindex.v1.CheckStatus
+	39, // 30: kvindex.v1.CheckResponse.checks:type_name -> kvindex.v1.CheckResult
+	2,  // 31: kvindex.v1.CheckResponse.status:type_name -> kvindex.v1.CheckStatus
+	4,  // 32: kvindex.v1.ExplainRequest.tokens:type_name -> kvindex.v1.Tokens
+	5,  // 33: kvindex.v1.ExplainRequest.keys:type_name -> kvindex.v1.Keys
+	7,  // 34: kvindex.v1.ExplainRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	9,  // 35: kvindex.v1.PodExplanation.score:type_name -> kvindex.v1.PodScore
+	3,  // 36: kvindex.v1.PodExplanation.end:type_name -> kvindex.v1.MatchEnd
+	42, // 37: kvindex.v1.PodExplanation.runs:type_name -> kvindex.v1.TierRun
+	43, // 38: kvindex.v1.ExplainResponse.pods:type_name -> kvindex.v1.PodExplanation
+	8,  // 39: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
+	8,  // 40: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
+	12, // 41: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
+	16, // 42: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
+	18, // 43: kvindex.v1.KVIndex.ReportUsage:input_type -> kvindex.v1.ReportUsageRequest
+	20, // 44: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
+	23, // 45: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
+	25, // 46: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
+	27, // 47: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
+	35, // 48: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
+	29, // 49: kvindex.v1.KVIndexAdmin.PullSnapshot:input_type -> kvindex.v1.PullSnapshotRequest
+	31, // 50: kvindex.v1.KVIndexAdmin.PullDigests:input_type -> kvindex.v1.PullDigestsRequest
+	38, // 51: kvindex.v1.KVIndexAdmin.Check:input_type -> kvindex.v1.CheckRequest
+	41, // 52: kvindex.v1.KVIndexAdmin.Explain:input_type -> kvindex.v1.ExplainRequest
+	10, // 53: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
+	10, // 54: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
+	15, // 55: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
+	17, // 56: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
+	19, // 57: kvindex.v1.KVIndex.ReportUsage:output_type -> kvindex.v1.ReportUsageResponse
+	22, // 58: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
+	24, // 59: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
+	26, // 60: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
+	28, // 61: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
+	37, // 62: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
+	34, // 63: kvindex.v1.KVIndexAdmin.PullSnapshot:output_type -> kvindex.v1.PullSnapshotChunk
+	32, // 64: kvindex.v1.KVIndexAdmin.PullDigests:output_type -> kvindex.v1.StreamDigests
+	40, // 65: kvindex.v1.KVIndexAdmin.Check:output_type -> kvindex.v1.CheckResponse
+	44, // 66: kvindex.v1.KVIndexAdmin.Explain:output_type -> kvindex.v1.ExplainResponse
+	53, // [53:67] is the sub-list for method output_type
+	39, // [39:53] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_kvindex_v1_kvindex_proto_init() }
@@ -3792,13 +4141,13 @@ func file_kvindex_v1_kvindex_proto_init() {
 		(*RecordPlacementRequest_Keys)(nil),
 	}
 	file_kvindex_v1_kvindex_proto_msgTypes[17].OneofWrappers = []any{}
-	file_kvindex_v1_kvindex_proto_msgTypes[30].OneofWrappers = []any{
+	file_kvindex_v1_kvindex_proto_msgTypes[34].OneofWrappers = []any{
 		(*CheckRequest_Prompt)(nil),
 		(*CheckRequest_Chat)(nil),
 		(*CheckRequest_Tokens)(nil),
 	}
-	file_kvindex_v1_kvindex_proto_msgTypes[31].OneofWrappers = []any{}
-	file_kvindex_v1_kvindex_proto_msgTypes[33].OneofWrappers = []any{
+	file_kvindex_v1_kvindex_proto_msgTypes[35].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[37].OneofWrappers = []any{
 		(*ExplainRequest_Prompt)(nil),
 		(*ExplainRequest_Chat)(nil),
 		(*ExplainRequest_Tokens)(nil),
@@ -3810,7 +4159,7 @@ func file_kvindex_v1_kvindex_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvindex_v1_kvindex_proto_rawDesc), len(file_kvindex_v1_kvindex_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   41,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -294,6 +294,7 @@ const (
 	KVIndexAdmin_ClearPod_FullMethodName      = "/kvindex.v1.KVIndexAdmin/ClearPod"
 	KVIndexAdmin_GetStats_FullMethodName      = "/kvindex.v1.KVIndexAdmin/GetStats"
 	KVIndexAdmin_PullSnapshot_FullMethodName  = "/kvindex.v1.KVIndexAdmin/PullSnapshot"
+	KVIndexAdmin_PullDigests_FullMethodName   = "/kvindex.v1.KVIndexAdmin/PullDigests"
 	KVIndexAdmin_Check_FullMethodName         = "/kvindex.v1.KVIndexAdmin/Check"
 	KVIndexAdmin_Explain_FullMethodName       = "/kvindex.v1.KVIndexAdmin/Explain"
 )
@@ -316,6 +317,8 @@ type KVIndexAdminClient interface {
 	GetStats(ctx context.Context, in *GetStatsRequest, opts ...grpc.CallOption) (*GetStatsResponse, error)
 	// The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended.
 	PullSnapshot(ctx context.Context, in *PullSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullSnapshotChunk], error)
+	// What each stream held after certain messages, as digests, so that replicas can be compared.
+	PullDigests(ctx context.Context, in *PullDigestsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamDigests], error)
 	// The doctor: every known reason for which a cache hit is missed without an error, as a named check.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 	// For one prompt: its tokens and keys, and where each pod's match ends and why.
@@ -399,6 +402,25 @@ func (c *kVIndexAdminClient) PullSnapshot(ctx context.Context, in *PullSnapshotR
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type KVIndexAdmin_PullSnapshotClient = grpc.ServerStreamingClient[PullSnapshotChunk]
 
+func (c *kVIndexAdminClient) PullDigests(ctx context.Context, in *PullDigestsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamDigests], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KVIndexAdmin_ServiceDesc.Streams[1], KVIndexAdmin_PullDigests_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PullDigestsRequest, StreamDigests]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVIndexAdmin_PullDigestsClient = grpc.ServerStreamingClient[StreamDigests]
+
 func (c *kVIndexAdminClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CheckResponse)
@@ -437,6 +459,8 @@ type KVIndexAdminServer interface {
 	GetStats(context.Context, *GetStatsRequest) (*GetStatsResponse, error)
 	// The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended.
 	PullSnapshot(*PullSnapshotRequest, grpc.ServerStreamingServer[PullSnapshotChunk]) error
+	// What each stream held after certain messages, as digests, so that replicas can be compared.
+	PullDigests(*PullDigestsRequest, grpc.ServerStreamingServer[StreamDigests]) error
 	// The doctor: every known reason for which a cache hit is missed without an error, as a named check.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	// For one prompt: its tokens and keys, and where each pod's match ends and why.
@@ -468,6 +492,9 @@ func (UnimplementedKVIndexAdminServer) GetStats(context.Context, *GetStatsReques
 }
 func (UnimplementedKVIndexAdminServer) PullSnapshot(*PullSnapshotRequest, grpc.ServerStreamingServer[PullSnapshotChunk]) error {
 	return status.Error(codes.Unimplemented, "method PullSnapshot not implemented")
+}
+func (UnimplementedKVIndexAdminServer) PullDigests(*PullDigestsRequest, grpc.ServerStreamingServer[StreamDigests]) error {
+	return status.Error(codes.Unimplemented, "method PullDigests not implemented")
 }
 func (UnimplementedKVIndexAdminServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
@@ -597,6 +624,17 @@ func _KVIndexAdmin_PullSnapshot_Handler(srv interface{}, stream grpc.ServerStrea
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type KVIndexAdmin_PullSnapshotServer = grpc.ServerStreamingServer[PullSnapshotChunk]
 
+func _KVIndexAdmin_PullDigests_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(PullDigestsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(KVIndexAdminServer).PullDigests(m, &grpc.GenericServerStream[PullDigestsRequest, StreamDigests]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVIndexAdmin_PullDigestsServer = grpc.ServerStreamingServer[StreamDigests]
+
 func _KVIndexAdmin_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CheckRequest)
 	if err := dec(in); err != nil {
@@ -673,6 +711,11 @@ var KVIndexAdmin_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "PullSnapshot",
 			Handler:       _KVIndexAdmin_PullSnapshot_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "PullDigests",
+			Handler:       _KVIndexAdmin_PullDigests_Handler,
 			ServerStreams: true,
 		},
 	},

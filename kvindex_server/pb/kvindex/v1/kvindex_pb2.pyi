@@ -1093,23 +1093,156 @@ class PullSnapshotRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    ONLY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The snapshot a broken transfer belongs to; empty asks for a fresh one."""
     offset: _builtins.int
     """Bytes of it that are there already."""
+    @_builtins.property
+    def only(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamName]:
+        """Only these streams, in a file that is made for this call and cannot be taken up again; empty = all."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         offset: _builtins.int = ...,
+        only: _abc.Iterable[Global___StreamName] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "offset", b"offset", "only", b"only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullSnapshotRequest: _TypeAlias = PullSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class StreamName(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    pod: _builtins.str
+    rank: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pod", b"pod", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamName: _TypeAlias = StreamName  # noqa: Y015
+
+@_typing.final
+class PullDigestsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullDigestsRequest: _TypeAlias = PullDigestsRequest  # noqa: Y015
+
+@_typing.final
+class StreamDigests(_message.Message):
+    """One stream. Two replicas' marks are of the same moment when `sequence` and `message` are equal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    HASH_SEED_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    MARKS_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    """In the first message, which names no stream: who answers, drawn at its start, and its version."""
+    version: _builtins.str
+    model: _builtins.str
+    pod: _builtins.str
+    rank: _builtins.int
+    endpoint: _builtins.str
+    incarnation: _builtins.str
+    block_size: _builtins.int
+    hash_seed: _builtins.int
+    trust: Global___Trust.ValueType
+    @_builtins.property
+    def marks(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamMark]: ...
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        version: _builtins.str = ...,
+        model: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        endpoint: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        block_size: _builtins.int = ...,
+        hash_seed: _builtins.int = ...,
+        trust: Global___Trust.ValueType = ...,
+        marks: _abc.Iterable[Global___StreamMark] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "endpoint", b"endpoint", "hash_seed", b"hash_seed", "incarnation", b"incarnation", "instance", b"instance", "marks", b"marks", "model", b"model", "pod", b"pod", "rank", b"rank", "trust", b"trust", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamDigests: _TypeAlias = StreamDigests  # noqa: Y015
+
+@_typing.final
+class StreamMark(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    CLAIMS_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    message: _builtins.int
+    """Digest of the engine's message."""
+    held: _builtins.int
+    """Digest of the (key, group, tier) held after it, whatever order they came in."""
+    claims: _builtins.int
+    trust: Global___Trust.ValueType
+    """How far they could be trusted then."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        message: _builtins.int = ...,
+        held: _builtins.int = ...,
+        claims: _builtins.int = ...,
+        trust: Global___Trust.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "held", b"held", "message", b"message", "sequence", b"sequence", "trust", b"trust"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamMark: _TypeAlias = StreamMark  # noqa: Y015
 
 @_typing.final
 class PullSnapshotChunk(_message.Message):

@@ -319,6 +319,11 @@ class KVIndexAdminStub:
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
                 response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
                 _registered_method=True)
+        self.PullDigests = channel.unary_stream(
+                '/kvindex.v1.KVIndexAdmin/PullDigests',
+                request_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullDigestsRequest.SerializeToString,
+                response_deserializer=kvindex_dot_v1_dot_kvindex__pb2.StreamDigests.FromString,
+                _registered_method=True)
         self.Check = channel.unary_unary(
                 '/kvindex.v1.KVIndexAdmin/Check',
                 request_serializer=kvindex_dot_v1_dot_kvindex__pb2.CheckRequest.SerializeToString,
@@ -377,6 +382,13 @@ class KVIndexAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullDigests(self, request, context):
+        """What each stream held after certain messages, as digests, so that replicas can be compared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Check(self, request, context):
         """The doctor: every known reason for which a cache hit is missed without an error, as a named check.
         """
@@ -423,6 +435,11 @@ def add_KVIndexAdminServicer_to_server(servicer, server):
                     servicer.PullSnapshot,
                     request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.FromString,
                     response_serializer=kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.SerializeToString,
+            ),
+            'PullDigests': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullDigests,
+                    request_deserializer=kvindex_dot_v1_dot_kvindex__pb2.PullDigestsRequest.FromString,
+                    response_serializer=kvindex_dot_v1_dot_kvindex__pb2.StreamDigests.SerializeToString,
             ),
             'Check': grpc.unary_unary_rpc_method_handler(
                     servicer.Check,
@@ -598,6 +615,33 @@ class KVIndexAdmin:
             '/kvindex.v1.KVIndexAdmin/PullSnapshot',
             kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotRequest.SerializeToString,
             kvindex_dot_v1_dot_kvindex__pb2.PullSnapshotChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullDigests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvindex.v1.KVIndexAdmin/PullDigests',
+            kvindex_dot_v1_dot_kvindex__pb2.PullDigestsRequest.SerializeToString,
+            kvindex_dot_v1_dot_kvindex__pb2.StreamDigests.FromString,
             options,
             channel_credentials,
             insecure,

@@ -136,6 +136,8 @@ class KVIndexAdminStub:
     """Size of the index, per model."""
     PullSnapshot: _grpc.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]
     """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+    PullDigests: _grpc.UnaryStreamMultiCallable[_kvindex_pb2.PullDigestsRequest, _kvindex_pb2.StreamDigests]
+    """What each stream held after certain messages, as digests, so that replicas can be compared."""
     Check: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.CheckRequest, _kvindex_pb2.CheckResponse]
     """The doctor: every known reason for which a cache hit is missed without an error, as a named check."""
     Explain: _grpc.UnaryUnaryMultiCallable[_kvindex_pb2.ExplainRequest, _kvindex_pb2.ExplainResponse]
@@ -158,6 +160,8 @@ class KVIndexAdminAsyncStub(KVIndexAdminStub):
     """Size of the index, per model."""
     PullSnapshot: _aio.UnaryStreamMultiCallable[_kvindex_pb2.PullSnapshotRequest, _kvindex_pb2.PullSnapshotChunk]  # type: ignore[assignment]
     """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+    PullDigests: _aio.UnaryStreamMultiCallable[_kvindex_pb2.PullDigestsRequest, _kvindex_pb2.StreamDigests]  # type: ignore[assignment]
+    """What each stream held after certain messages, as digests, so that replicas can be compared."""
     Check: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.CheckRequest, _kvindex_pb2.CheckResponse]  # type: ignore[assignment]
     """The doctor: every known reason for which a cache hit is missed without an error, as a named check."""
     Explain: _aio.UnaryUnaryMultiCallable[_kvindex_pb2.ExplainRequest, _kvindex_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -213,6 +217,14 @@ class KVIndexAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvindex_pb2.PullSnapshotChunk], _abc.AsyncIterator[_kvindex_pb2.PullSnapshotChunk]]:
         """The index as a snapshot file, for a new replica; a broken transfer can be taken up where it ended."""
+
+    @_abc_1.abstractmethod
+    def PullDigests(
+        self,
+        request: _kvindex_pb2.PullDigestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvindex_pb2.StreamDigests], _abc.AsyncIterator[_kvindex_pb2.StreamDigests]]:
+        """What each stream held after certain messages, as digests, so that replicas can be compared."""
 
     @_abc_1.abstractmethod
     def Check(
