@@ -65,10 +65,12 @@ def serve(args: argparse.Namespace) -> int:
     except ConfigError as error:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
         return CONFIG_ERROR
-    logs.configure(settings.log.format, settings.log.level)
+    log = settings.log
+    sampler = logs.Sampler(log.burst, log.thereafter) if log.burst else None
+    logs.configure(log.format, log.level, sampler=sampler)
     from kvindex_server import server  # noqa: PLC0415  heavy; --help, --version and config errors do without
 
-    return server.run(settings)
+    return server.run(settings, sampler)
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -162,11 +162,22 @@ SNAPSHOTS = (
     MetricName("kvindex_snapshot_restored_claims_total", "counter", (), "Claims restored with them"),
 )
 
+LOGS = (MetricName("kvindex_log_lines_suppressed_total", "counter", (), "Lines of the log left out as one of many"),)
+
+SPANS = (
+    MetricName(
+        "kvindex_trace_spans_total",
+        "counter",
+        ("outcome",),
+        "Spans for OpenTelemetry: `ended`, and of those `exported` or `failed`; the rest waits, or was one too many",
+    ),
+)
+
 
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS):
+    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *LOGS, *SPANS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -331,6 +342,14 @@ class Metrics:
         """Show how the index is kept, in every scrape."""
         self.registry.register(SnapshotCollector(stats))
 
+    def watch_logs(self, suppressed: Callable[[], int]) -> None:
+        """Show how many lines of the log were left out, in every scrape."""
+        self.registry.register(CountsCollector(LOGS, lambda: {"": suppressed()}))
+
+    def watch_spans(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Show what became of the spans, in every scrape."""
+        self.registry.register(CountsCollector(SPANS, counts))
+
     def lookups(self) -> dict[str, tuple[int, int]]:
         """Per model: the blocks of the prompts asked about, and those of them the best pod held, since the start."""
         matched = _by_model(self._matched)
@@ -434,6 +453,25 @@ class SnapshotCollector(Collector):
         for what in ("streams", "claims"):
             _add(families, f"kvindex_snapshot_restored_{what}_total", (), getattr(stats, f"restored_{what}"))
         yield from families.values()
+
+
+class CountsCollector(Collector):
+    """One family's counts by its only label, or a single one by the empty string, read at scrape."""
+
+    def __init__(self, rows: Sequence[MetricName], counts: Callable[[], Mapping[str, int]]) -> None:
+        self._rows, self._counts = rows, counts
+
+    def describe(self) -> Iterable[Metric]:
+        """The family without samples."""
+        return list(_families(self._rows).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The family with this moment's samples."""
+        families = _families(self._rows)
+        for name, family in families.items():
+            for label, count in self._counts().items():
+                _add(families, name, (label,) if label else (), count)
+            yield family
 
 
 class StoreCollector(Collector):
