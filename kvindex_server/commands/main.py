@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, ModuleType
+from typing import cast
 
 from kvindex_server import __version__, cli
 from kvindex_server.commands import (
@@ -23,6 +24,7 @@ from kvindex_server.commands import (
     simulate,
 )
 from kvindex_server.commands.failure import INTERRUPTED, CommandError
+from kvindex_server.commands.usage import Parser
 
 EPILOG = """exit codes: 0 well; 1 refused, or something is not well; 2 wrong usage; 3 no answer, or not ready; \
 4 not allowed; 130 interrupted"""
@@ -80,13 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kvindex",
         description="Asks a kvindex-server, records and plays event streams, and runs the server.",
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kvindex {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_options(own)
         own.add_argument("--json", action="store_true", help="JSON on stdout")
         connection.add_options(own)
-    cli.add_commands(commands)
+    cli.add_commands(cast("argparse._SubParsersAction[argparse.ArgumentParser]", commands))
     shells = commands.add_parser("completion", help="print a shell completion script", allow_abbrev=False)
     completion.add_options(shells)
     return top
