@@ -56,6 +56,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     showing.add_argument("--seconds", type=_seconds, default=0.0, help="time to run; 0 = until Ctrl-C (default)")
     showing.add_argument("--rate", type=_rate, default=20.0, help="simulated requests per second (default 20)")
     showing.add_argument("--once", action="store_true", help="show one round and end")
+    showing.add_argument(
+        "--json", action="store_true", help="JSON on stdout: where it listens, and at the end a summary"
+    )
 
 
 def serve(args: argparse.Namespace) -> int:

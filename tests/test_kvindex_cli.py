@@ -4,7 +4,9 @@ import base64
 import contextlib
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -687,6 +689,15 @@ def test_demo_runs_under_this_name_too() -> None:
     assert "requests in" in done.out
 
 
+def test_demo_as_json() -> None:
+    done = kvindex("demo", "--once", "--pods", "2", "--seconds", "5", "--rate", "50", "--json")
+    where, summary = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 0
+    assert where.keys() == {"grpc", "metrics"}
+    assert (summary["pods"], summary["pods_equal"], summary["failures"]) == (2, 2, 0)
+    assert summary["requests"] > 0 and 0 < summary["hit_ratio"] < 1
+
+
 def complete(script: Path, *words: str) -> list[str]:
     """What bash offers behind these words."""
     line = " ".join(f"'{word}'" for word in words)
@@ -706,6 +717,79 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     (tmp_path / "recorded").mkdir()
     assert complete(script, "kvindex", "replay", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "completion", "f") == ["fish"]
+    assert complete(script, "kvindex", "score", "--chat", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
+    assert complete(script, "kvindex", "score", "--model", f"{tmp_path}/rec") == []
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes_commands_options_and_files(tmp_path: Path) -> None:
+    script = tmp_path / "kvindex.fish"
+    script.write_text(kvindex("completion", "fish").out)
+    (tmp_path / "recorded").mkdir()
+
+    def offered(line: str) -> list[str]:
+        program = f"source {script}; cd {tmp_path}; complete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", program], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert done.stderr == ""
+        return sorted(each.partition("\t")[0] for each in done.stdout.splitlines())
+
+    assert offered("kvindex sc") == ["score"]
+    assert offered("kvindex score --to") == ["--token-file", "--tokens", "--top"]
+    assert offered("kvindex replay rec") == ["recorded/"]
+    assert offered("kvindex capture --pod rec") == []
+    assert offered("kvindex completion f") == ["fish"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_commands_options_and_files(tmp_path: Path) -> None:
+    """In an interactive shell on a terminal of its own, by Tab."""
+    script = tmp_path / "kvindex.zsh"
+    script.write_text(kvindex("completion", "zsh").out)
+    (tmp_path / "recorded").mkdir()
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "PS1": "", "TERM": "dumb", "HOME": str(tmp_path)})
+    seen = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal seen
+        ends = time.monotonic() + 20
+        while words not in seen:
+            assert time.monotonic() < ends and select.select([terminal], [], [], 20)[0], seen
+            seen += os.read(terminal, 65536)
+
+    try:
+        setup = f"unsetopt zle_bracketed_paste; autoload -U compinit; compinit -u -D; source {script}; print re''ady\n"
+        os.write(terminal, setup.encode())
+        read_until(b"\r\nready")
+        for typed, becomes in (
+            (b"kvindex sco\t", b"kvindex score "),
+            (b"kvindex score --toke\t", b"kvindex score --token"),
+            (b"kvindex pods --token-f\t", b"kvindex pods --token-file "),
+            (b"kvindex replay rec\t", b"kvindex replay recorded/"),
+            (b"kvindex completion f\t", b"kvindex completion fish "),
+        ):
+            seen = b""
+            os.write(terminal, typed)
+            read_until(becomes)
+            os.write(terminal, b"\x15")  # takes the line away
+    finally:
+        os.close(terminal)
+        os.kill(shell, signal.SIGKILL)
+        os.waitpid(shell, 0)
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_every_completion_script_is_its_shells_language(tmp_path: Path, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "script"
+    script.write_text(completion.script(shell, parser()))
+    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_command_is_in_every_completion_script() -> None:
