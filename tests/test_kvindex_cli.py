@@ -281,6 +281,45 @@ def test_bench_times_calls(site: Site) -> None:
     assert 0 < done.json["p50_ms"] <= done.json["p99_ms"] <= done.json["max_ms"]
 
 
+def on_terminal(columns: int, *words: str) -> list[str]:
+    """The lines that a command writes to a terminal of this width."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(KVINDEX, [KVINDEX, *words], {**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8"})
+    seen = b""
+    try:
+        while True:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # the child has ended
+                break
+            if not part:
+                break
+            seen += part
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+    return seen.decode().replace("\r", "").splitlines()
+
+
+def test_on_a_terminal_everything_fits(site: Site) -> None:
+    """Sentences are wrapped between words, and the bar gives way to the numbers; a pipe gets whole lines."""
+    pods = on_terminal(96, "pods", *site.server)
+    assert max(map(screen.breadth, pods)) <= 96
+    assert "█" in "".join(pods) and "restarts" in pods[0]
+    check = ("check", *site.server, "--model", "m", "--pod", "nobody")
+    shown, piped = on_terminal(80, *check), kvindex(*check).out
+    assert max(map(screen.breadth, shown)) < 80
+    assert " ".join(" ".join(shown).split()) == " ".join(piped.split())
+    assert max(map(len, piped.splitlines())) > 100
+
+
+def test_alone_it_says_what_there_is() -> None:
+    done = kvindex()
+    assert (done.code, done.out) == (2, "")
+    assert all(name in done.err for name in COMMANDS)
+
+
 # --- failures ---
 
 
@@ -356,7 +395,7 @@ def test_a_mistyped_name_is_met_with_the_known_one(site: Site, tmp_path: Path) -
     assert pod.err.rstrip().endswith("; did you mean 10.0.0.7:8000?")
 
 
-@pytest.mark.parametrize("words", [(), ("fly",), ("score",), ("score", "--model", "m", "--prompt", "a", "--keys", "1")])
+@pytest.mark.parametrize("words", [("fly",), ("score",), ("score", "--model", "m", "--prompt", "a", "--keys", "1")])
 def test_argparse_refuses(words: tuple[str, ...]) -> None:
     done = kvindex(*words)
     assert done.code == 2

@@ -23,7 +23,7 @@ from kvindex_server.commands import (
     score,
     simulate,
 )
-from kvindex_server.commands.failure import INTERRUPTED, CommandError
+from kvindex_server.commands.failure import INTERRUPTED, USAGE, CommandError
 from kvindex_server.commands.usage import Parser
 
 EPILOG = """exit codes: 0 well; 1 refused, or something is not well; 2 wrong usage; 3 no answer, or not ready; \
@@ -50,7 +50,7 @@ COMMANDS = {
     "pods": _of(pods, "every event stream: state, trust, blocks, lag"),
     "watch": _Command("the same, live", pods.add_watch_options, pods.watch),
     "blocks": _of(blocks, "who holds each block"),
-    "capture": _of(capture, "record an event stream with its replay"),
+    "capture": _of(capture, "record an engine's event streams with their replay"),
     "replay": _of(replay, "play a recording back"),
     "simulate": _of(simulate, "run simulated engines"),
     "bench": _of(bench, "load a server a little and time it"),
@@ -60,6 +60,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     top = parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        top.print_help(sys.stderr)
+        return USAGE
     args = top.parse_args(argv)
     if args.command in ("serve", "demo"):
         return cli.serve(args) if args.command == "serve" else cli.demo(args)
