@@ -1,4 +1,4 @@
-"""A line in the log per call, for the share of the calls that was asked for, and for every one that failed."""
+"""A line in the log per call: for the share of the calls that was asked for, and for every one that failed."""
 
 import logging
 import random
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvindex_server import logs
-from kvindex_server.tracing import Metrics
+from kvindex_server.tracing import STRANGERS, Metrics
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class CallLog:
         fields: dict[str, Any] = getattr(self._here, "found", None) or {}
         self._here.found = None
         failed = code != "OK"
-        if failed or self._dice() < self._share:
+        # Strangers must not fill the log: theirs are a share, like the ones that are well.
+        if (failed and code not in STRANGERS) or self._dice() < self._share:
             level = logging.WARNING if failed else logging.INFO
             logs.event(_logger, level, "call", method=method, code=code, ms=round(1000 * seconds, 3), **fields)

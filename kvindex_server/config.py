@@ -522,7 +522,10 @@ class LogSettings(_Section):
         default="info", description="Least severe level written"
     )
     calls: Number = Field(
-        default=0.0, ge=0, le=1, description="Share of the calls that get a line; above 0, every failed one does"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the calls that get a line; above 0, failed ones all do, but for strangers'",
     )
     burst: Integer = Field(
         default=100, ge=0, description="Lines of one event per second before they are thinned out; 0 = never are"

@@ -21,7 +21,8 @@ QUEUE_SPANS = 4096
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-|$)")
 _NOTHING = contextlib.nullcontext()
 _CARRIED = ("traceparent", "tracestate")
-_STRANGERS = ("UNAUTHENTICATED", "PERMISSION_DENIED")
+STRANGERS = ("UNAUTHENTICATED", "PERMISSION_DENIED")
+"""Codes of those who may not call."""
 _SEEN_FROM_OUTSIDE = ("total",)
 """Stages that are the whole: the call's own span is that already."""
 
@@ -138,7 +139,7 @@ class Spans:
         finally:
             self._here.call = None
             # A span that is never ended is never sent: strangers must not fill the collector.
-            if call.code not in _STRANGERS:
+            if call.code not in STRANGERS:
                 self._end(call)
 
     def working(self) -> None:

@@ -98,6 +98,7 @@ class Site:
             "localhost:8090": self.http,
             "tcp://10.0.0.7:5557": self.publisher.endpoint,
             "tcp://10.0.0.7:5558": self.publisher.replay_endpoint,
+            "tcp://10.0.0.7:5657": self.publisher.replay_endpoint,
         }
         for said, real in given.items():
             word = word.replace(said, real)

@@ -158,12 +158,13 @@ def test_a_share_of_the_calls_gets_a_line_and_every_failed_one() -> None:
             return lambda *_: None
 
     stream = lines("json")
-    throws = iter([0.05, 0.5])
+    throws = iter([0.05, 0.5, 0.5])
     calls = CallLog(Measured(), 0.1, lambda: next(throws))  # type: ignore[arg-type]
     calls.observe_lookup("m", 3, 2)
     calls.observe_lookup("m", 4, 1)
     calls.observe_rpc("/s/Stream", "OK", 0.0015)
     calls.observe_rpc("/s/Score", "OK", 0.001)
+    calls.observe_rpc("/s/Score", "UNAUTHENTICATED", 0.001)  # not all of them: strangers must not fill the log
     calls.observe_rpc("/s/Score", "NOT_FOUND", 0.001)
     first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
     told = {key: first[key] for key in ("level", "event", "method", "code", "ms", "model", "lookups", "blocks")}
