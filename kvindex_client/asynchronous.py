@@ -1,6 +1,7 @@
 """The client for asyncio: one event loop, no threads."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -11,11 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_client import results
-from kvindex_client.errors import CallError, Try, pushback
+from kvindex_client.errors import CUT_OFF, TOO_MANY, CallError, Try, broken, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
 from kvindex_client.query import Query
 from kvindex_client.race import Endpoints, Race
 from kvindex_client.results import BlockPods, Placement, Scores
+from kvindex_client.resume import AsyncFeed
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexStub
 
 
@@ -24,6 +26,7 @@ class AsyncClient:
 
     def __init__(self, endpoints: str | Sequence[str], options: Options | None = None) -> None:
         self._options = options or Options()
+        self._closed = False
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
         # A name that is there twice is two connections to one replica.
@@ -42,6 +45,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancel what is under way and close the connections."""
+        self._closed = True
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     @property
@@ -84,24 +88,56 @@ class AsyncClient:
         self, queries: AsyncIterable[Query], *, timeout: float | None = None
     ) -> AsyncIterator[Scores | CallError]:
         """As `Client.score_stream`."""
-        number = self._endpoints.pick(time.monotonic())
-        name = self._endpoints.names[number]
+        limit = math.inf if timeout is None else timeout
+        race = Race(self._endpoints, self._options.unhedged(), time.monotonic(), limit, read=True)
 
         async def requests() -> AsyncIterator[Any]:
             async for query in queries:
                 yield query.score_request()
 
-        call = self._stubs[number].ScoreStream(requests(), timeout=timeout, metadata=self._options.metadata())
+        feed = AsyncFeed(requests())
+        call: Any = None
         try:
-            async for answer in call:
-                bad = answer.HasField("status")
-                yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                self._endpoints.failed(number, time.monotonic(), pushback(_pairs(error.trailing_metadata())))
-            raise CallError([Try(name, error.code(), error.details() or "")]) from None
+            while True:
+                number = race.start(time.monotonic())
+                if number is None:
+                    await asyncio.sleep(max(0.0, (race.wake() or 0.0) - time.monotonic()))
+                    continue
+                name = self._endpoints.names[number]
+                call = self._stubs[number].ScoreStream(
+                    feed.connection(),
+                    timeout=None if timeout is None else max(0.0, race.deadline - time.monotonic()),
+                    metadata=self._options.metadata(),
+                )
+                (code, message), told = CUT_OFF, None
+                try:
+                    async for answer in call:
+                        if not feed.answered():
+                            raise CallError([Try(name, *TOO_MANY)])
+                        race.progressed(number)
+                        bad = answer.HasField("status")
+                        yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
+                    if feed.done:
+                        return
+                except grpc.aio.AioRpcError as caught:
+                    (code, message), told = (
+                        broken(caught.code(), caught.details()),
+                        pushback(_pairs(caught.trailing_metadata())),
+                    )
+                except asyncio.CancelledError:
+                    if not self._closed:
+                        raise
+                    raise CallError([Try(name, grpc.StatusCode.CANCELLED, "client closed")]) from None
+                if self._closed:
+                    raise CallError([Try(name, grpc.StatusCode.CANCELLED, "client closed")])
+                call.cancel()  # whoever reads the queries for it ends
+                error = race.lost(number, code, message, told, time.monotonic())
+                if error is not None:
+                    raise error
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
+            await feed.close()
 
     async def health(self, *, timeout: float | None = None) -> Mapping[str, str]:
         """As `Client.health`."""

@@ -1,6 +1,7 @@
 """The client for threads: every call blocks its own thread, and all threads share the connections."""
 
 import contextlib
+import math
 import queue
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvindex_client import results
-from kvindex_client.errors import CallError, Try, pushback
+from kvindex_client.errors import CUT_OFF, TOO_MANY, CallError, Try, broken, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
 from kvindex_client.query import Query
 from kvindex_client.race import Endpoints, Race
 from kvindex_client.results import BlockPods, Placement, Scores
+from kvindex_client.resume import Feed
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexStub
 
 
@@ -29,6 +31,7 @@ class Client:
 
     def __init__(self, endpoints: str | Sequence[str], options: Options | None = None) -> None:
         self._options = options or Options()
+        self._closed = False
         names = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         self._endpoints = Endpoints(names, self._options)
         # A name that is there twice is two connections to one replica.
@@ -48,6 +51,7 @@ class Client:
 
     def close(self) -> None:
         """Cancel what is under way and close the connections."""
+        self._closed = True
         for channel in self._channels:
             channel.close()
         self._side_by_side.shutdown(wait=False, cancel_futures=True)
@@ -98,22 +102,50 @@ class Client:
         """Answers in the queries' order over one connection; one bad query is answered with its CallError.
 
         The queries are read on another thread, ahead of the answers. `timeout` is of the whole stream, None for none.
-        A stream that breaks raises CallError and is not taken up again: queries without an answer may be asked anew.
+        A stream that breaks goes on at the next replica: queries without an answer are sent again, and none is answered
+        twice. CallError when `tries` connections in a row gave no answer, or none may be tried any more.
         """
-        number = self._endpoints.pick(time.monotonic())
-        name = self._endpoints.names[number]
-        requests = (query.score_request() for query in queries)
-        call = self._stubs[number].ScoreStream(requests, timeout=timeout, metadata=self._options.metadata())
+        limit = math.inf if timeout is None else timeout
+        race = Race(self._endpoints, self._options.unhedged(), time.monotonic(), limit, read=True)
+        feed = Feed(query.score_request() for query in queries)
+        call: Any = None
         try:
-            for answer in call:
-                bad = answer.HasField("status")
-                yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                self._endpoints.failed(number, time.monotonic(), pushback(error.trailing_metadata()))
-            raise CallError([Try(name, error.code(), error.details() or "")]) from None
+            while True:
+                number = race.start(time.monotonic())
+                if number is None:
+                    time.sleep(max(0.0, (race.wake() or 0.0) - time.monotonic()))
+                    continue
+                name = self._endpoints.names[number]
+                call = self._stubs[number].ScoreStream(
+                    feed.connection(),
+                    timeout=None if timeout is None else max(0.0, race.deadline - time.monotonic()),
+                    metadata=self._options.metadata(),
+                )
+                (code, message), told = CUT_OFF, None
+                try:
+                    for answer in call:
+                        if not feed.answered():
+                            raise CallError([Try(name, *TOO_MANY)])
+                        race.progressed(number)
+                        bad = answer.HasField("status")
+                        yield CallError([results.refused(answer, name)]) if bad else results.scores(answer, name)
+                    if feed.done:
+                        return
+                except grpc.RpcError as caught:
+                    (code, message), told = (
+                        broken(caught.code(), caught.details()),
+                        pushback(caught.trailing_metadata()),
+                    )
+                if self._closed:
+                    raise CallError([Try(name, grpc.StatusCode.CANCELLED, "client closed")])
+                call.cancel()  # whoever reads the queries for it ends
+                error = race.lost(number, code, message, told, time.monotonic())
+                if error is not None:
+                    raise error
         finally:
-            call.cancel()
+            feed.close()
+            if call is not None:
+                call.cancel()
 
     def health(self, *, timeout: float | None = None) -> Mapping[str, str]:
         """Per endpoint what grpc.health.v1 says of the read path: SERVING, NOT_SERVING, or the code of the failure."""

@@ -50,6 +50,17 @@ def pushback(trailers: Iterable[tuple[str, str | bytes]] | None) -> Pushback | N
     return found
 
 
+CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the stream ended before all of it was answered")
+TOO_MANY = (grpc.StatusCode.INTERNAL, "more answers than queries")
+
+
+def broken(code: grpc.StatusCode, details: str | None) -> tuple[grpc.StatusCode, str]:
+    """Why a stream broke. A server that drains cancels streams: that is nobody's wish but its own."""
+    if code is grpc.StatusCode.CANCELLED:
+        return CUT_OFF
+    return code, details or ""
+
+
 def _retry_info(data: bytes) -> Pushback | None:
     status, info = status_pb2.Status(), error_details_pb2.RetryInfo()
     try:

@@ -1,8 +1,8 @@
 """How calls are made: deadlines, tries, hedging, TLS and tokens."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -40,6 +40,8 @@ class Options:
     tls: Tls | None = None
     token: str | Callable[[], str] | None = field(default=None, repr=False)
     """Bearer token, or what returns the current one; it is asked at every try."""
+    headers: Callable[[], Mapping[str, str]] | None = field(default=None, repr=False)
+    """What else is sent, such as a `traceparent`; asked at every try, by the thread or task that makes the call."""
     max_answer_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
@@ -52,10 +54,15 @@ class Options:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of one try."""
+        sent = tuple(self.headers().items()) if self.headers is not None else ()
         if self.token is None:
-            return ()
+            return sent
         token = self.token if isinstance(self.token, str) else self.token()
-        return (("authorization", f"Bearer {token}"),)
+        return (*sent, ("authorization", f"Bearer {token}"))
+
+    def unhedged(self) -> "Options":
+        """The same for a call that has one connection at a time."""
+        return replace(self, hedge_after=None)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """None for a plain connection."""

@@ -112,6 +112,12 @@ class Race:
         for slower in self._running[: self._running.index(endpoint)]:
             self._endpoints.failed(slower, now, None)
 
+    def progressed(self, endpoint: int) -> None:
+        """It gave a part of what was asked for, and goes on: from here on the tries are counted anew."""
+        self._endpoints.answered(endpoint)
+        self._started, self._running = 1, [endpoint]
+        self.failures.clear()
+
     def lost(
         self, endpoint: int, code: grpc.StatusCode, message: str, told: Pushback | None, now: float
     ) -> CallError | None:

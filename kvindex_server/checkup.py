@@ -86,6 +86,7 @@ class Checkup:
             streams=streams,
             specs=specs,
             loras=model.loras,
+            aliases=model.aliases,
             tokenizer=None if tokenizer is None else (tokenizer.mode, _why(tokenizer), tokenizer.has_chat_template),
             candidates=query.pods,
             pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},

@@ -56,6 +56,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     showing.add_argument("--seconds", type=_seconds, default=0.0, help="time to run; 0 = until Ctrl-C (default)")
     showing.add_argument("--rate", type=_rate, default=20.0, help="simulated requests per second (default 20)")
     showing.add_argument("--once", action="store_true", help="show one round and end")
+    showing.add_argument(
+        "--json", action="store_true", help="JSON on stdout: where it listens, and at the end a summary"
+    )
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -65,10 +68,12 @@ def serve(args: argparse.Namespace) -> int:
     except ConfigError as error:
         sys.stderr.write(f"kvindex-server: config: {error}\n")
         return CONFIG_ERROR
-    logs.configure(settings.log.format, settings.log.level)
+    log = settings.log
+    sampler = logs.Sampler(log.burst, log.thereafter) if log.burst else None
+    logs.configure(log.format, log.level, sampler=sampler)
     from kvindex_server import server  # noqa: PLC0415  heavy; --help, --version and config errors do without
 
-    return server.run(settings)
+    return server.run(settings, sampler)
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -72,6 +72,10 @@ def _url(value: str) -> str:
     return value
 
 
+def _url_or_none(value: str) -> str:
+    return _url(value) if value else value
+
+
 def _listen_address(value: str) -> str:
     if value.startswith("unix:"):
         if not value.startswith("unix:/") or len(value.encode()) > 100:
@@ -520,6 +524,31 @@ class LogSettings(_Section):
     level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         default="info", description="Least severe level written"
     )
+    calls: Number = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the calls that get a line; above 0, failed ones all do, but for strangers'",
+    )
+    burst: Integer = Field(
+        default=100, ge=0, description="Lines of one event per second before they are thinned out; 0 = never are"
+    )
+    thereafter: Integer = Field(
+        default=100, ge=0, description="Of further ones within the second every so many-th is written; 0 = none"
+    )
+
+
+class TracingSettings(_Section):
+    """Spans for OpenTelemetry; needs the extra `tracing`."""
+
+    endpoint: Annotated[str, AfterValidator(_url_or_none)] = Field(
+        default="", description="Collector, OTLP over gRPC: `http://host:4317`, or `https://` for TLS; empty = off"
+    )
+    ca_file: str = Field(default="", description="CA of the collector's certificate; empty = the system's")
+    sample_ratio: Number = Field(
+        default=0.01, ge=0, le=1, description="Share traced of the calls that bring no traceparent; with one it decides"
+    )
+    service_name: Name = Field(default="kvindex-server", description="`service.name` of the spans")
 
 
 class Settings(_Section):
@@ -554,6 +583,7 @@ class Settings(_Section):
     page: PageSettings = Field(default=PageSettings(), description="The page")
     http: HttpSettings = Field(default=HttpSettings(), description="Queries by HTTP")
     log: LogSettings = Field(default=LogSettings(), description="Logging")
+    tracing: TracingSettings = Field(default=TracingSettings(), description="Spans for OpenTelemetry")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

@@ -75,6 +75,7 @@ class _Demo:
     def __init__(self, args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         self._rate = float(args.rate)
         self._once = bool(args.once)
+        self._json = bool(getattr(args, "json", False))
         self._seconds = float(args.seconds) or (ONCE_SECONDS if self._once else float("inf"))
         self._done = stack.enter_context(_signalled())
         self._server = _start_server(getattr(args, "tokenizer", None))
@@ -118,15 +119,21 @@ class _Demo:
                 ),
                 timeout=RPC_SECONDS,
             )
-        sys.stdout.write("\n".join(self._hints()) + "\n\n")
-        sys.stdout.flush()
+        if self._json:
+            _write(json.dumps({"grpc": self._server.grpc_address, "metrics": self._server.metrics_address}))
+        else:
+            _write(*self._hints(), "")
         started = time.monotonic()
         self._serve_chats(started)
         elapsed = time.monotonic() - started
         self._settle()
         self._refresh()
-        self._screen.show(self._table(elapsed), self._line(elapsed), final=True)
+        self._show(elapsed, final=True)
         return self._summary(elapsed)
+
+    def _show(self, elapsed: float, *, final: bool = False) -> None:
+        if not self._json:
+            self._screen.show(self._table(elapsed), self._line(elapsed), final=final)
 
     def _serve_chats(self, started: float) -> None:
         next_send, next_view = started, started + self._screen.interval
@@ -140,7 +147,7 @@ class _Demo:
             if now >= next_view:
                 next_view = now + self._screen.interval
                 self._refresh()
-                self._screen.show(self._table(now - started), self._line(now - started))
+                self._show(now - started)
             self._done.wait(max(0.0, min(next_send - time.monotonic(), 0.01)))
 
     def _send(self) -> None:
@@ -224,16 +231,20 @@ class _Demo:
             held += resident
             exact += self._rows[name].blocks == resident
         predicted = self._predicted / total.prompt_tokens if total.prompt_tokens else 0.0
-        lines = [
-            "",
-            f"{total.requests} requests in {elapsed:.1f} s, {self._scored} of them scored above 0",
-            f"hit ratio {total.hit_ratio:.3f} measured by the engines, {predicted:.3f} foreseen by the index",
-            f"index and engine count the same on {exact} of {len(self._pods)} pods: {known} blocks known, {held} held",
-        ]
-        if self._failures:
-            lines.append(f"{self._failures} calls failed")
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
+        if self._json:
+            told = {"requests": total.requests, "seconds": elapsed, "scored": self._scored, "failures": self._failures}
+            ratios = {"hit_ratio": total.hit_ratio, "foreseen": predicted}
+            agree = {"pods": len(self._pods), "pods_equal": exact, "blocks_known": known, "blocks_held": held}
+            _write(json.dumps({**told, **ratios, **agree}))
+        else:
+            _write(
+                "",
+                f"{total.requests} requests in {elapsed:.1f} s, {self._scored} of them scored above 0",
+                f"hit ratio {total.hit_ratio:.3f} measured by the engines, {predicted:.3f} foreseen by the index",
+                f"index and engine count the same on {exact} of {len(self._pods)} pods: "
+                f"{known} blocks known, {held} held",
+                *([f"{self._failures} calls failed"] if self._failures else []),
+            )
         return 0 if total.requests or not self._failures else 1
 
     def _hints(self) -> list[str]:
@@ -293,6 +304,11 @@ class _Screen:
         else:
             sys.stdout.write("\n".join(table if final else [line]) + "\n")
         sys.stdout.flush()
+
+
+def _write(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def _bar(value: float, highest: float, width: int = 24) -> str:

@@ -65,6 +65,7 @@ class Facts:
     streams: Sequence[StreamStatus]
     specs: Mapping[str, PodSpec]
     loras: Sequence[str] = ()
+    aliases: Sequence[str] = ()
     tokenizer: tuple[str, str, bool] | None = None  # mode, reason, has a chat template
     candidates: Sequence[str] = ()
     pods_of_others: Mapping[str, str] = field(default_factory=dict)  # pod -> another model it is registered for
@@ -220,10 +221,45 @@ def _topic(facts: Facts) -> Iterator[Finding]:
                 "Register the pod with an empty topic: the registration names it, the topic is only a filter.",
                 spec.pod,
             )
+    named = 0
+    for stream in facts.streams:
+        kind, _, rest = stream.topic.partition("@")
+        pod, at, model = rest.partition("@")
+        if kind == "kv" and at:
+            named += 1
+            yield from _misnamed(facts, stream, pod, model)
     if filtered:
         yield _pass(f"{len(filtered)} pods filter by topic, and all of them have been heard")
+    elif named:
+        yield _pass(f"{named} streams name pod and model in their topic, as they are registered")
     else:
         yield _pass("no pod filters by topic; pod and model come from the registration")
+
+
+def _misnamed(facts: Facts, stream: StreamStatus, pod: str, model: str) -> Iterator[Finding]:
+    """Of a topic `kv@POD@MODEL`: the registration counts, but the engine may know better."""
+    if pod != stream.pod and pod in facts.specs:
+        yield _of(
+            stream,
+            Status.FAIL,
+            f"the engine calls itself {pod!r} in its topic, which is the name of another registered pod",
+            "Correct the endpoint or the port: these are that pod's events, and they are credited to this one.",
+        )
+    elif _host(pod) != _host(stream.pod):
+        yield _of(
+            stream,
+            Status.WARN,
+            f"the engine calls itself {pod!r} in its topic",
+            "If that is another pod, correct the endpoint. If it is this one, nothing needs to be done: the "
+            "registration's name counts, which must be the router's.",
+        )
+    if model not in (facts.model, *facts.aliases, *facts.loras):
+        yield _of(
+            stream,
+            Status.WARN,
+            f"the engine serves {model!r} by its topic",
+            "If that is another model, register the pod for it. If it is this one, add the name to models[].aliases.",
+        )
 
 
 def _block_size(facts: Facts) -> Iterator[Finding]:

@@ -58,6 +58,7 @@ class Front:
         self._max_message_bytes = max_message_bytes
         self._max_in_flight = max_in_flight
         self._lane = guard.lane("front", max_in_flight)
+        self._work = self._one if guard.spans is None else self._traced
         self._front = pygrpc_native.NativeGrpcFront(
             address,
             [(method, False)],
@@ -100,10 +101,15 @@ class Front:
         elif at_length:
             self._lane.submit(self._turn, call, payload, request, details, arrived)
         else:
-            self._one(call, payload, request, details, arrived)
+            self._work(call, payload, request, details, arrived)
 
     def _turn(self, call: int, payload: bytes, request: ScoreRequest | None, details: Any, arrived: float) -> None:
         with self._lane.turn():
+            self._work(call, payload, request, details, arrived)
+
+    def _traced(self, call: int, payload: bytes, request: ScoreRequest | None, details: Any, arrived: float) -> None:
+        assert self._guard.spans is not None
+        with self._guard.spans.call(self._method, details[0]):
             self._one(call, payload, request, details, arrived)
 
     def _one(self, call: int, payload: bytes, request: ScoreRequest | None, details: Any, arrived: float) -> None:

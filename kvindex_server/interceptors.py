@@ -1,5 +1,6 @@
 """Stands before every RPC: who may call, readiness, permits, deadlines, error codes and metrics, in one place."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -57,6 +58,16 @@ class RpcMetrics(Protocol):
     def watch_in_flight(self, method: str, read: Callable[[], int]) -> None: ...
 
 
+class Spans(Protocol):
+    """What traces calls. Whoever traces none hands over None, and no call is wrapped then."""
+
+    def call(
+        self, method: str, metadata: Sequence[tuple[str, str | bytes]] | None
+    ) -> contextlib.AbstractContextManager[None]: ...
+    def working(self) -> None: ...
+    def answered(self, code: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How much may be at work at once, per RPC."""
@@ -82,7 +93,9 @@ class Guard:
         ready: Callable[[], bool],
         bounds: Bounds | None = None,
         gate: Gate | None = None,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._metrics = metrics
         self._ready = ready
         self._bounds = bounds or Bounds()
@@ -120,6 +133,7 @@ class Guard:
         def behaviour(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             started = time.perf_counter()
             error: KvindexError | None = None
+            one = self._one_of_stream if self.spans is None else self._traced_one(self.spans, context)
             lane.heard()
             try:
                 check = self._checker(method, context)
@@ -128,7 +142,7 @@ class Guard:
                 for data in self.watched(requests, context):
                     check()
                     with lane.turn():
-                        answer = self._one_of_stream(method, handler, refusal, data, check)
+                        answer = one(method, handler, refusal, data, check)
                     yield answer
             except KvindexError as caught:
                 error = caught
@@ -169,8 +183,16 @@ class Guard:
             if error is not None:
                 _abort(context, error)
 
-        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
-        return self._arrival(method, Role.ADMIN, lane, grpc.unary_stream_rpc_method_handler(behaviour))
+        spans = self.spans
+
+        def traced(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            assert spans is not None
+            with spans.call(method, context.invocation_metadata()):
+                yield from behaviour(data, context)
+
+        called = behaviour if spans is None else traced
+        called.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, Role.ADMIN, lane, grpc.unary_stream_rpc_method_handler(called))
 
     def open(self, method: str, handler: grpc.RpcMethodHandler, role: Role | None) -> Arrival:
         """A handler of another library (health, reflection), beside the others; `role` None lets everybody in."""
@@ -298,8 +320,9 @@ class Guard:
     # --- work ---
 
     def _unary(self, method: str, handler: Unary, role: Role) -> Arrival:
-        bounds = self._bounds
+        bounds, spans = self._bounds, self.spans
         lane = self._lane(_short(method), bounds.workers + SPARE_THREADS, bounds.max_in_flight)
+        work = handler if spans is None else _after_waiting(handler, spans)
 
         def behaviour(data: bytes, context: grpc.ServicerContext) -> bytes:
             started = time.perf_counter()
@@ -310,7 +333,7 @@ class Guard:
                 self.identify(method, role, context)
                 with lane.turn():
                     check()
-                    answer = handler(data, check)
+                    answer = work(data, check)
             except Exception as caught:  # noqa: BLE001 - nothing a request does may end a worker or leak
                 error = _safe(method, caught)
             else:
@@ -320,8 +343,14 @@ class Guard:
             _abort(context, error)
             raise AssertionError("abort always raises")
 
-        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
-        return self._arrival(method, role, lane, grpc.unary_unary_rpc_method_handler(behaviour))
+        def traced(data: bytes, context: grpc.ServicerContext) -> bytes:
+            assert spans is not None
+            with spans.call(method, context.invocation_metadata()):
+                return behaviour(data, context)
+
+        called = behaviour if spans is None else traced
+        called.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, role, lane, grpc.unary_unary_rpc_method_handler(called))
 
     def _one_of_stream(self, method: str, handler: Unary, refusal: Refusal, data: bytes, check: Check) -> bytes:
         try:
@@ -331,7 +360,21 @@ class Guard:
             raise  # these are the stream's own end
         except Exception as caught:  # noqa: BLE001 - see _unary
             error = _safe(method, caught)
+            if self.spans is not None:
+                self.spans.answered(error.code.name)
             return refusal(error.code.value[0], error.message)
+
+    def _traced_one(
+        self, spans: Spans, context: grpc.ServicerContext
+    ) -> Callable[[str, Unary, Refusal, bytes, Check], bytes]:
+        """A span for each request of a stream: the stream itself may live for days."""
+        metadata = context.invocation_metadata()
+
+        def one(method: str, handler: Unary, refusal: Refusal, data: bytes, check: Check) -> bytes:
+            with spans.call(method, metadata):
+                return self._one_of_stream(method, handler, refusal, data, check)
+
+        return one
 
     def _check_ready(self, method: str) -> None:
         if not self._ready():
@@ -367,6 +410,14 @@ class _Service(grpc.ServiceRpcHandler):  # type: ignore[misc]
 def service(name: str, arrivals: Mapping[str, Arrival]) -> Iterable[grpc.GenericRpcHandler]:
     """Arrivals by method name, ready for `grpc.Server.add_generic_rpc_handlers`."""
     return (_Service(name, arrivals),)
+
+
+def _after_waiting(handler: Unary, spans: Spans) -> Unary:
+    def work(data: bytes, check: Check) -> bytes:
+        spans.working()
+        return handler(data, check)
+
+    return work
 
 
 def _short(method: str) -> str:

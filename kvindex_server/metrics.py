@@ -183,11 +183,22 @@ SNAPSHOTS = (
     MetricName("kvindex_snapshot_restored_claims_total", "counter", (), "Claims restored with them"),
 )
 
+LOGS = (MetricName("kvindex_log_lines_suppressed_total", "counter", (), "Lines of the log left out as one of many"),)
+
+SPANS = (
+    MetricName(
+        "kvindex_trace_spans_total",
+        "counter",
+        ("outcome",),
+        "Spans for OpenTelemetry: `ended`, and of those `exported` or `failed`; the rest waits, or was one too many",
+    ),
+)
+
 
 def metrics_table() -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS):
+    for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS, *LOGS, *SPANS):
         labels = ", ".join(f"`{label}`" for label in row.labels)
         rows.append(f"| `{row.name}` | {row.kind} | {labels} | {row.meaning} |")
     return "\n".join(rows) + "\n"
@@ -358,6 +369,14 @@ class Metrics:
         """Show what the last comparison with each peer said, in every scrape."""
         self.registry.register(ReplicaCollector(states, repairs))
 
+    def watch_logs(self, suppressed: Callable[[], int]) -> None:
+        """Show how many lines of the log were left out, in every scrape."""
+        self.registry.register(CountsCollector(LOGS, lambda: {"": suppressed()}))
+
+    def watch_spans(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Show what became of the spans, in every scrape."""
+        self.registry.register(CountsCollector(SPANS, counts))
+
     def lookups(self) -> dict[str, tuple[int, int]]:
         """Per model: the blocks of the prompts asked about, and those of them the best pod held, since the start."""
         matched = _by_model(self._matched)
@@ -496,6 +515,25 @@ class ReplicaCollector(Collector):
         for how, times in self._repairs().items():
             _add(families, "kvindex_replica_repairs_total", (how,), times)
         yield from families.values()
+
+
+class CountsCollector(Collector):
+    """One family's counts by its only label, or a single one by the empty string, read at scrape."""
+
+    def __init__(self, rows: Sequence[MetricName], counts: Callable[[], Mapping[str, int]]) -> None:
+        self._rows, self._counts = rows, counts
+
+    def describe(self) -> Iterable[Metric]:
+        """The family without samples."""
+        return list(_families(self._rows).values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The family with this moment's samples."""
+        families = _families(self._rows)
+        for name, family in families.items():
+            for label, count in self._counts().items():
+                _add(families, name, (label,) if label else (), count)
+            yield family
 
 
 class StoreCollector(Collector):

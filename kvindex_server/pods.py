@@ -80,13 +80,14 @@ class PodSpec:
 
     def endpoint_of(self, rank: int) -> str:
         """Where rank's events come from."""
-        return _shift(self.endpoint, rank)
+        return at_rank(self.endpoint, rank)
 
     def replay_endpoint_of(self, rank: int) -> str:
         """Where rank's events can be asked for again; empty when nowhere."""
-        return _shift(self.replay_endpoint, rank) if self.replay_endpoint else ""
+        return at_rank(self.replay_endpoint, rank) if self.replay_endpoint else ""
 
 
-def _shift(endpoint: str, rank: int) -> str:
+def at_rank(endpoint: str, rank: int) -> str:
+    """The endpoint of a rank from that of rank 0: rank r is at port + r."""
     host, port = split_tcp(endpoint, "endpoint")
     return f"tcp://{host}:{port + rank}"

@@ -53,7 +53,14 @@ class Calls:
             self._guard.observe(method, grpc.StatusCode.OK, started)
             return Answer(200, JSON, body, _UNCACHED)
 
-        return handle
+        spans = self._guard.spans
+
+        def traced(request: Request) -> Answer:
+            assert spans is not None
+            with spans.call(method, [(name.lower(), str(value)) for name, value in request.headers.items()]):
+                return handle(request)
+
+        return handle if spans is None else traced
 
     def _call(self, method: str, work: Work, request: Request, started: float) -> bytes:
         if not self._permits.acquire(blocking=False):

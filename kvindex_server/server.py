@@ -17,9 +17,10 @@ from pathlib import Path
 
 import grpc
 
-from kvindex_server import admin, compat, health, interceptors, query, reflection, service, web, wire
+from kvindex_server import admin, compat, health, interceptors, logs, query, reflection, service, web, wire
 from kvindex_server._core import Index, TextCache
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, Role, TokenFile, TokenReview
+from kvindex_server.calls import CallLog
 from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.direct import Direct
 from kvindex_server.discovery.dns import DnsSource
@@ -47,6 +48,8 @@ from kvindex_server.shared import SharedFleet, Stores
 from kvindex_server.siblings import Siblings
 from kvindex_server.tls import TlsFiles, server_credentials
 from kvindex_server.tokenize.sources import Sources
+from kvindex_server.tracing import Collector, Spans, TracingMissing
+from kvindex_server.tracing import Metrics as MeasuredCalls
 
 _log = logging.getLogger(__name__)
 
@@ -69,9 +72,15 @@ class _ModelSize:
 class Server:
     """The whole service in one process. `start` returns when the ports are bound."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, sampler: logs.Sampler | None = None) -> None:
         self._settings = settings
         self.metrics = Metrics()
+        self._spans = _spans(settings)
+        self._measured = _measured(self.metrics, settings, self._spans)
+        self.metrics.watch_logs(lambda: sampler.total if sampler else 0)
+        if self._spans is not None:
+            logs.correlate(self._spans.ids)
+            self.metrics.watch_spans(self._spans.counts)
         if settings.stream.curve_keys_file:
             with _config_errors("stream.curve_keys_file"):
                 wire.encrypt(*_curve_keys(Path(settings.stream.curve_keys_file)))
@@ -95,12 +104,12 @@ class Server:
         self._health = Health(READ_SERVICES, always=(ADMIN_SERVICE,))
         gate = _gate(settings)
         guard = self._guard(settings, gate)
-        lookup = Lookup(self.models, self.fleet, settings.tier_weights, self.metrics, settings.limits.max_tokens)
+        lookup = Lookup(self.models, self.fleet, settings.tier_weights, self._measured, settings.limits.max_tokens)
         self._public = _grpc_server(settings, guard)
         self._front: Front | None = None
         self._behind_front: tempfile.TemporaryDirectory[str] | None = None
         weights, limits = settings.tier_weights, settings.limits
-        self._direct = Direct(lookup, self.models, self.fleet, weights, self.metrics, limits)
+        self._direct = Direct(lookup, self.models, self.fleet, weights, self._measured, limits)
         service.register(self._public, lookup, self._direct, guard, limits, settings.placement)
         compat.register(self._public, lookup, guard, settings.limits)
         self._health.register(self._public, guard)
@@ -134,7 +143,7 @@ class Server:
             max_streams=settings.limits.max_streams,
             message_seconds=settings.server.message_seconds,
         )
-        guard = Guard(self.metrics, self._ready.is_set, bounds, gate)
+        guard = Guard(self._measured, self._ready.is_set, bounds, gate, self._spans)
         self._guards.append(guard)
         return guard
 
@@ -289,6 +298,9 @@ class Server:
             self._stores.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
+        if self._spans is not None:
+            logs.correlate(None)
+            self._spans.close()
 
     def _bind_front(self) -> str:
         settings, limits = self._settings, self._settings.limits
@@ -332,7 +344,7 @@ class Server:
         ]
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     # Blocked in every thread and waited for, instead of handled: a handler that sets an event can deadlock with the
     # very wait for it, and one that only sets a flag wakes nobody.
@@ -348,7 +360,7 @@ def run(settings: Settings) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     server: Server | None = None
     try:
-        server = Server(settings)
+        server = Server(settings, sampler)
         server.start()
         line = f"listening grpc={server.grpc_address} metrics={server.metrics_address}"
         if settings.admin_listen:
@@ -371,6 +383,26 @@ def run(settings: Settings) -> int:
             server.stop()
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return 0
+
+
+def _spans(settings: Settings) -> Spans | None:
+    tracing = settings.tracing
+    if not tracing.endpoint:
+        return None
+    collector = Collector(tracing.endpoint, tracing.ca_file, tracing.sample_ratio, tracing.service_name)
+    try:
+        with _config_errors("tracing.ca_file"):
+            return Spans(collector)
+    except TracingMissing as error:
+        raise ConfigError("tracing.endpoint", str(error)) from error
+
+
+def _measured(metrics: Metrics, settings: Settings, spans: Spans | None) -> MeasuredCalls:
+    """The metrics alone, or with those before them that were asked for: off costs nothing."""
+    measured: MeasuredCalls = metrics
+    if settings.log.calls:
+        measured = CallLog(measured, settings.log.calls)
+    return measured if spans is None else spans.measured(measured)
 
 
 def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Models:

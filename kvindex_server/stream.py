@@ -59,6 +59,8 @@ class StreamStatus:
     trust_cause: Cause = Cause.NOTHING_HEARD
     endpoint: str = ""
     replay_endpoint: str = ""
+    topic: str = ""
+    """Under which the engine publishes; empty before the first message, too."""
     last_sequence: int | None = None
     lag_seconds: float = 0.0
     age_seconds: float = -1.0

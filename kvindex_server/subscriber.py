@@ -112,6 +112,9 @@ class Subscriber:
         return self._ranks[rank].ingest.status()
 
 
+MAX_TOPIC_BYTES = 1024
+
+
 class _Rank(threading.Thread):
     def __init__(
         self,
@@ -138,6 +141,7 @@ class _Rank(threading.Thread):
         self._monitor = wire.Monitor(self._events)
         self._woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
         self._replay: wire.Socket | None = None
+        self._topic: str | None = None
         self._waiter = wire.Waiter()
         for socket in (self._events, self._monitor.socket, self._woken):
             self._waiter.add(socket)
@@ -161,6 +165,7 @@ class _Rank(threading.Thread):
             self.ingest.status(),
             blocks=self.stream.claims,
             blocks_by_tier={tier: blocks for tier, blocks in by_tier.items() if blocks},
+            topic=self._topic or "",
             orphans=self.stream.orphans,
             unresolved=self.stream.unresolved,
         )
@@ -284,7 +289,8 @@ class _Rank(threading.Thread):
 
     def _read_events(self) -> None:
         left = self._drain_messages
-        while left > 0 and self.ingest.in_order:
+        # The first message is read here, as the core passes topics over.
+        while left > 0 and self.ingest.in_order and self._topic is not None:
             drained = self._events.drain(self.stream, self.ingest.order, min(left, self.ingest.until_mark))
             if drained is None:
                 break
@@ -304,6 +310,7 @@ class _Rank(threading.Thread):
         for frames in received:
             try:
                 messages.append(wire.read_event(frames))
+                self._topic = _shown(frames[0])
             except wire.BadFrames as bad:
                 self.ingest.bad_message(bad.reason)
         if messages:
@@ -325,6 +332,8 @@ class _Rank(threading.Thread):
                 ended = True
                 break
             messages.append((sequence, payload))
+            if self._topic is None and len(frames) == 4:
+                self._topic = _shown(frames[1])
         if messages or ended:
             self.ingest.replayed(messages, ended=ended)
 
@@ -346,3 +355,7 @@ class _Rank(threading.Thread):
         self._monitor.close()
         self._events.close()
         self._woken.close()
+
+
+def _shown(topic: bytes) -> str:
+    return topic[:MAX_TOPIC_BYTES].decode("utf-8", "replace")

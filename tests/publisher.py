@@ -41,6 +41,7 @@ class Publisher:
         self._mute = mute
         self.buffer: list[tuple[int, bytes]] = []
         self.replays = 0
+        self.subscriptions = 0
         self.next_sequence = 0
         self._subscribed = threading.Event()
         self._stop = threading.Event()
@@ -52,6 +53,7 @@ class Publisher:
         self._feed.connect(address)
         # XPUB is PUB on the wire, and tells when somebody has subscribed.
         self._pub: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
+        self._pub.setsockopt(zmq.XPUB_VERBOSE, 1)
         self._router: zmq.Socket[bytes] | None = None
         self.endpoint = self.replay_endpoint = ""
         if connect:
@@ -118,6 +120,7 @@ class Publisher:
         while not self._stop.is_set():
             ready = dict(poller.poll())
             if self._pub in ready and self._pub.recv()[:1] == b"\x01":
+                self.subscriptions += 1
                 self._subscribed.set()
             if self._inbox in ready:
                 self._send(self._inbox.recv_multipart())

@@ -27,6 +27,7 @@ from publisher import free_port
 from kvindex_client import AsyncClient, CallError, Client, MmFeature, Options, Query, Scores, Tls, Trust
 from kvindex_client.errors import Pushback, pushback
 from kvindex_client.race import Endpoints, Race
+from kvindex_client.resume import Feed
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub
 
@@ -70,6 +71,9 @@ class Replica:
 
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -592,6 +596,278 @@ def test_tls_and_a_token_that_changes(serve: Callable[..., Replica], tmp_path: P
     assert TOKEN not in repr(options) and "PRIVATE" not in repr(options) and TOKEN not in repr(Options(token=TOKEN))
 
 
+# --- a stream that breaks ---
+
+
+def streamed(
+    kind: str,
+    addresses: list[str],
+    options: Options,
+    queries: Callable[[], Iterator[Query]],
+    heard: Callable[[Scores | CallError], None],
+    timeout: float | None = 60,
+) -> None:
+    """All of a stream; `queries` and `heard` may wait."""
+    if kind == "threads":
+        with Client(addresses, options) as client:
+            for answer in client.score_stream(queries(), timeout=timeout):
+                heard(answer)
+        return
+
+    async def asked() -> AsyncIterator[Query]:
+        source = queries()
+        while (query := await asyncio.to_thread(next, source, None)) is not None:
+            yield query
+
+    async def run() -> None:
+        async with AsyncClient(addresses, options) as client:
+            async for answer in client.score_stream(asked(), timeout=timeout):
+                await asyncio.to_thread(heard, answer)
+
+    asyncio.run(run())
+
+
+def prompts(count: int) -> list[Query]:
+    """Of 1, 2, 3, 4, 1, ... blocks: an answer that is lost, doubled or out of turn shows."""
+    return [Query("m", tokens=TOKENS[: 16 * (number % 4 + 1)]) for number in range(count)]
+
+
+def in_turn(answers: list[Scores | CallError], count: int) -> bool:
+    blocks = [each.total_blocks for each in answers if isinstance(each, Scores)]
+    return blocks == [number % 4 + 1 for number in range(count)]
+
+
+KINDS = pytest.mark.parametrize("kind", ["threads", "asyncio"])
+
+
+@KINDS
+def test_a_stream_goes_on_at_the_next_replica(serve: Callable[..., Replica], kind: str) -> None:
+    """The replica that answers dies with queries under way: each query is answered once, in order."""
+    replicas = {each.address: each for each in (serve().wait_ready(), serve().wait_ready())}
+    answers: list[Scores | CallError] = []
+
+    def queries() -> Iterator[Query]:
+        for number, query in enumerate(prompts(200)):
+            if number == 120:  # some are answered by now, and some on their way
+                eventually(lambda: len(answers) > 50)
+                first = answers[0]
+                assert isinstance(first, Scores)
+                replicas[first.endpoint].kill()
+            yield query
+
+    streamed(kind, list(replicas), Options(), queries, answers.append)
+    assert in_turn(answers, 200)
+    assert len({each.endpoint for each in answers if isinstance(each, Scores)}) == 2
+
+
+@KINDS
+def test_a_stream_outlives_a_restart_of_the_only_replica(serve: Callable[..., Replica], kind: str) -> None:
+    """While the replica is away the client waits and tries, and the query that comes meanwhile is answered too."""
+    first = serve().wait_ready()
+    answers: list[Scores | CallError] = []
+
+    def queries() -> Iterator[Query]:
+        for number, query in enumerate(prompts(12)):
+            if number == 6:
+                eventually(lambda: len(answers) == 6)
+                first.kill()
+                threading.Timer(1.0, lambda: serve(listen=first.address)).start()
+            yield query
+
+    streamed(kind, [first.address], Options(tries=100, retry_budget=100, backoff_max=0.3), queries, answers.append)
+    assert in_turn(answers, 12)
+
+
+@KINDS
+def test_a_stream_that_is_silent_while_its_server_drains_goes_on(serve: Callable[..., Replica], kind: str) -> None:
+    """SIGTERM ends streams whose next query does not come; that is a reason to go elsewhere, not an error."""
+    replicas = {each.address: each for each in (serve().wait_ready(), serve().wait_ready())}
+    answers: list[Scores | CallError] = []
+
+    def queries() -> Iterator[Query]:
+        yield from prompts(4)
+        eventually(lambda: len(answers) == 4)
+        assert isinstance(answers[0], Scores)
+        replicas[answers[0].endpoint].end()
+        time.sleep(2.5)
+        yield from prompts(8)[4:]
+
+    streamed(kind, list(replicas), Options(), queries, answers.append)
+    assert in_turn(answers, 8)
+
+
+@KINDS
+def test_a_stream_to_a_dead_fleet_ends_with_all_its_tries(serve: Callable[..., Replica], kind: str) -> None:
+    """Nobody waits for ever: `tries` connections without an answer are the error."""
+    replicas = [serve().wait_ready() for _ in range(2)]
+    answers: list[Scores | CallError] = []
+
+    def queries() -> Iterator[Query]:
+        yield from prompts(2)
+        eventually(lambda: len(answers) == 2)
+        for each in replicas:
+            each.kill()
+        yield QUERY
+
+    with pytest.raises(CallError) as caught:
+        streamed(kind, [each.address for each in replicas], Options(tries=3), queries, answers.append, timeout=None)
+    assert in_turn(answers, 2)
+    assert [each.code.name for each in caught.value.tries] == ["UNAVAILABLE"] * 3
+    assert {each.endpoint for each in caught.value.tries} == {each.address for each in replicas}
+
+
+@KINDS
+def test_the_time_of_a_stream_is_of_all_its_connections(serve: Callable[..., Replica], kind: str) -> None:
+    """A stream whose next query never comes ends at its deadline."""
+    replica, over = serve().wait_ready(), threading.Event()
+
+    def queries() -> Iterator[Query]:
+        yield QUERY
+        over.wait(20)
+
+    began = time.monotonic()
+    with pytest.raises(CallError) as caught:
+        try:
+            streamed(kind, [replica.address], Options(), queries, lambda _: None, timeout=1.0)
+        finally:
+            took = time.monotonic() - began
+            over.set()
+    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED and took >= 1.0
+
+
+def test_what_an_old_connection_still_gets_goes_to_the_new_one() -> None:
+    """Its thread waits for the source's next query when the connection is lost: that query is sent by the new one."""
+    come, waits = threading.Event(), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 1
+        waits.set()
+        assert come.wait(20)
+        yield 2
+        yield 3
+
+    feed = Feed(source())
+    old = feed.connection()
+    assert next(old) == 1
+    with futures.ThreadPoolExecutor(2) as pool:
+        stuck = pool.submit(next, old, None)
+        assert waits.wait(20)
+        new = feed.connection()
+        assert next(new) == 1  # it has no answer yet
+        second = pool.submit(next, new, None)
+        come.set()
+        assert (stuck.result(20), second.result(20)) == (None, 2)
+    assert feed.answered() and feed.answered() and not feed.answered()
+    assert (next(new), feed.done, next(new, None)) == (3, False, None)
+    assert not feed.done and feed.answered() and feed.done
+
+
+def test_an_error_of_the_queries_is_not_taken_for_their_end() -> None:
+    """Also when the connection that met it is gone."""
+
+    def source() -> Iterator[int]:
+        yield 1
+        raise RuntimeError("the caller's own")
+
+    feed = Feed(source())
+    old = feed.connection()
+    assert next(old) == 1 and feed.answered()
+    with pytest.raises(RuntimeError, match="own"):
+        next(old)
+    with pytest.raises(RuntimeError, match="own"):
+        next(feed.connection())
+    assert not feed.done
+
+
+@KINDS
+def test_a_server_that_answers_too_much_is_an_error(kind: str) -> None:
+    """An answer to nothing would be taken for the next query's."""
+
+    def twice(requests: Iterator[Any], _: grpc.ServicerContext) -> Iterator[Any]:
+        for _request in requests:
+            yield pb.ScoreResponse(total_blocks=1)
+            yield pb.ScoreResponse(total_blocks=1)
+
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    health = HealthServicer()
+    health.set("kvindex.v1.KVIndex", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        twice, pb.ScoreRequest.FromString, pb.ScoreResponse.SerializeToString
+    )
+    service = grpc.method_handlers_generic_handler("kvindex.v1.KVIndex", {"ScoreStream": handler})
+    server.add_generic_rpc_handlers((service,))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        with pytest.raises(CallError) as caught:
+            streamed(kind, [address], Options(), lambda: iter([QUERY]), lambda _: None)
+    finally:
+        server.stop(0).wait(10)
+    assert caught.value.code is grpc.StatusCode.INTERNAL
+
+
+@KINDS
+def test_closing_ends_a_stream(serve: Callable[..., Replica], kind: str) -> None:
+    """Whoever waits for an answer gets an error of the call, and no connection is made anew."""
+    replica, over = serve().wait_ready(), threading.Event()
+
+    def queries() -> Iterator[Query]:
+        yield QUERY
+        over.wait(20)
+
+    async def run() -> None:
+        client = AsyncClient(replica.address)
+        asked = iter(queries())
+
+        async def from_thread() -> AsyncIterator[Query]:
+            while (query := await asyncio.to_thread(next, asked, None)) is not None:
+                yield query
+
+        async for _ in client.score_stream(from_thread()):
+            asyncio.get_running_loop().call_later(0.2, lambda: asyncio.ensure_future(client.close()))
+            threading.Timer(1.0, over.set).start()
+
+    with pytest.raises(CallError) as caught:
+        try:
+            if kind == "asyncio":
+                asyncio.run(asyncio.wait_for(run(), 20))
+            else:
+                client = Client(replica.address)
+                for _ in client.score_stream(queries()):
+                    threading.Timer(0.2, client.close).start()
+        finally:
+            over.set()
+    assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+@KINDS
+def test_headers_are_sent_with_every_try(kind: str) -> None:
+    """What makes the server's span the caller's child."""
+    seen: list[str] = []
+
+    def score(_: Any, context: grpc.ServicerContext) -> Any:
+        seen.append(dict(context.invocation_metadata())["traceparent"])
+        return pb.ScoreResponse(total_blocks=1)
+
+    numbers = iter(range(10))
+    options = Options(timeout=20, headers=lambda: {"traceparent": f"00-{next(numbers)}"}, token=TOKEN)
+    with plain_server(score) as address:
+        if kind == "threads":
+            with Client(address, options) as client:
+                client.score(QUERY)
+                client.score(QUERY)
+        else:
+
+            async def ask() -> None:
+                async with AsyncClient(address, options) as client:
+                    await client.score(QUERY)
+                    await client.score(QUERY)
+
+            asyncio.run(ask())
+    assert seen == ["00-0", "00-1"]
+
+
 # --- the rules by themselves ---
 
 UNAVAILABLE, EXHAUSTED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -762,8 +1038,8 @@ def test_the_snippets_of_the_page_run(pair: list[str], capsys: pytest.CaptureFix
     """docs/clients.md, as it stands, against two replicas instead of the names it has."""
     page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 2
-    for snippet in snippets:
+    assert len(snippets) == 3
+    for snippet in snippets[:2]:
         names = ("kvindex-0.kvindex:50051", "kvindex-1.kvindex:50051")
         assert all(name in snippet for name in names)
         code = snippet.replace(names[0], pair[0]).replace(names[1], pair[1])
@@ -772,3 +1048,16 @@ def test_the_snippets_of_the_page_run(pair: list[str], capsys: pytest.CaptureFix
     with grpc.insecure_channel(pair[0]) as channel:  # what it placed is there
         stats = KVIndexAdminStub(channel).GetStats(pb.GetStatsRequest(), timeout=5)
     assert [model.model for model in stats.models] == ["m"]
+
+
+def test_the_snippet_of_a_traced_caller_sends_its_span() -> None:
+    """docs/clients.md: what it makes of the present span is a `traceparent` of that span."""
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    snippet = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[2]
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "docs/clients.md", "exec"), names)
+    with trace.TracerProvider().get_tracer("t").start_as_current_span("caller") as span:
+        sent = dict(names["options"].metadata())
+    context = span.get_span_context()
+    assert sent["traceparent"].startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-0")

@@ -142,6 +142,14 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         Status.WARN,
         "'kv@x'",
     ),
+    "another pod's port": (
+        replace(with_stream(topic="kv@b:8000@m"), specs={"a:8000": SPEC, "b:8000": replace(SPEC, pod="b:8000")}),
+        "topic",
+        Status.FAIL,
+        "'b:8000' in its topic, which is the name of another registered pod",
+    ),
+    "another name": (with_stream(topic="kv@vllm-0@m"), "topic", Status.WARN, "'vllm-0' in its topic"),
+    "another model": (with_stream(topic="kv@a:8000@n"), "topic", Status.WARN, "serves 'n'"),
     "no block size": (replace(WELL, block_size=0), "block_size", Status.FAIL, "not known"),
     "block size": (with_stream(dropped={"block_size_mismatch": 3}), "block_size", Status.FAIL, "3 events"),
     "seed": (replace(WELL, seed=7), "hash_seed", Status.WARN, "7"),
@@ -420,6 +428,31 @@ def test_check_names_what_is_silent(running: Running) -> None:
     assert strangers == {"x": pb.CHECK_STATUS_FAIL, "c": pb.CHECK_STATUS_WARN, "d": pb.CHECK_STATUS_WARN}
     assert {each.pod for each in found["replay"]} == {"c", "d"}
     assert [each.status for each in found["block_size"]] == [pb.CHECK_STATUS_PASS]
+
+
+@pytest.mark.parametrize("topic", ["", "events", "kv@a@alias", "kv@a:8000@m", "kv@a:9999@adapter", "kv@a"])
+def test_a_topic_that_is_right_or_says_nothing_is_well(topic: str) -> None:
+    found = of(examine(replace(with_stream(topic=topic), aliases=("alias",))), "topic")
+    assert [each.status for each in found] == [Status.PASS]
+
+
+@pytest.mark.parametrize("first_heard", ["live", "replayed"])
+def test_check_reads_the_topics_of_engines(running: Running, first_heard: str) -> None:
+    """A pod registered with another one's endpoint: all seems well, and each hit is credited to the wrong pod."""
+    with Publisher(topic=b"kv@a@m") as publisher:
+        if first_heard == "replayed":
+            publisher.publish(maps(stored(0, 1)))
+        endpoints = {"endpoint": publisher.endpoint, "replay_endpoint": publisher.replay_endpoint}
+        running.admin.RegisterPod(pb.RegisterPodRequest(pod="e", model=MODEL, **endpoints), timeout=10)
+        publisher.wait_subscriber()
+        if first_heard == "live":
+            running.until(lambda: publisher.replays > 0)
+            publisher.publish(maps(stored(0, 1)))
+        running.until(lambda: any(each.pod == "e" and each.messages for each in running.streams()))
+        (found,) = running.check(model=MODEL)["topic"]
+        assert (found.pod, found.status) == ("e", pb.CHECK_STATUS_FAIL)
+        assert "calls itself 'a'" in found.evidence and "credited" in found.remedy
+        running.admin.UnregisterPod(pb.UnregisterPodRequest(pod="e", model=MODEL), timeout=10)
 
 
 def test_check_looks_the_probe_up(running: Running) -> None:

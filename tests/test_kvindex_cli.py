@@ -1,9 +1,12 @@
 """The command `kvindex` as a person runs it: processes of their own against a real server and real sockets."""
 
 import base64
+import contextlib
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -19,6 +22,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+import zmq
 from event_encoding import Stored, maps
 from publisher import Publisher, free_port
 from tokenizers_at_hand import byte_level
@@ -277,6 +281,45 @@ def test_bench_times_calls(site: Site) -> None:
     assert 0 < done.json["p50_ms"] <= done.json["p99_ms"] <= done.json["max_ms"]
 
 
+def on_terminal(columns: int, *words: str) -> list[str]:
+    """The lines that a command writes to a terminal of this width."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(KVINDEX, [KVINDEX, *words], {**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8"})
+    seen = b""
+    try:
+        while True:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # the child has ended
+                break
+            if not part:
+                break
+            seen += part
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+    return seen.decode().replace("\r", "").splitlines()
+
+
+def test_on_a_terminal_everything_fits(site: Site) -> None:
+    """Sentences are wrapped between words, and the bar gives way to the numbers; a pipe gets whole lines."""
+    pods = on_terminal(96, "pods", *site.server)
+    assert max(map(screen.breadth, pods)) <= 96
+    assert "█" in "".join(pods) and "restarts" in pods[0]
+    check = ("check", *site.server, "--model", "m", "--pod", "nobody")
+    shown, piped = on_terminal(80, *check), kvindex(*check).out
+    assert max(map(screen.breadth, shown)) < 80
+    assert " ".join(" ".join(shown).split()) == " ".join(piped.split())
+    assert max(map(len, piped.splitlines())) > 100
+
+
+def test_alone_it_says_what_there_is() -> None:
+    done = kvindex()
+    assert (done.code, done.out) == (2, "")
+    assert all(name in done.err for name in COMMANDS)
+
+
 # --- failures ---
 
 
@@ -322,7 +365,37 @@ def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [(), ("fly",), ("score",), ("score", "--model", "m", "--prompt", "a", "--keys", "1")])
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (("scroe",), "kvindex: argument COMMAND: invalid choice: 'scroe'; did you mean score? (one of score, "),
+        (("score", "--modle", "m", "--tokens", "1"), "kvindex score: "),
+        (("pods", "--modle", "m"), "kvindex pods: unknown option: --modle; did you mean --model?"),
+        (("pods", "--sever=x"), "kvindex pods: unknown option: --sever; did you mean --server?"),
+        (("pods", "x"), "kvindex pods: unknown argument: x"),
+        (("completion", "bahs"), "kvindex completion: argument shell: invalid choice: 'bahs'; did you mean bash?"),
+        (("serve", "--metric-listen", "x"), "kvindex serve: unknown option: --metric-listen; did you mean --metrics-"),
+    ],
+)
+def test_something_mistyped_names_what_was_meant(words: tuple[str, ...], last: str) -> None:
+    done = kvindex(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith(last)
+
+
+def test_a_mistyped_name_is_met_with_the_known_one(site: Site, tmp_path: Path) -> None:
+    with Publisher() as publisher, grpc.insecure_channel(site.address) as channel:
+        admin = rpc.KVIndexAdminStub(channel)
+        spec = pb.RegisterPodRequest(pod="10.0.0.7:8000", model="qwen3-32b", endpoint=publisher.endpoint)
+        admin.RegisterPod(spec, timeout=10)
+        model = kvindex("score", *site.server, "--model", "qwen-32b", "--tokens", "1")
+        pod = kvindex("capture", str(tmp_path / "c"), *site.server, "--pod", "10.0.0.7:800")
+        admin.UnregisterPod(pb.UnregisterPodRequest(pod=spec.pod, model=spec.model), timeout=10)
+    assert model.err.rstrip().endswith("did you mean qwen3-32b?")
+    assert pod.err.rstrip().endswith("; did you mean 10.0.0.7:8000?")
+
+
+@pytest.mark.parametrize("words", [("fly",), ("score",), ("score", "--model", "m", "--prompt", "a", "--keys", "1")])
 def test_argparse_refuses(words: tuple[str, ...]) -> None:
     done = kvindex(*words)
     assert done.code == 2
@@ -408,7 +481,10 @@ def test_a_capture_is_what_was_sent_byte_for_byte(tmp_path: Path) -> None:
         out, _ = popen.communicate(timeout=30)
     assert popen.returncode == 0
     told = json.loads(out)
-    assert (told["heard"], told["first"], told["last"], told["holes"], told["replay"]) == (3, 2, 4, 0, "complete")
+    assert (told["heard"], told["holes"], told["bad"]) == (3, 0, 0)
+    assert [(each["rank"], each["first"], each["last"], each["replay"]) for each in told["ranks"]] == [
+        (0, 2, 4, "complete")
+    ]
     frames = [json.loads(line)["frames"] for line in (tmp_path / "c" / "frames.jsonl").read_text().splitlines()]
     assert [[base64.b64decode(each) for each in message] for message in frames] == [
         [b"kv@a@m", number.to_bytes(8, "big"), payloads[number]] for number in (2, 3, 4)
@@ -418,11 +494,127 @@ def test_a_capture_is_what_was_sent_byte_for_byte(tmp_path: Path) -> None:
     assert base64.b64decode(replayed[-1][-2]) == b"\xff" * 8
 
 
-def test_a_capture_is_never_overwritten_unasked(tmp_path: Path) -> None:
-    (tmp_path / "frames.jsonl").write_text("precious")
-    done = kvindex("capture", str(tmp_path), "--endpoint", f"tcp://127.0.0.1:{free_port()}", "--seconds", "0.1")
-    assert done.code == 2
-    assert (tmp_path / "frames.jsonl").read_text() == "precious"
+@contextlib.contextmanager
+def engine_of(ranks: int) -> Iterator[list[Publisher]]:
+    """Publishers at ports side by side."""
+    for _ in range(50):
+        ports = [free_port() for _ in range(2)]
+        with contextlib.ExitStack() as stack:
+            try:
+                opened = [
+                    stack.enter_context(Publisher(ports[0] + rank, ports[1] + rank, topic=b"kv"))
+                    for rank in range(ranks)
+                ]
+            except zmq.ZMQError:  # one of them is somebody else's
+                continue
+            yield opened
+            return
+    raise AssertionError("no ports side by side")
+
+
+@pytest.mark.parametrize("known_by", ["pod", "endpoint"])
+def test_all_ranks_of_an_engine_are_recorded_and_played_again(site: Site, tmp_path: Path, known_by: str) -> None:
+    """Each with its replay; played back, every rank holds what the engine's did, and nothing of another's."""
+    with engine_of(3) as engine, grpc.insecure_channel(site.address) as channel:
+        admin = rpc.KVIndexAdminStub(channel)
+        for rank, publisher in enumerate(engine):
+            publisher.publish(maps(Stored([rank + 1], None, [rank] * 4, 4)))
+        first = engine[0]
+        where: tuple[str, ...] = ("--pod", "engine", *site.server)
+        if known_by == "pod":
+            admin.RegisterPod(
+                pb.RegisterPodRequest(
+                    pod="engine",
+                    model="ranks",
+                    endpoint=first.endpoint,
+                    replay_endpoint=first.replay_endpoint,
+                    ranks=3,
+                ),
+                timeout=10,
+            )
+        else:
+            where = ("--endpoint", first.endpoint, "--replay-endpoint", first.replay_endpoint, "--ranks", "3")
+        popen = subprocess.Popen(
+            [KVINDEX, "capture", str(tmp_path / "c"), *where, "--messages", "3", "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        listeners = 2 if known_by == "pod" else 1  # the server is one
+        ends = time.monotonic() + 30
+        while not all(each.replays >= listeners and each.subscriptions >= listeners for each in engine):
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+        for rank, publisher in enumerate(engine):
+            publisher.publish(maps(Stored([rank + 11], rank + 1, [rank + 100] * 4, 4)))
+        out, _ = popen.communicate(timeout=30)
+        if known_by == "pod":
+            admin.UnregisterPod(pb.UnregisterPodRequest(pod="engine", model="ranks"), timeout=10)
+    assert popen.returncode == 0
+    told = json.loads(out)
+    assert [
+        (each["rank"], each["heard"], each["replayed"], each["first"], each["replay"]) for each in told["ranks"]
+    ] == [(rank, 1, 1, 1, "complete") for rank in range(3)]
+    played = subprocess.Popen(
+        [KVINDEX, "replay", str(tmp_path / "c"), *site.server, "--register", "again", "--model", f"by-{known_by}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with grpc.insecure_channel(site.address) as channel:
+            read, admin = rpc.KVIndexStub(channel), rpc.KVIndexAdminStub(channel)
+            ends = time.monotonic() + 30
+            while True:
+                streams = [each for each in admin.ListPods(pb.ListPodsRequest()).streams if each.pod == "again"]
+                if [each.blocks for each in streams] == [2] * 3:
+                    break
+                assert time.monotonic() < ends, streams
+                time.sleep(0.02)
+            assert {each.trust for each in streams} == {pb.TRUST_EXACT}
+            tokens = [pb.Tokens(ids=[rank] * 4 + [rank + 100] * 4) for rank in range(3)]
+            answers = [read.Score(pb.ScoreRequest(model=f"by-{known_by}", tokens=each), timeout=5) for each in tokens]
+        assert [(each.scores[0].rank, each.scores[0].matched_blocks) for each in answers] == [(0, 2), (1, 2), (2, 2)]
+    finally:
+        played.send_signal(signal.SIGTERM)
+        out, _ = played.communicate(timeout=30)
+    assert "3 messages of 3 ranks" in out and "3 messages published" in out
+
+
+def test_one_rank_of_several_is_recorded_alone(site: Site, tmp_path: Path) -> None:
+    with engine_of(2) as engine:
+        for publisher in engine:
+            publisher.publish(maps(Stored([1], None, [7] * 4, 4)))
+        where = ("--endpoint", engine[0].endpoint, "--replay-endpoint", engine[0].replay_endpoint, "--ranks", "2")
+        done = kvindex("capture", str(tmp_path / "c"), *where, "--rank", "1", "--seconds", "1.5", "--json")
+        assert [each.replays for each in engine] == [0, 1]
+    assert [(each["rank"], each["replayed"]) for each in done.json["ranks"]] == [(1, 1)]
+    assert (tmp_path / "c" / "replay.jsonl").exists()
+    none = kvindex("capture", str(tmp_path / "d"), "--pod", "a", "--rank", "4", *site.server)
+    assert (none.code, none.err) == (1, "kvindex: pod 'a' has no rank 4; it has 0\n")
+
+
+def test_a_recording_without_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
+    for rank in (0, 2):
+        (tmp_path / f"rank-{rank}").mkdir()
+        (tmp_path / f"rank-{rank}" / "frames.jsonl").write_text("")
+    done = kvindex("replay", str(tmp_path))
+    assert (done.code, done.err) == (2, f"kvindex: {tmp_path}: the recording has no rank-1\n")
+
+
+@pytest.mark.parametrize("place", [".", "rank-1"])
+def test_a_capture_is_never_overwritten_unasked(tmp_path: Path, place: str) -> None:
+    """Of one rank or of several; asked to, it leaves nothing of the old one and all that is not a recording."""
+    old = tmp_path / place / "frames.jsonl"
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("precious")
+    (tmp_path / place / "notes").write_text("mine")
+    words = ("capture", str(tmp_path), "--endpoint", f"tcp://127.0.0.1:{free_port()}", "--seconds", "0.1")
+    done = kvindex(*words)
+    assert (done.code, done.err) == (2, f"kvindex: {tmp_path} has a recording already (--overwrite)\n")
+    assert old.read_text() == "precious"
+    kvindex(*words, "--overwrite")
+    assert (tmp_path / "frames.jsonl").read_text() == ""
+    assert place == "." or not old.exists()
+    assert (tmp_path / place / "notes").read_text() == "mine"
 
 
 def test_a_capture_that_hears_nothing_fails(tmp_path: Path) -> None:
@@ -536,6 +728,15 @@ def test_demo_runs_under_this_name_too() -> None:
     assert "requests in" in done.out
 
 
+def test_demo_as_json() -> None:
+    done = kvindex("demo", "--once", "--pods", "2", "--seconds", "5", "--rate", "50", "--json")
+    where, summary = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 0
+    assert where.keys() == {"grpc", "metrics"}
+    assert (summary["pods"], summary["pods_equal"], summary["failures"]) == (2, 2, 0)
+    assert summary["requests"] > 0 and 0 < summary["hit_ratio"] < 1
+
+
 def complete(script: Path, *words: str) -> list[str]:
     """What bash offers behind these words."""
     line = " ".join(f"'{word}'" for word in words)
@@ -555,6 +756,79 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     (tmp_path / "recorded").mkdir()
     assert complete(script, "kvindex", "replay", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "completion", "f") == ["fish"]
+    assert complete(script, "kvindex", "score", "--chat", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
+    assert complete(script, "kvindex", "score", "--model", f"{tmp_path}/rec") == []
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes_commands_options_and_files(tmp_path: Path) -> None:
+    script = tmp_path / "kvindex.fish"
+    script.write_text(kvindex("completion", "fish").out)
+    (tmp_path / "recorded").mkdir()
+
+    def offered(line: str) -> list[str]:
+        program = f"source {script}; cd {tmp_path}; complete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", program], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert done.stderr == ""
+        return sorted(each.partition("\t")[0] for each in done.stdout.splitlines())
+
+    assert offered("kvindex sc") == ["score"]
+    assert offered("kvindex score --to") == ["--token-file", "--tokens", "--top"]
+    assert offered("kvindex replay rec") == ["recorded/"]
+    assert offered("kvindex capture --pod rec") == []
+    assert offered("kvindex completion f") == ["fish"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_commands_options_and_files(tmp_path: Path) -> None:
+    """In an interactive shell on a terminal of its own, by Tab."""
+    script = tmp_path / "kvindex.zsh"
+    script.write_text(kvindex("completion", "zsh").out)
+    (tmp_path / "recorded").mkdir()
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "PS1": "", "TERM": "dumb", "HOME": str(tmp_path)})
+    seen = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal seen
+        ends = time.monotonic() + 20
+        while words not in seen:
+            assert time.monotonic() < ends and select.select([terminal], [], [], 20)[0], seen
+            seen += os.read(terminal, 65536)
+
+    try:
+        setup = f"unsetopt zle_bracketed_paste; autoload -U compinit; compinit -u -D; source {script}; print re''ady\n"
+        os.write(terminal, setup.encode())
+        read_until(b"\r\nready")
+        for typed, becomes in (
+            (b"kvindex sco\t", b"kvindex score "),
+            (b"kvindex score --toke\t", b"kvindex score --token"),
+            (b"kvindex pods --token-f\t", b"kvindex pods --token-file "),
+            (b"kvindex replay rec\t", b"kvindex replay recorded/"),
+            (b"kvindex completion f\t", b"kvindex completion fish "),
+        ):
+            seen = b""
+            os.write(terminal, typed)
+            read_until(becomes)
+            os.write(terminal, b"\x15")  # takes the line away
+    finally:
+        os.close(terminal)
+        os.kill(shell, signal.SIGKILL)
+        os.waitpid(shell, 0)
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_every_completion_script_is_its_shells_language(tmp_path: Path, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "script"
+    script.write_text(completion.script(shell, parser()))
+    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_command_is_in_every_completion_script() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvindex_server import logs
+from kvindex_server.calls import CallLog
 
 LOGGER = logging.getLogger("kvindex_server.test")
 
@@ -93,3 +94,88 @@ def test_configuring_again_replaces() -> None:
     logs.event(LOGGER, logging.INFO, "once")
     assert first.getvalue() == ""
     assert second.getvalue().count("once") == 1
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_flood_is_thinned_out_and_what_is_left_out_is_counted() -> None:
+    """The first lines of a second and then every third; other events are not touched; the next line tells."""
+    stream, clock = io.StringIO(), Clock()
+    sampler = logs.Sampler(2, 3, clock)
+    logs.configure("json", "info", stream, sampler)
+    for number in range(10):
+        logs.event(LOGGER, logging.WARNING, "flood", number=number)
+    logs.event(LOGGER, logging.WARNING, "other")
+    written = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(each["event"], each.get("number"), each.get("suppressed")) for each in written] == [
+        ("flood", 0, None),
+        ("flood", 1, None),
+        ("flood", 4, 2),
+        ("flood", 7, 2),
+        ("other", None, None),
+    ]
+    assert sampler.total == 6
+    clock.now = 1.0
+    logs.event(LOGGER, logging.WARNING, "flood", number=10)
+    assert json.loads(stream.getvalue().splitlines()[-1])["suppressed"] == 2
+
+
+def test_floods_of_other_libraries_are_told_apart_by_their_text() -> None:
+    stream = io.StringIO()
+    sampler = logs.Sampler(1, 0, Clock())
+    logs.configure("console", "info", stream, sampler)
+    for number in range(5):
+        logging.getLogger("elsewhere").warning("lost %s", number)
+        logging.getLogger("elsewhere").warning("found %s", number)
+    assert [line.split()[-2:] for line in stream.getvalue().splitlines()] == [["lost", "0"], ["found", "0"]]
+    assert sampler.total == 8
+
+
+def test_events_beyond_the_limit_share_one_count() -> None:
+    """Memory is bounded whatever is logged."""
+    sampler = logs.Sampler(1, 0, Clock())
+    logger = logging.getLogger("elsewhere")
+    kept = sum(
+        sampler.filter(logger.makeRecord("elsewhere", logging.WARNING, "", 0, f"text {number}", (), None))
+        for number in range(logs.MAX_EVENTS + 100)
+    )
+    assert kept == logs.MAX_EVENTS + 1
+    assert sampler.total == 99
+
+
+def test_a_share_of_the_calls_gets_a_line_and_every_failed_one() -> None:
+    class Measured:
+        """Metrics that nobody reads."""
+
+        def __getattr__(self, _: str) -> object:
+            return lambda *_: None
+
+    stream = lines("json")
+    throws = iter([0.05, 0.5, 0.5])
+    calls = CallLog(Measured(), 0.1, lambda: next(throws))  # type: ignore[arg-type]
+    calls.observe_lookup("m", 3, 2)
+    calls.observe_lookup("m", 4, 1)
+    calls.observe_rpc("/s/Stream", "OK", 0.0015)
+    calls.observe_rpc("/s/Score", "OK", 0.001)
+    calls.observe_rpc("/s/Score", "UNAUTHENTICATED", 0.001)  # not all of them: strangers must not fill the log
+    calls.observe_rpc("/s/Score", "NOT_FOUND", 0.001)
+    first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
+    told = {key: first[key] for key in ("level", "event", "method", "code", "ms", "model", "lookups", "blocks")}
+    assert told == {
+        "level": "info",
+        "event": "call",
+        "method": "/s/Stream",
+        "code": "OK",
+        "ms": 1.5,
+        "model": "m",
+        "lookups": 2,
+        "blocks": 7,
+    }
+    assert (second["level"], second["code"], "model" in second) == ("warning", "NOT_FOUND", False)

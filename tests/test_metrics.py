@@ -18,10 +18,12 @@ from kvindex_server.discovery.reconciler import SourceStatus
 from kvindex_server.keeper import KeeperStats
 from kvindex_server.metrics import (
     DISCOVERY,
+    LOGS,
     MAX_METHODS,
     REPLICAS,
     REQUESTS,
     SNAPSHOTS,
+    SPANS,
     STORE,
     STREAMS,
     TEXT,
@@ -288,11 +290,16 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     metrics.watch_text(_core.TextCache(1 << 20).stats, dict)
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(list)
+    metrics.watch_logs(lambda: 0)
+    metrics.watch_spans(dict)
     exposed = set()
     for family in metrics.registry.collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         exposed.add((family.name + suffix, family.type))
-    declared = {(row.name, row.kind) for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)}
+    declared = {
+        (row.name, row.kind)
+        for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS, *LOGS, *SPANS)
+    }
     assert {each for each in exposed if not each[0].startswith("process_")} == declared
 
 
@@ -309,7 +316,9 @@ def test_labels_are_as_declared() -> None:
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": (True, False)})
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
-    rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)
+    metrics.watch_logs(lambda: 1)
+    metrics.watch_spans(lambda: {"ended": 1})
+    rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS, *LOGS, *SPANS)
     declared = {row.name: set(row.labels) for row in rows}
     seen = set()
     for name, labels in samples(metrics):
@@ -327,7 +336,9 @@ def test_documented_table_is_the_code() -> None:
 
 
 def test_documented_alerts_name_real_metrics() -> None:
-    declared = {row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS)}
+    declared = {
+        row.name for row in (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS, *LOGS, *SPANS)
+    }
     named = set(re.findall(r"kvindex_[a-z_]+", DOCS.read_text()))
     assert {re.sub(r"_(bucket|sum)$", "", name) for name in named} - {"kvindex_server"} <= declared
 

@@ -11,6 +11,7 @@ import pytest
 from page_fleet import BLOCK, HOLED, LATE, LOST, MODEL, PLACED, PROMPT, SPLIT, WHOLE, fleet, serving
 
 from kvindex_server.config import ConfigError, load_settings
+from kvindex_server.lookup import Query
 from kvindex_server.page.prompt import MAX_PODS, MAX_TEXT_BYTES
 from kvindex_server.page.routes import HEADERS
 from kvindex_server.pods import PodSpec
@@ -139,6 +140,25 @@ def test_runs_show_each_block(shown: Server) -> None:
     assert pods[PLACED]["runs"] == [["speculative", total]]
     assert (pods[PLACED]["matched_blocks"], pods[PLACED]["speculative_blocks"]) == (0, total)
     assert [each["pod"] for each in answer["pods"]][:1] == [WHOLE]
+
+
+def test_each_match_says_why_it_ends(shown: Server) -> None:
+    """As Explain does, with the first tokens and keys of the prompt."""
+    _, answer = score(shown)
+    pods = {each["pod"]: each for each in answer["pods"]}
+    total, hole = answer["total_blocks"], answer["total_blocks"] // 3
+    assert (pods[WHOLE]["end"], pods[WHOLE]["why"]) == ("WHOLE_PROMPT", f"all {total} blocks are held")
+    assert pods[HOLED]["end"] == "REMOVED"
+    assert pods[HOLED]["why"].startswith(f"block {hole} is not held, but block {hole + 1} behind it is")
+    assert pods[SPLIT]["end"] == "ELSEWHERE" and WHOLE in pods[SPLIT]["why"]
+    assert pods[PLACED]["end"] == "NOTHING_HEARD"
+    assert {each["end"] for each in answer["pods"] if each["trust"] == "STALE"} == {"ELSEWHERE"}
+    assert all("the stream is STALE: " in each["why"] for each in answer["pods"] if each["trust"] == "STALE")
+    asked = Query(MODEL, "prompt", text=PROMPT)
+    prompt = shown._direct._lookup.prompt(asked, lambda: None)
+    tokens, keys = memoryview(prompt.tokens).cast("I"), memoryview(prompt.keys).cast("Q")
+    assert answer["tokens"] == list(tokens[:64])
+    assert answer["keys"] == [f"{key:#018x}" for key in keys[:16]]
 
 
 @pytest.mark.parametrize(

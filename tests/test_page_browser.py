@@ -139,8 +139,11 @@ def test_prompt_box_shows_blocks(page: Any) -> None:
     assert total > 20
     assert page.locator("#pods li").count() == 6
 
+    def row(pod: str) -> Any:  # others may name it in their sentence
+        return page.locator("#pods li").filter(has=page.locator("strong", has_text=pod))
+
     def cells(pod: str, kind: str) -> int:
-        return page.locator("#pods li", has_text=pod).locator(f"svg rect{kind}").count()
+        return row(pod).locator(f"svg rect{kind}").count()
 
     assert cells(WHOLE, ".gpu") == total
     assert (cells(SPLIT, ".gpu"), cells(SPLIT, ".hole")) == (total // 2, 1)
@@ -153,6 +156,12 @@ def test_prompt_box_shows_blocks(page: Any) -> None:
     assert cells(PLACED, ".placed") == total
     assert f"{total} of {total} blocks" in page.locator("#pods li").nth(0).inner_text()
     assert page.locator("#match-legend span").count() == 6
+    why = row(HOLED).locator(".why").inner_text()
+    assert why.startswith(f"block {total // 3} is not held, but block {total // 3 + 1} behind it is")
+    assert not page.locator("#shown-keys").is_visible()
+    page.click("#lookup summary")
+    assert re.match(r"0x[0-9a-f]{16} 0x", page.locator("#shown-keys").inner_text())
+    assert re.match(r"\d+ \d+ ", page.locator("#shown-tokens").inner_text())
     ask(page, "{")
     page.select_option("#kind", "chat")
     ask(page, "{")
@@ -244,6 +253,7 @@ def test_colours(browser: Any, server: Server, scheme: str) -> None:
     other = {"light": "dark", "dark": "light"}[scheme]
     with opened(browser, server, color_scheme=scheme, device_scale_factor=1) as page:
         ask(page)
+        page.click("#lookup summary")
         assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == scheme
         assert page.evaluate(CONTRAST) == []
         if SCREENSHOTS:

@@ -307,6 +307,8 @@ def answers(server: Server) -> bool:
 class Anybody:
     """A guard that lets everybody in and remembers what it turned away."""
 
+    spans = None
+
     def __init__(self) -> None:
         self.shed_for: list[str] = []
 

@@ -54,8 +54,8 @@ def _show(answer: pb.CheckResponse, problems: bool) -> None:
             screen.write(f"model {model}")
         rank = f" rank {each.rank}" if each.HasField("rank") else ""
         subject = f"{each.pod}{rank}: " if each.pod else ""
-        screen.write(f"  {MARKS[each.status]}  {each.name:<14} {subject}{each.evidence}")
+        screen.write(*screen.wrapped(f"  {MARKS[each.status]}  {each.name:<14} {subject}{each.evidence}", 23))
         if each.remedy:
-            screen.write(f"        {'':<14} -> {each.remedy}")
+            screen.write(*screen.wrapped(f"{'':<23}-> {each.remedy}", 26))
     counts = {mark: sum(each.status == status for each in answer.checks) for status, mark in MARKS.items()}
     screen.write(", ".join(f"{count} {mark.lower()}" for mark, count in counts.items()))

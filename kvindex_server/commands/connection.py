@@ -1,6 +1,7 @@
 """The connection to a running server: its options, its calls, and what a failure means."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from kvindex_server.commands.failure import FAILED, NOT_ALLOWED, UNREACHABLE, USAGE, CommandError
+from kvindex_server.commands.failure import FAILED, NOT_ALLOWED, UNREACHABLE, USAGE, CommandError, meant
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 
@@ -77,16 +78,19 @@ class Connection:
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             return CommandError(f"{server} does not allow this: {details} (--token-file, --tls-cert)", NOT_ALLOWED)
         if code is grpc.StatusCode.NOT_FOUND and details.startswith("model:"):
-            details += self._known_models()
+            details += self._known_models(details)
         return CommandError(f"{code.name}: {details}", FAILED)
 
-    def _known_models(self) -> str:
+    def _known_models(self, details: str) -> str:
         try:
             stats = self.admin.GetStats(pb.GetStatsRequest(), timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError:
             return ""
-        names = ", ".join(each.model for each in stats.models[:16])
-        return f"; known are: {names}" if names else "; no model is known yet: register a pod or configure one"
+        names = [each.model for each in stats.models]
+        if not names:
+            return "; no model is known yet: register a pod or configure one"
+        given = re.search(r"'(.*?)'", details)
+        return f"; known are: {', '.join(names[:16])}{meant(given[1], names) if given else ''}"
 
 
 def _unavailable(server: str, details: str) -> str:

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [row(each.score, answer.total_blocks) for each in answer.pods]
     screen.write(*screen.table(("pod", "rank", "score", "match", "blocks ", "trust "), rows), screen.LEGEND)
     for each in answer.pods:
-        screen.write(f"{each.score.pod}: {pb.MatchEnd.Name(each.end).removeprefix('MATCH_END_')}: {each.why}")
+        end = pb.MatchEnd.Name(each.end).removeprefix("MATCH_END_")
+        screen.write(*screen.wrapped(f"{each.score.pod}: {end}: {each.why}", 4))
     if answer.more_pods:
         screen.write(f"{answer.more_pods} more pods match less")
     return 0

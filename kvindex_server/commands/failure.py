@@ -1,5 +1,8 @@
 """How a command fails: one line for a person, and an exit code for a script."""
 
+import difflib
+from collections.abc import Iterable
+
 FAILED = 1
 """The server refused the request, or what was asked for is not well."""
 USAGE = 2
@@ -16,3 +19,9 @@ class CommandError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for something mistyped, or nothing."""
+    close = difflib.get_close_matches(given, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, ModuleType
+from typing import cast
 
 from kvindex_server import __version__, cli
 from kvindex_server.commands import (
@@ -22,7 +23,8 @@ from kvindex_server.commands import (
     score,
     simulate,
 )
-from kvindex_server.commands.failure import INTERRUPTED, CommandError
+from kvindex_server.commands.failure import INTERRUPTED, USAGE, CommandError
+from kvindex_server.commands.usage import Parser
 
 EPILOG = """exit codes: 0 well; 1 refused, or something is not well; 2 wrong usage; 3 no answer, or not ready; \
 4 not allowed; 130 interrupted"""
@@ -48,7 +50,7 @@ COMMANDS = {
     "pods": _of(pods, "every event stream: state, trust, blocks, lag"),
     "watch": _Command("the same, live", pods.add_watch_options, pods.watch),
     "blocks": _of(blocks, "who holds each block"),
-    "capture": _of(capture, "record an event stream with its replay"),
+    "capture": _of(capture, "record an engine's event streams with their replay"),
     "replay": _of(replay, "play a recording back"),
     "simulate": _of(simulate, "run simulated engines"),
     "bench": _of(bench, "load a server a little and time it"),
@@ -58,6 +60,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     top = parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        top.print_help(sys.stderr)
+        return USAGE
     args = top.parse_args(argv)
     if args.command in ("serve", "demo"):
         return cli.serve(args) if args.command == "serve" else cli.demo(args)
@@ -80,13 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kvindex",
         description="Asks a kvindex-server, records and plays event streams, and runs the server.",
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kvindex {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -95,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_options(own)
         own.add_argument("--json", action="store_true", help="JSON on stdout")
         connection.add_options(own)
-    cli.add_commands(commands)
+    cli.add_commands(cast("argparse._SubParsersAction[argparse.ArgumentParser]", commands))
     shells = commands.add_parser("completion", help="print a shell completion script", allow_abbrev=False)
     completion.add_options(shells)
     return top

@@ -11,7 +11,7 @@ from kvindex_server.commands.failure import UNREACHABLE, CommandError
 from kvindex_server.commands.score import trust
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
-BAR = 20
+BAR, SHORTEST_BAR = 20, 6
 HEAD = (
     "pod",
     "rank",
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     screen.write(*_lines(answer.streams))
     for each in answer.streams:
         if each.trust != pb.TRUST_EXACT:
-            screen.write(f"{each.pod} rank {each.rank}: {trust(each.trust)}: {each.trust_reason}")
+            said = f"{each.pod} rank {each.rank}: {trust(each.trust)}: {each.trust_reason}"
+            screen.write(*screen.wrapped(said, 4))
     if not answer.streams:
         screen.note("no pod is registered")
     return 0
@@ -91,10 +92,16 @@ def watch(args: argparse.Namespace) -> int:
 
 def _lines(streams: Sequence[pb.StreamInfo]) -> list[str]:
     most = max((each.blocks for each in streams), default=0)
-    return screen.table(HEAD, [_row(each, most) for each in streams])
+    bar = BAR
+    lines = screen.table(HEAD, [_row(each, most, bar) for each in streams])
+    over = max(map(screen.breadth, lines)) - screen.columns() if screen.columns() else 0
+    if over > 0:  # the bar gives way to the numbers
+        bar = max(SHORTEST_BAR, BAR - over)
+        lines = screen.table(HEAD, [_row(each, most, bar) for each in streams])
+    return lines
 
 
-def _row(stream: pb.StreamInfo, most: int) -> tuple[str, ...]:
+def _row(stream: pb.StreamInfo, most: int, bar: int) -> tuple[str, ...]:
     return (
         stream.pod,
         str(stream.rank),
@@ -102,7 +109,7 @@ def _row(stream: pb.StreamInfo, most: int) -> tuple[str, ...]:
         pb.StreamState.Name(stream.state).removeprefix("STREAM_STATE_"),
         trust(stream.trust),
         str(stream.blocks),
-        screen.bar(stream.blocks_by_tier, most, BAR),
+        screen.bar(stream.blocks_by_tier, most, bar),
         screen.seconds(stream.lag_seconds if stream.messages else -1.0),
         screen.seconds(stream.age_seconds),
         str(stream.last_sequence) if stream.HasField("last_sequence") else "-",

@@ -1,11 +1,12 @@
-"""A recorded event stream on disk: `frames.jsonl` and `replay.jsonl` in one directory."""
+"""Recorded event streams on disk: `frames.jsonl` and `replay.jsonl` of one rank, or of each in `rank-N`."""
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kvindex_server import wire
 from kvindex_server.commands.failure import USAGE, CommandError
@@ -20,25 +21,14 @@ class Recording:
     frames: list[tuple[float, list[bytes]]] = field(default_factory=list)
     replayed: list[list[bytes]] = field(default_factory=list)
 
-    @property
-    def seconds(self) -> float:
-        """From the first frame to the last."""
-        return self.frames[-1][0] - self.frames[0][0] if self.frames else 0.0
-
 
 class Recorder:
-    """Writes a recording as it comes; nothing is kept in memory."""
+    """Writes one rank's recording as it comes; nothing is kept in memory."""
 
-    def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            mode: Literal["w", "x"] = "w" if overwrite else "x"
-            self._frames = (directory / FRAMES).open(mode, encoding="ascii")
-            self._replay = (directory / REPLAY).open(mode, encoding="ascii")
-        except FileExistsError:
-            raise CommandError(f"{directory} has a recording already (--overwrite)", USAGE) from None
-        except OSError as error:
-            raise CommandError(f"{directory}: cannot be written: {error.strerror}", USAGE) from None
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._frames = (directory / FRAMES).open("x", encoding="ascii")
+        self._replay = (directory / REPLAY).open("x", encoding="ascii")
 
     def heard(self, at: float, frames: list[bytes]) -> None:
         """A published message: topic, sequence, payload."""
@@ -54,8 +44,44 @@ class Recorder:
         self._replay.close()
 
 
-def read(directory: Path) -> Recording:
-    """A recording, whole in memory. CommandError that names the file and line of what is wrong."""
+def prepare(directory: Path, ranks: Sequence[int], *, overwrite: bool = False) -> list[Recorder]:
+    """A recorder per rank; CommandError when there is a recording already that shall not be replaced."""
+    try:
+        there = [each for each in (directory, *directory.glob("rank-*")) if (each / FRAMES).exists()]
+        if there and not overwrite:
+            raise CommandError(f"{directory} has a recording already (--overwrite)", USAGE)
+        for each in there:
+            for name in (FRAMES, REPLAY):
+                (each / name).unlink(missing_ok=True)
+            if each != directory:
+                with contextlib.suppress(OSError):  # something else is in it
+                    each.rmdir()
+        places = [directory] if len(ranks) == 1 else [directory / f"rank-{rank}" for rank in ranks]
+        return [Recorder(each) for each in places]
+    except OSError as error:
+        raise CommandError(f"{directory}: cannot be written: {error.strerror}", USAGE) from None
+
+
+def read(directory: Path) -> list[Recording]:
+    """The recordings of all ranks, whole in memory. CommandError that names the file and line of what is wrong."""
+    found = {_rank(each): each for each in directory.glob("rank-*") if (each / FRAMES).exists()}
+    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    if missing:
+        raise CommandError(f"{directory}: the recording has no rank-{missing[0]}", USAGE)
+    recordings = [_read(found[rank]) for rank in sorted(found)] or [_read(directory)]
+    if not any(each.frames or each.replayed for each in recordings):
+        raise CommandError(f"{directory}: the recording is empty", USAGE)
+    return recordings
+
+
+def _rank(directory: Path) -> int:
+    number = directory.name.removeprefix("rank-")
+    if not (number.isascii() and number.isdigit()):
+        raise CommandError(f"{directory}: must be named rank-N", USAGE)
+    return int(number)
+
+
+def _read(directory: Path) -> Recording:
     recording = Recording()
     for number, entry in _lines(directory / FRAMES):
         where = f"{directory / FRAMES}:{number}"
@@ -68,8 +94,6 @@ def read(directory: Path) -> Recording:
     if (directory / REPLAY).exists():
         for number, entry in _lines(directory / REPLAY):
             recording.replayed.append(_decoded(entry, f"{directory / REPLAY}:{number}"))
-    if not recording.frames and not recording.replayed:
-        raise CommandError(f"{directory}: the recording is empty", USAGE)
     return recording
 
 

@@ -1,9 +1,9 @@
-"""`kvindex replay`: plays a recorded stream as its engine did, at any speed, and answers replay requests."""
+"""`kvindex replay`: plays recorded streams as their engine did, at any speed, and answers replay requests."""
 
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvindex_server import wire
@@ -11,12 +11,15 @@ from kvindex_server.commands import recording, screen
 from kvindex_server.commands.connection import Connection
 from kvindex_server.commands.failure import USAGE, CommandError
 from kvindex_server.commands.recording import Recording
+from kvindex_server.errors import InvalidArgument
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
+from kvindex_server.pods import at_rank
 
 END = wire.END_SEQUENCE.to_bytes(8, "big")
 JOIN_SECONDS = 0.2
 """ZeroMQ drops what is published before a subscription has arrived."""
 TURN_SECONDS = 0.05
+PORT_TRIES = 64
 BURST = 256
 """Messages between two looks at the replay socket, at full speed."""
 
@@ -37,49 +40,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="with --register")
 
 
-class Player:
+class Rank:
     """The engine's side of one stream: what has been published, or was before the recording, can be replayed."""
 
     def __init__(self, played: Recording, endpoint: str, replay_endpoint: str) -> None:
-        self._recording = played
+        self.recording = played
+        self._events = wire.publisher(endpoint)
         try:
-            self._events = wire.publisher(endpoint)
-        except wire.BindError as error:
-            raise CommandError(f"--endpoint: {error}", USAGE) from None
-        try:
-            self._router = wire.replay_server(replay_endpoint)
-        except wire.BindError as error:
+            self.router = wire.replay_server(replay_endpoint)
+        except wire.BindError:
             self._events.close()
-            raise CommandError(f"--replay-endpoint: {error}", USAGE) from None
-        self.endpoint, self.replay_endpoint = self._events.endpoint, self._router.endpoint
+            raise
+        self.endpoint, self.replay_endpoint = self._events.endpoint, self.router.endpoint
         self.published = 0
         self.requests = 0
         self._head, self._end = _shapes(played)
         self._buffer = _before(played)
 
-    def play(self, speed: float, wait: float, linger: float) -> None:
-        """Publish everything, then go on answering for a while."""
-        self._serve(wait, until_asked=True)
-        self._serve(JOIN_SECONDS)
-        frames = self._recording.frames
-        progress = screen.Progress("replay", len(frames))
-        started = time.monotonic()
-        for at, message in frames:
-            if speed > 0:
-                self._serve(started + (at - frames[0][0]) / speed - time.monotonic())
-            elif self.published % BURST == 0:
-                self._serve(0)
-            self._publish(message)
-            progress.show(self.published, f"{self.published}/{len(frames)} messages")
-        progress.end()
-        self._serve(linger)
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self._events.close()
-        self._router.close()
-
-    def _publish(self, message: list[bytes]) -> None:
+    def publish(self, message: list[bytes]) -> None:
+        """The next recorded message."""
         sequence = message[1]
         if self._buffer and sequence <= self._buffer[-1][0]:  # the engine began another life
             self._buffer.clear()
@@ -87,26 +66,74 @@ class Player:
         self._events.send(message)
         self.published += 1
 
-    def _serve(self, seconds: float, *, until_asked: bool = False) -> None:
-        """Answer replay requests for so long; a wait that is over still answers those that are there."""
-        ends = time.monotonic() + seconds
-        while True:
-            left = ends - time.monotonic()
-            if self._router.wait(max(0, round(1000 * min(left, TURN_SECONDS)))):
-                while (frames := self._router.receive()) is not None:
-                    if len(frames) == 3 and len(frames[2]) == 8:
-                        self._answer(frames[0], frames[2])
-                if until_asked:
-                    return
-            if left <= 0:
-                return
+    def answer(self) -> None:
+        """Every replay request that is there."""
+        while (frames := self.router.receive()) is not None:
+            if len(frames) == 3 and len(frames[2]) == 8:
+                self._answer(frames[0], frames[2])
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._events.close()
+        self.router.close()
 
     def _answer(self, identity: bytes, start: bytes) -> None:
         self.requests += 1
         for sequence, payload in self._buffer:
             if sequence >= start:  # both big-endian and 8 long: they compare as numbers do
-                self._router.send([identity, *self._head, sequence, payload])
-        self._router.send([identity, *self._end])
+                self.router.send([identity, *self._head, sequence, payload])
+        self.router.send([identity, *self._end])
+
+
+class Player:
+    """All ranks of one engine, in one rhythm."""
+
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self.ranks = ranks
+        self._waiter = wire.Waiter()
+        self._of = {each.router: each for each in ranks}
+        for each in ranks:
+            self._waiter.add(each.router)
+        self._messages = sorted(
+            ((at, number, message) for number, each in enumerate(ranks) for at, message in each.recording.frames),
+            key=lambda each: each[0],  # stable: the order of one rank stays
+        )
+
+    @property
+    def messages(self) -> int:
+        """How many there are to play."""
+        return len(self._messages)
+
+    @property
+    def seconds(self) -> float:
+        """From the first to the last."""
+        return self._messages[-1][0] - self._messages[0][0] if self._messages else 0.0
+
+    def play(self, speed: float, wait: float, linger: float) -> None:
+        """Publish everything, then go on answering for a while."""
+        self._serve(wait, until_asked=True)
+        self._serve(JOIN_SECONDS)
+        progress = screen.Progress("replay", self.messages)
+        started = time.monotonic()
+        for number, (at, rank, message) in enumerate(self._messages):
+            if speed > 0:
+                self._serve(started + (at - self._messages[0][0]) / speed - time.monotonic())
+            elif number % BURST == 0:
+                self._serve(0)
+            self.ranks[rank].publish(message)
+            progress.show(number, f"{number}/{self.messages} messages")
+        progress.end()
+        self._serve(linger)
+
+    def _serve(self, seconds: float, *, until_asked: bool = False) -> None:
+        """Answer replay requests for so long; a wait that is over still answers those that are there."""
+        ends = time.monotonic() + seconds
+        while True:
+            left = ends - time.monotonic()
+            for router in self._waiter.wait(max(0, round(1000 * min(left, TURN_SECONDS)))):
+                self._of[router].answer()
+            if left <= 0 or (until_asked and all(each.requests for each in self.ranks)):
+                return
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,25 +142,49 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--speed: must be 0 or more", USAGE)
     if args.register and not args.model:
         raise CommandError("--register needs --model", USAGE)
-    played = recording.read(args.directory)
-    player = Player(played, args.endpoint, args.replay_endpoint)
+    ranks = _opened(recording.read(args.directory), args.endpoint, args.replay_endpoint)
+    player = Player(ranks)
     try:
         if not args.json:
+            many = f" of {len(ranks)} ranks" if len(ranks) > 1 else ""
             screen.write(
-                f"{len(played.frames)} messages over {played.seconds:.1f} s",
-                f"publishing endpoint={player.endpoint} replay_endpoint={player.replay_endpoint}",
+                f"{player.messages} messages{many} over {player.seconds:.1f} s",
+                f"publishing endpoint={ranks[0].endpoint} replay_endpoint={ranks[0].replay_endpoint}",
             )
         with _registered(args, player), contextlib.suppress(KeyboardInterrupt):
             player.play(args.speed, args.wait, args.linger)
     finally:
-        player.close()
+        for each in ranks:
+            each.close()
+    published, requests = sum(each.published for each in ranks), sum(each.requests for each in ranks)
     if args.json:
-        screen.write_json(
-            {"published": player.published, "replay_requests": player.requests, "endpoint": player.endpoint}
-        )
+        told = {"endpoint": ranks[0].endpoint, "replay_endpoint": ranks[0].replay_endpoint, "ranks": len(ranks)}
+        screen.write_json({"published": published, "replay_requests": requests, **told})
     else:
-        screen.write(f"{player.published} messages published, {player.requests} replay requests answered")
+        screen.write(f"{published} messages published, {requests} replay requests answered")
     return 0
+
+
+def _opened(recordings: Sequence[Recording], endpoint: str, replay_endpoint: str) -> list[Rank]:
+    """The sockets of all ranks: rank r at port + r. For port 0 free ports are looked for that lie side by side."""
+    for attempt in range(PORT_TRIES):
+        ranks: list[Rank] = []
+        try:
+            for number, each in enumerate(recordings):
+                places = [
+                    at_rank(ranks[0].endpoint, number) if ranks else endpoint,
+                    at_rank(ranks[0].replay_endpoint, number) if ranks else replay_endpoint,
+                ]
+                ranks.append(Rank(each, *places))
+        except (wire.BindError, InvalidArgument) as error:
+            for opened in ranks:
+                opened.close()
+            free = ":0" in (endpoint[-2:], replay_endpoint[-2:])
+            if not (free and ranks) or attempt == PORT_TRIES - 1:
+                raise CommandError(f"--endpoint or --replay-endpoint: {error}", USAGE) from None
+        else:
+            return ranks
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextlib.contextmanager
@@ -145,8 +196,9 @@ def _registered(args: argparse.Namespace, player: Player) -> Iterator[None]:
         request = pb.RegisterPodRequest(
             pod=args.register,
             model=args.model,
-            endpoint=player.endpoint,
-            replay_endpoint=player.replay_endpoint,
+            endpoint=player.ranks[0].endpoint,
+            replay_endpoint=player.ranks[0].replay_endpoint,
+            ranks=len(player.ranks),
         )
         connection.call(connection.admin.RegisterPod, request)
         try:

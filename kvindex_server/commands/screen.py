@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,8 +46,32 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     """Columns as wide as they need be; the first `left` and those that end in a space are aligned left."""
     cells = [[each.strip() for each in row] for row in ([*head], *rows)]
     to_left = [number < left or name.endswith(" ") for number, name in enumerate(head)]
-    widths = [max(_width(row[column]) for row in cells) for column in range(len(head))]
+    widths = [max(breadth(row[column]) for row in cells) for column in range(len(head))]
     return ["  ".join(map(_padded, row, widths, to_left)).rstrip() for row in cells]
+
+
+def columns() -> int:
+    """Width of the terminal that stdout is; 0 when it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+
+def wrapped(line: str, indent: int) -> list[str]:
+    """A line as it fits the terminal, its further lines indented; whole when stdout is a pipe."""
+    width = columns()
+    # Words only: a name with hyphens must stay one that can be copied.
+    return (
+        textwrap.wrap(
+            line,
+            width - 1,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+            replace_whitespace=False,
+        )
+        if width > 2 * indent
+        else [line]
+    )
 
 
 def bar(blocks: Mapping[str, int], total: int, width: int, placed: int = 0) -> str:
@@ -68,12 +94,13 @@ def _tier_order(tier: str) -> tuple[int, str]:
     return (known.index(tier) if tier in known else len(known), tier)
 
 
-def _width(text: str) -> int:
+def breadth(text: str) -> int:
+    """Columns of a terminal."""
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
 
 
 def _padded(text: str, width: int, left: bool) -> str:
-    fill = " " * (width - _width(text))
+    fill = " " * (width - breadth(text))
     return text + fill if left else fill + text
 
 

@@ -1,16 +1,18 @@
-"""What the page shows of one prompt: per pod its score, and block by block where the pod holds it."""
+"""What the page shows of one prompt: per pod its score, where each block lies, and why the match ends there."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal, Protocol
 
 from kvindex_server.errors import InvalidArgument
+from kvindex_server.explain import Explainer, PodExplanation, tokens_of
 from kvindex_server.lookup import BlocksQuery, Check, Located, Lookup, ScoreQuery
 from kvindex_server.rest import Fields
 from kvindex_server.score import PodScore
 
 MAX_PODS = 64
 """Pods shown, the best ones; the answer says how many there are."""
+SHOWN_TOKENS, SHOWN_KEYS = 64, 16
 MAX_TEXT_BYTES = 256 * 1024
 """Every block of the prompt is looked up at every pod shown."""
 
@@ -23,10 +25,11 @@ class Limits(Protocol):
 
 
 class PromptView:
-    """Answers `/api/score`. Nothing of the prompt is kept, logged or sent back."""
+    """Answers `/api/score`. Nothing of the prompt is kept or logged; its first token ids and keys are sent back."""
 
     def __init__(self, lookup: Lookup, limits: Limits) -> None:
         self._lookup = lookup
+        self._explainer = Explainer(lookup)
         self._max_bytes = min(MAX_TEXT_BYTES, limits.max_prompt_bytes)
 
     def shown(self, fields: Fields, check: Check) -> Mapping[str, object]:
@@ -47,7 +50,8 @@ class PromptView:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidArgument("text", "has half of a surrogate pair") from None
-        answer = self._lookup.score(ScoreQuery(model, of, text=text, lora_name=lora, cache_salt=salt), check)
+        asked = ScoreQuery(model, of, text=text, lora_name=lora, cache_salt=salt)
+        answer = self._lookup.score(asked, check)
         scores = answer.scores[:MAX_PODS]
         pods = tuple(each.pod for each in scores)
         blocks: list[tuple[int, list[Located]]] = []
@@ -57,12 +61,18 @@ class PromptView:
             found = self._lookup.blocks(query, check)
             blocks, tiers = found.blocks, found.tiers
         held = _held(blocks, tiers, {each.pod: each.rank for each in scores})
+        explained = self._explainer.explain(asked, check)
+        ends = {each.score.pod: each for each in explained.pods}
+        keys = memoryview(explained.prompt.keys).cast("Q")[:SHOWN_KEYS]
         return {
             "total_tokens": answer.total_tokens,
             "total_blocks": answer.total_blocks,
             "block_size": answer.block_size,
             "pods_total": len(answer.scores),
-            "pods": [_pod(each, held[each.pod]) for each in scores],
+            "tokens": tokens_of(explained.prompt.tokens, SHOWN_TOKENS),
+            # Of 64 bits, which are not numbers in a browser.
+            "keys": [f"{key:#018x}" for key in keys],
+            "pods": [_pod(each, held[each.pod], ends.get(each.pod)) for each in scores],
         }
 
 
@@ -81,7 +91,7 @@ def _held(
     return held
 
 
-def _pod(score: PodScore, held: Sequence[str]) -> Mapping[str, object]:
+def _pod(score: PodScore, held: Sequence[str], explained: PodExplanation | None) -> Mapping[str, object]:
     return {
         "pod": score.pod,
         "rank": score.rank,
@@ -90,6 +100,8 @@ def _pod(score: PodScore, held: Sequence[str]) -> Mapping[str, object]:
         "speculative_blocks": score.speculative_blocks,
         "tier_blocks": dict(score.tier_blocks),
         "trust": score.trust.name,
+        "end": explained.end.name if explained else "",
+        "why": explained.why if explained else "",
         # Runs of equal blocks from the first on: [where, how many].
         "runs": [[where, sum(1 for _ in run)] for where, run in groupby(held)],
     }

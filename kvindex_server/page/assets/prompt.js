@@ -56,6 +56,9 @@ export class PromptBox {
   show(found) {
     document.getElementById("matches").hidden = !found.total_blocks || !found.pods.length;
     this.say(summary(found), false);
+    const more = (all, total) => (total > all.length ? " …" : "");
+    document.getElementById("shown-tokens").textContent = found.tokens.join(" ") + more(found.tokens, found.total_tokens);
+    document.getElementById("shown-keys").textContent = found.keys.join(" ") + more(found.keys, found.total_blocks);
     const kinds = new Set(found.pods.flatMap((pod) => pod.runs.map(([where]) => where)));
     kinds.delete("");
     const placed = kinds.delete("speculative");
@@ -90,7 +93,8 @@ function row(pod, found) {
     element("span", {}, words),
     element("span", { class: "quiet" }, [`score ${+pod.score.toFixed(2)}`, ...parts].join(" · ")),
   );
-  return element("li", {}, line, strip(pod, found.total_blocks, `${pod.pod}: ${words}`));
+  const why = element("p", { class: "quiet why" }, pod.why);
+  return element("li", {}, line, strip(pod, found.total_blocks, `${pod.pod}: ${words}`), why);
 }
 
 function strip(pod, total, words) {
