@@ -14,6 +14,7 @@ class Found:
     """What a discovery gives."""
 
     mode = "native"
+    cuts = "anywhere"
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -39,7 +40,7 @@ def test_a_registered_models_tokenizer_is_found_beside_the_call() -> None:
     go.set()
     eventually(lambda: models.get("org/a").tokenizer is not None)
     assert models.get("org/a").index is model.index
-    assert models.native() == {"org/a": True}
+    assert models.tokenizers() == {"org/a": (True, False)}
     eventually(lambda: len(asked) == 2)
     assert sorted(asked) == ["org/a", "other"]
     assert [each.name for each in models.all()] == ["known", "org/a", "other"]

@@ -139,7 +139,8 @@ size_t Splitter::split(const CharClasses& classes, std::string_view text, size_t
       for (at = begin + size; at < end; at += size) {
         size = 1;
         if (starts_[static_cast<uint8_t>(data[at])] == 0) continue;
-        if ((matched = match_at(classes, text, at, end)) > at) break;
+        matched = match_at(classes, text, at, end);
+        if (matched > at) break;
         (void)point_at(data + at, size);
       }
       ends[count++] = at;
