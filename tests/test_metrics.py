@@ -32,6 +32,7 @@ from kvindex_server.metrics import (
     metrics_table,
 )
 from kvindex_server.shared import StoreStats
+from kvindex_server.siblings import PeerState
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -290,6 +291,7 @@ def test_every_name_exists_and_none_is_undeclared() -> None:
     metrics.watch_text(_core.TextCache(1 << 20).stats, dict)
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(list)
+    metrics.watch_replicas(list, dict)
     metrics.watch_logs(lambda: 0)
     metrics.watch_spans(dict)
     exposed = set()
@@ -316,6 +318,7 @@ def test_labels_are_as_declared() -> None:
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": (True, False)})
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])
+    metrics.watch_replicas(lambda: [PeerState("10.0.0.2:50051", 3, 0)], lambda: {"adopt": 0})
     metrics.watch_logs(lambda: 1)
     metrics.watch_spans(lambda: {"ended": 1})
     rows = (*REQUESTS, *TEXT, *STORE, *STREAMS, *DISCOVERY, *SNAPSHOTS, *REPLICAS, *LOGS, *SPANS)
