@@ -1,4 +1,4 @@
-"""The Helm chart as Helm renders it, for tests: the binaries, the manifests by kind, and the configuration inside."""
+"""The Helm chart as Helm renders it: the binaries, the manifests by kind, and the configuration inside."""
 
 import subprocess
 from pathlib import Path
@@ -14,23 +14,12 @@ CHART = ROOT / "deploy" / "helm" / "kvindex-server"
 
 
 def fetched(release: str) -> str:
+    """Path of the Helm binary of release 3 or 4; skips the test when it cannot be had."""
     command = [ROOT / "scripts" / "helm.sh", release]
     fetched = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     if fetched.returncode != 0:
         pytest.skip(f"Helm cannot be fetched: {fetched.stderr.strip()[-300:]}")
     return fetched.stdout.strip()
-
-
-@pytest.fixture(scope="session")
-def helm() -> str:
-    """Path of the Helm binary."""
-    return fetched("4")
-
-
-@pytest.fixture(scope="session", params=["3", "4"])
-def any_helm(request: pytest.FixtureRequest) -> str:
-    """Path of the Helm binary, of each release that is in use."""
-    return fetched(request.param)
 
 
 def run(helm: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

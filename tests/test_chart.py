@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rendered import CHART, ROOT, any_helm, container, helm, render, rendered_settings, run, values_file  # noqa: F401
+from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
 
 GOLDEN = ROOT / "tests" / "golden" / "chart"
 MODEL = "Qwen/Qwen3-32B"
@@ -175,13 +175,16 @@ def test_only_one_service_is_scraped(helm: str, tmp_path: Path) -> None:
 
 
 def test_egress_reaches_what_discovery_needs(helm: str, tmp_path: Path) -> None:
-    """With `egressTo`, names, the API server and the engines can be reached."""
+    """With `egressTo`, names, the API server, the other replicas and the engines can be reached."""
     engines = [{"podSelector": {"matchLabels": {"llm-d.ai/inference-serving": "true"}}}]
     manifests = render(helm, tmp_path, {"networkPolicy": {"enabled": True, "egressTo": engines}})
     spec = manifests["NetworkPolicy"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
-    assert [[each["port"] for each in rule.get("ports", [])] for rule in spec["egress"]] == [[53, 53], [443, 6443], []]
-    assert spec["egress"][-1]["to"] == engines
+    assert [[each["port"] for each in rule.get("ports", [])] for rule in spec["egress"]] == [
+        *([53, 53], [443, 6443], [], [])
+    ]
+    own = {"podSelector": {"matchLabels": manifests["Deployment"]["spec"]["selector"]["matchLabels"]}}
+    assert [rule["to"] for rule in spec["egress"][-2:]] == [[own], engines]
     assert render(helm, tmp_path, FULL)["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rendered import CHART, any_helm, container, helm, render, rendered_settings, run, values_file  # noqa: F401
+from rendered import CHART, container, render, rendered_settings, run, values_file
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -27,7 +27,7 @@ def _valid(manifests: dict[str, dict[str, Any]]) -> None:
 # ---- TLS -------------------------------------------------------------------
 
 
-def test_tls_by_secret(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_tls_by_secret(helm: str, tmp_path: Path) -> None:
     """The server reads the Secret's files, and probes go where no TLS is spoken: the kubelet's gRPC probe cannot."""
     manifests = render(helm, tmp_path, {"tls": {"enabled": True, "secretName": "own", "clientCertificates": True}})
     _valid(manifests)
@@ -47,14 +47,14 @@ def test_tls_by_secret(helm: str, tmp_path: Path) -> None:  # noqa: F811
         assert protocols["grpc"] == "https"
 
 
-def test_tls_by_the_servers_own_settings_moves_the_probes_too(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_tls_by_the_servers_own_settings_moves_the_probes_too(helm: str, tmp_path: Path) -> None:
     manifests = render(helm, tmp_path, {"config": {"tls": {"cert_file": "/tls/c", "key_file": "/tls/k"}}})
     assert "httpGet" in container(manifests)["readinessProbe"]
     # The chart does not know the CA, so replicas could not ask one another.
     assert rendered_settings(manifests, tmp_path).snapshot.peers == ()
 
 
-def test_tls_by_cert_manager(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_tls_by_cert_manager(helm: str, tmp_path: Path) -> None:
     """The Certificate has every name that clients and other replicas call, and fills the Secret that is mounted."""
     manager = {"enabled": True, "issuerRef": {"kind": "ClusterIssuer", "name": "ca"}, "dnsNames": ["kv.example.com"]}
     manifests = render(helm, tmp_path, {"replicaCount": 3, "tls": {"enabled": True, "certManager": manager}})
@@ -71,7 +71,7 @@ def test_tls_by_cert_manager(helm: str, tmp_path: Path) -> None:  # noqa: F811
 # ---- snapshots -------------------------------------------------------------
 
 
-def test_replicas_keep_their_index_and_ask_one_another(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_replicas_keep_their_index_and_ask_one_another(helm: str, tmp_path: Path) -> None:
     """By default: a volume that the server may write to, and the headless Service at the admin service's port."""
     for values, port in (({}, 50051), ({"ports": {"admin": 50052}, "networkPolicy": {"enabled": True}}, 50052)):
         manifests = render(helm, tmp_path, values)
@@ -93,11 +93,11 @@ def test_replicas_keep_their_index_and_ask_one_another(helm: str, tmp_path: Path
         {"config": {"auth": {"admin_tokens_file": "/auth/operators"}}},
     ],
 )
-def test_replicas_ask_only_where_they_would_be_answered(helm: str, tmp_path: Path, values: dict[str, Any]) -> None:  # noqa: F811
+def test_replicas_ask_only_where_they_would_be_answered(helm: str, tmp_path: Path, values: dict[str, Any]) -> None:
     assert rendered_settings(render(helm, tmp_path, values), tmp_path).snapshot.peers == ()
 
 
-def test_a_claim_is_for_one_replica(any_helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_claim_is_for_one_replica(any_helm: str, tmp_path: Path) -> None:
     """Its pod is replaced, not surged, because two could not both have the claim; more replicas are refused."""
     values: dict[str, Any] = {"snapshot": {"volume": {"persistentVolumeClaim": {"claimName": "kv"}, "emptyDir": None}}}
     manifests = render(any_helm, tmp_path, values)
@@ -111,7 +111,7 @@ def test_a_claim_is_for_one_replica(any_helm: str, tmp_path: Path) -> None:  # n
         assert "is for one replica" in done.stderr
 
 
-def test_a_generic_ephemeral_volume_serves_several(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_generic_ephemeral_volume_serves_several(helm: str, tmp_path: Path) -> None:
     spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "4Gi"}}}
     volume = {"emptyDir": None, "ephemeral": {"volumeClaimTemplate": {"spec": spec}}}
     manifests = render(helm, tmp_path, {"replicaCount": 3, "snapshot": {"volume": volume}})
@@ -130,7 +130,7 @@ def test_a_generic_ephemeral_volume_serves_several(helm: str, tmp_path: Path) ->
         ("rediss://cache:6379/0", ("cache:6379", "", 0, True)),
     ],
 )
-def test_the_store_by_url(helm: str, tmp_path: Path, url: str, expected: tuple[str, str, int, bool]) -> None:  # noqa: F811
+def test_the_store_by_url(helm: str, tmp_path: Path, url: str, expected: tuple[str, str, int, bool]) -> None:
     """Address, user, database and TLS come from the URL, the password from the Secret and from nowhere else."""
     values = {"store": {"url": url, "secretName": "valkey-auth", "passwordKey": "pass"}}
     manifests = render(helm, tmp_path, values)
@@ -145,7 +145,7 @@ def test_the_store_by_url(helm: str, tmp_path: Path, url: str, expected: tuple[s
     assert "/var/lib/kvindex" not in _volumes(manifests)
 
 
-def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) -> None:
     manifests = render(helm, tmp_path, {})
     assert rendered_settings(manifests, tmp_path).store.addresses == ()
     assert "/etc/kvindex-store" not in _volumes(manifests)
@@ -154,7 +154,7 @@ def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) ->
 # ---- availability ----------------------------------------------------------
 
 
-def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:
     """A disruption budget over this release's pods, an autoscaler of this Deployment, a priority class on its pods."""
     values = {"autoscaling": {"enabled": True, "minReplicas": 3}, "priorityClassName": "system-cluster-critical"}
     manifests = render(helm, tmp_path, values)
@@ -170,14 +170,14 @@ def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:  # noqa
     }
 
 
-def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
     """The headless Service gives the replicas' own addresses, and only those that are ready."""
     spec = render(helm, tmp_path, {})["Service-headless"]["spec"]
     assert spec["clusterIP"] == "None"
     assert not spec.get("publishNotReadyAddresses")
 
 
-def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:  # noqa: F811
+def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
     """The PrometheusRule: lag, gap, stale, blind, saturation, a dropped hit ratio; the dashboard is valid JSON."""
     manifests = render(helm, tmp_path, {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}})
     (group,) = manifests["PrometheusRule"]["spec"]["groups"]
@@ -210,7 +210,7 @@ def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:  
         ({"config": {"snapshot": {"peer_timeout_seconds": 290}}}, "startupFailureThreshold"),
     ],
 )
-def test_contradictions_are_refused(any_helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:  # noqa: F811
+def test_contradictions_are_refused(any_helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
     done = run(any_helm, "template", "kv", CHART, "--values", values_file(tmp_path, values))
     assert done.returncode != 0
     assert word in done.stderr
