@@ -25,8 +25,9 @@ RUN python -m venv --without-pip /sbom \
 
 FROM ${BASE}
 COPY --from=build /opt/kvindex /opt/kvindex
-# Nothing is written at run time: the root file system may be read-only.
+# Nothing is written at run time: the root file system may be read-only. The loader keeps few arenas (docs/image.md).
 ENV PATH=/opt/kvindex/bin:$PATH \
+    MALLOC_ARENA_MAX=2 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     TOKENIZERS_PARALLELISM=false

@@ -123,13 +123,8 @@ image-base: ## Make the image's base by debootstrap, where no registry of images
 test-image: ## Run the image read-only and without capabilities, with an engine beside it, and ask for a score
 	scripts/image_test.sh
 
-$(VENV)/.sbom-installed: scripts/sbom-requirements.txt
-	$(PYTHON) -m venv build/sbom-venv
-	build/sbom-venv/bin/pip install -q -r $<
-	@touch $@
-
-sbom: setup $(VENV)/.sbom-installed ## Write dist/sbom.cdx.json: this project and what it needs to run
-	scripts/sbom.sh
+sbom: ## Copy the image's bill of materials (CycloneDX) to dist/
+	scripts/image_sbom.sh
 
 reproducible: setup ## Build the wheel twice, in two places, and compare the bytes
 	scripts/reproducible.sh

@@ -56,8 +56,8 @@ for _ in $(seq 600); do
   sleep 0.05
 done
 [ -n "$addresses" ] || { container logs "$name" >&2; fail "no address was printed"; }
-grpc=$(sed 's/.*grpc=\([^ ]*\).*/\1/' <<< "$addresses")
-metrics=$(sed 's/.*metrics=\([^ ]*\).*/\1/' <<< "$addresses")
+read -r _ grpc metrics <<< "$addresses"
+grpc=${grpc#grpc=} metrics=${metrics#metrics=}
 for _ in $(seq 600); do
   ! curl -fsS "http://$metrics/readyz" > /dev/null 2>&1 || break
   sleep 0.05
