@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image image-base test-image sbom reproducible chart clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image image-base test-image sbom reproducible chart checkov clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -133,6 +133,9 @@ chart: setup ## Lint and render the Helm chart
 	@set -e; helm=$$(scripts/helm.sh); \
 	"$$helm" lint --strict deploy/helm/kvindex-server; \
 	"$$helm" template kvindex deploy/helm/kvindex-server
+
+checkov: ## Check the rendered chart and the Dockerfile with checkov (installs it into build/ once)
+	PYTHON=$(PYTHON) scripts/checkov.sh
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -201,7 +203,7 @@ def test_manifests_are_valid(helm: str, tmp_path: Path, case: str, version: str)
     assert checked >= len(BASE)
 
 
-@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide"])
+@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide", "secured"])
 def test_golden_renders(any_helm: str, profile: str) -> None:
     """What each profile renders to is reviewed as a file; `KVINDEX_GOLDEN=1` writes it anew."""
     values, golden = GOLDEN / f"{profile}.values.yaml", GOLDEN / f"{profile}.yaml"
@@ -211,6 +213,33 @@ def test_golden_renders(any_helm: str, profile: str) -> None:
         golden.write_text(done.stdout, encoding="utf-8")
     # Helm's releases differ in the order of manifests and in blank lines.
     assert _sorted(done.stdout) == _sorted(golden.read_text(encoding="utf-8"))
+
+
+def test_checkov_finds_nothing() -> None:
+    """Over the profiles' renders and the Dockerfile, with the exceptions that .checkov.yaml explains; `make checkov`."""
+    if not list((ROOT / "build" / "checkov-venv").glob(".installed-*")):
+        pytest.skip("checkov is not installed: make checkov")
+    done = subprocess.run([ROOT / "scripts" / "checkov.sh"], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing found in 4 rendered profiles" in done.stdout
+
+
+def test_each_exception_is_explained() -> None:
+    """No check is skipped without a reason, by checkov or by hadolint."""
+    for name, item in ((".checkov.yaml", r"CKV\w+"), (".hadolint.yaml", r"DL\d+")):
+        lines = re.findall(rf"^ +- {item}.*$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert lines
+        for line in lines:
+            assert re.search(r"# \w.{20,}$", line), line
+
+
+def test_hadolint_finds_nothing() -> None:
+    """With the exceptions that .hadolint.yaml explains."""
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint is not installed: pip install --group dev")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _sorted(text: str) -> list[dict[str, Any]]:
