@@ -215,8 +215,23 @@ def test_golden_renders(any_helm: str, profile: str) -> None:
     assert _sorted(done.stdout) == _sorted(golden.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("version", ["1.29.0", "1.33.0", "1.37.0"])
+def test_golden_renders_are_valid(version: str) -> None:
+    """Of every profile, strictly, as `test_manifests_are_valid` for single values."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    checked = 0
+    for golden in GOLDEN.glob("*.yaml"):
+        if golden.name.endswith(".values.yaml"):
+            continue
+        for manifest in yaml.safe_load_all(golden.read_text(encoding="utf-8")):
+            if manifest and not manifest["apiVersion"].startswith(("monitoring.coreos.com/", "cert-manager.io/")):
+                kubernetes_validate.validate(manifest, version, strict=True)
+                checked += 1
+    assert checked > 4 * len(BASE) - 4
+
+
 def test_checkov_finds_nothing() -> None:
-    """Over the profiles' renders and the Dockerfile, with the exceptions that .checkov.yaml explains; `make checkov`."""
+    """Over the profiles' renders and the Dockerfile, but for the exceptions of .checkov.yaml; see `make checkov`."""
     if not list((ROOT / "build" / "checkov-venv").glob(".installed-*")):
         pytest.skip("checkov is not installed: make checkov")
     done = subprocess.run([ROOT / "scripts" / "checkov.sh"], capture_output=True, text=True, timeout=110, check=False)

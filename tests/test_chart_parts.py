@@ -1,11 +1,12 @@
 """Parts of the chart that stand apart: TLS, snapshots, the shared store, and what keeps replicas available."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from rendered import CHART, container, render, rendered_settings, run, values_file
+from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -68,6 +69,17 @@ def test_tls_by_cert_manager(helm: str, tmp_path: Path) -> None:
     assert settings.snapshot.peer_ca_file == "/etc/kvindex-tls/ca.crt"
 
 
+def test_documented_tls_values_render(helm: str, tmp_path: Path) -> None:
+    """What docs/kubernetes.md shows is enough by itself."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"<!-- tls values -->\n```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        manifests = render(helm, tmp_path, yaml.safe_load(snippet))
+        _valid(manifests)
+        assert rendered_settings(manifests, tmp_path).tls.cert_file
+
+
 # ---- snapshots -------------------------------------------------------------
 
 
@@ -117,6 +129,25 @@ def test_a_generic_ephemeral_volume_serves_several(helm: str, tmp_path: Path) ->
     manifests = render(helm, tmp_path, {"replicaCount": 3, "snapshot": {"volume": volume}})
     _valid(manifests)
     assert _volumes(manifests)["/var/lib/kvindex"]["ephemeral"] == volume["ephemeral"]
+
+
+# ---- rights ----------------------------------------------------------------
+
+
+def test_a_review_of_tokens_gets_its_right_and_no_other(helm: str, tmp_path: Path) -> None:
+    """With `auth.review` the pod has a token, which may create TokenReviews; without, there is no such right."""
+    review = {"url": "https://kubernetes.default.svc", "token_file": "/var/run/secrets/t"}
+    config = {"auth": {"review": review}, "discovery": {"kubernetes": {"enabled": False}}}
+    manifests = render(helm, tmp_path, {"config": config})
+    _valid(manifests)
+    (role,) = [each for each in manifests.values() if each["kind"] in ("Role", "ClusterRole")]
+    (binding,) = [each for each in manifests.values() if each["kind"].endswith("RoleBinding")]
+    right = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    assert role["rules"] == [right]
+    assert (binding["kind"], binding["roleRef"]["name"]) == ("ClusterRoleBinding", role["metadata"]["name"])
+    assert [(each["name"], each["namespace"]) for each in binding["subjects"]] == [(OWN, "llm")]
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["automountServiceAccountToken"] is True
+    assert not any("reviewer" in name for name in render(helm, tmp_path, {}))
 
 
 # ---- the shared store ------------------------------------------------------
