@@ -3,7 +3,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 image=${IMAGE:-kvindex-server:dev}
-engine=$(command -v podman || command -v docker) || { echo "make sbom needs podman or docker" >&2; exit 1; }
+# Whichever has it: docker and podman keep their images apart, podman and buildah together.
+engine=""
+for candidate in docker podman; do
+  if "$candidate" image inspect "$image" > /dev/null 2>&1; then
+    engine=$candidate
+    break
+  fi
+done
+[ -n "$engine" ] || { echo "neither docker nor podman has an image $image: make image" >&2; exit 1; }
 mkdir -p dist
 # Created, never started.
 container=$("$engine" create "$image")

@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
 # Runs the container image as a cluster would run it at its strictest, with a simulated engine in a container beside it,
 # and asks for a score. Prints what it does and what it measures; needs podman or docker.
-# IMAGE names the image; RUNTIME are options of the builder's `run`, for machines whose defaults do not work.
+# IMAGE names the image.
 set -euo pipefail
 image=${IMAGE:-kvindex-server:dev}
-engine=$(command -v podman || command -v docker) || { echo "make test-image needs podman or docker" >&2; exit 1; }
+# Whichever has it: docker and podman keep their images apart, podman and buildah together.
+engine=""
+for candidate in docker podman; do
+  if "$candidate" image inspect "$image" > /dev/null 2>&1; then
+    engine=$candidate
+    break
+  fi
+done
+[ -n "$engine" ] || { echo "neither docker nor podman has an image $image: make image" >&2; exit 1; }
 model=demo-model
 name=kvindex-image-test-$$
 
 # Limits below this machine's own: a container may be refused the default ones where CAP_SYS_RESOURCE is missing.
 hardened=(--network host --read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp
   --ulimit nofile=4096:4096 --ulimit nproc=4096:4096)
-case $(basename "$engine") in
-  podman) before=(--cgroup-manager cgroupfs) && { ! command -v runc > /dev/null || before+=(--runtime runc); } ;;
-  *) before=() ;;
-esac
+before=()
+if [ "$engine" = podman ]; then
+  # Needs neither systemd nor the newest kernel interfaces.
+  before=(--cgroup-manager cgroupfs)
+  ! command -v runc > /dev/null || before+=(--runtime runc)
+fi
 
 container() { "$engine" "${before[@]}" "$@"; }
 tidy() { container rm --force "$name" "$name-engine" > /dev/null 2>&1 || true; }
 trap tidy EXIT
-shown() { echo "\$ $*"; "$@"; }
 fail() { echo "FAILED: $*" >&2; exit 1; }
 now() { date +%s%N; }
 
