@@ -140,5 +140,6 @@ def test_the_image_has_everything_that_the_chart_can_turn_on() -> None:
     extras = set(re.findall(r"\[([a-z,]+)\]'", dockerfile))
     assert extras == {"kubernetes,store"}
     assert {"kubernetes", "store"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert re.search(r"^ARG BASE=python:3\.\d+-slim$", dockerfile, re.MULTILINE)
     # Ours runs as nobody, by number, so that Kubernetes can see that it is not root.
     assert "\nUSER 65532:65532\n" in dockerfile
