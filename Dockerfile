@@ -1,5 +1,9 @@
-FROM python:3.12-slim AS build
-RUN apt-get update \
+# A mirror or a digest of the same image: --build-arg BASE=...
+ARG BASE=python:3.12-slim
+FROM ${BASE} AS build
+# Before anything is installed: these packages are what the last stage begins with.
+RUN dpkg-query -W -f='${Package}\t${Version}\t${Architecture}\n' > /base-packages.tsv \
+    && apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
@@ -7,15 +11,24 @@ COPY pyproject.toml README.md LICENSE ./
 COPY native native
 COPY kvindex_server kvindex_server
 COPY kvindex_client kvindex_client
-# Dependencies and the project become wheels here, so that the final stage needs no compiler.
-RUN pip wheel --no-cache-dir --wheel-dir /wheels '.[kubernetes,tracing]'
+# Dependencies and the project become wheels once, and are installed from them alone.
+RUN pip wheel --no-cache-dir --wheel-dir /wheels '.[kubernetes,store,tracing]'
+RUN python -m venv --without-pip /opt/kvindex \
+    && pip --python /opt/kvindex/bin/python install --no-cache-dir --no-compile --no-index --find-links /wheels \
+       'kvindex-server[kubernetes,store,tracing]' \
+    && /opt/kvindex/bin/python -m compileall -q /opt/kvindex/lib
+COPY scripts/sbom.py scripts/sbom-requirements.txt scripts/
+RUN python -m venv --without-pip /sbom \
+    && pip --python /sbom/bin/python install --no-cache-dir -r scripts/sbom-requirements.txt \
+    && /sbom/bin/python scripts/sbom.py --python /opt/kvindex/bin/python --packages /base-packages.tsv \
+       /opt/kvindex/sbom.cdx.json
 
-FROM python:3.12-slim
-RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --no-compile --no-index --find-links /wheels 'kvindex-server[kubernetes,tracing]' \
-    && python -m compileall -q "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-# Nothing is written at run time: the root file system may be read-only.
-ENV PYTHONUNBUFFERED=1 \
+FROM ${BASE}
+COPY --from=build /opt/kvindex /opt/kvindex
+# Nothing is written at run time: the root file system may be read-only. The loader keeps few arenas (docs/image.md).
+ENV PATH=/opt/kvindex/bin:$PATH \
+    MALLOC_ARENA_MAX=2 \
+    PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     TOKENIZERS_PARALLELISM=false
 USER 65532:65532

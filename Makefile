@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image chart clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image image-base test-image sbom reproducible chart checkov clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -54,6 +54,7 @@ lint: setup ## Check style, types, import layers, proto files, the Dockerfile an
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck scripts/*.sh .ci/run
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 	scripts/tidy.sh
 
@@ -116,10 +117,25 @@ proto-go: setup ## Generate the Go stubs of integrations/llm-d-router (needs Go)
 image: ## Build the container image (docker, podman or buildah)
 	scripts/image.sh
 
+image-base: ## Make the image's base by debootstrap, where no registry of images can be reached (root)
+	scripts/image_base.sh
+
+test-image: ## Run the image read-only and without capabilities, with an engine beside it, and ask for a score
+	scripts/image_test.sh
+
+sbom: ## Copy the image's bill of materials (CycloneDX) to dist/
+	scripts/image_sbom.sh
+
+reproducible: setup ## Build the wheel twice, in two places, and compare the bytes
+	scripts/reproducible.sh
+
 chart: setup ## Lint and render the Helm chart
 	@set -e; helm=$$(scripts/helm.sh); \
 	"$$helm" lint --strict deploy/helm/kvindex-server; \
 	"$$helm" template kvindex deploy/helm/kvindex-server
+
+checkov: ## Check the rendered chart and the Dockerfile with checkov (installs it into build/ once)
+	PYTHON=$(PYTHON) scripts/checkov.sh
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -29,15 +29,6 @@ def queries() -> list[str]:
     return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
-@pytest.fixture(scope="session")
-def promtool() -> str:
-    """Path of promtool."""
-    found = subprocess.run([ROOT / "scripts" / "promtool.sh"], capture_output=True, text=True, timeout=110, check=False)
-    if found.returncode != 0:
-        pytest.skip(f"promtool cannot be had: {found.stderr.strip()[-300:]}")
-    return found.stdout.strip()
-
-
 def check_names(expression: str) -> None:
     """Every series exists, and every label in it or grouped by is one that it has."""
     grouped = {

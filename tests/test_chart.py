@@ -5,17 +5,15 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
 
-from kvindex_server.config import Settings, load_settings
-
-ROOT = Path(__file__).resolve().parent.parent
-CHART = ROOT / "deploy" / "helm" / "kvindex-server"
 GOLDEN = ROOT / "tests" / "golden" / "chart"
 MODEL = "Qwen/Qwen3-32B"
 FULL: dict[str, Any] = {
@@ -57,58 +55,6 @@ FULL: dict[str, Any] = {
 CASES = {"defaults": {}, "full": FULL}
 
 
-def _fetched(release: str) -> str:
-    command = [ROOT / "scripts" / "helm.sh", release]
-    fetched = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    if fetched.returncode != 0:
-        pytest.skip(f"Helm cannot be fetched: {fetched.stderr.strip()[-300:]}")
-    return fetched.stdout.strip()
-
-
-@pytest.fixture(scope="session")
-def helm() -> str:
-    """Path of the Helm binary."""
-    return _fetched("4")
-
-
-@pytest.fixture(scope="session", params=["3", "4"])
-def any_helm(request: pytest.FixtureRequest) -> str:
-    """Path of the Helm binary, of each release that is in use."""
-    return _fetched(request.param)
-
-
-def _helm(helm: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([helm, *arguments], capture_output=True, text=True, timeout=60, check=False)
-
-
-def _render(helm: str, tmp_path: Path, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifests by kind; a second one of a kind is named by the kind and the end of its name."""
-    done = _helm(helm, "template", "kv", CHART, "--namespace", "llm", "--values", _values_file(tmp_path, values))
-    assert done.returncode == 0, done.stderr
-    manifests = [document for document in yaml.safe_load_all(done.stdout) if document]
-    by_kind = {_short(manifest): manifest for manifest in manifests}
-    assert len(by_kind) == len(manifests)
-    return by_kind
-
-
-def _short(manifest: dict[str, Any]) -> str:
-    rest = manifest["metadata"]["name"].removeprefix("llm-").removeprefix("kv-kvindex-server")
-    namespace = manifest["metadata"].get("namespace", "llm")
-    return str(manifest["kind"]) + rest + (f"@{namespace}" if namespace != "llm" else "")
-
-
-def _values_file(tmp_path: Path, values: dict[str, Any]) -> Path:
-    path = tmp_path / "values.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
-
-
-def _settings(manifests: dict[str, dict[str, Any]], tmp_path: Path) -> Settings:
-    path = tmp_path / "config.yaml"
-    path.write_text(manifests["ConfigMap"]["data"]["config.yaml"], encoding="utf-8")
-    return load_settings({}, {}, path)
-
-
 def _script(name: str) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert found is not None
@@ -118,36 +64,31 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-def _container(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
-    return dict(container)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_lints_strictly(any_helm: str, tmp_path: Path, case: str) -> None:
     """`helm lint --strict` finds nothing."""
-    done = _helm(any_helm, "lint", "--strict", CHART, "--values", _values_file(tmp_path, CASES[case]))
+    done = run(any_helm, "lint", "--strict", CHART, "--values", values_file(tmp_path, CASES[case]))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rendered_config_loads(helm: str, tmp_path: Path, case: str) -> None:
     """The server accepts the rendered configuration, and listens where probes and Service look for it."""
-    manifests = _render(helm, tmp_path, CASES[case])
-    settings = _settings(manifests, tmp_path)
-    ports = {port["name"]: port["containerPort"] for port in _container(manifests)["ports"]}
+    manifests = render(helm, tmp_path, CASES[case])
+    settings = rendered_settings(manifests, tmp_path)
+    ports = {port["name"]: port["containerPort"] for port in container(manifests)["ports"]}
     served = {port["name"]: port["port"] for port in manifests["Service"]["spec"]["ports"]}
     assert settings.listen == f"0.0.0.0:{ports['grpc']}"
     assert settings.metrics_listen == f"0.0.0.0:{ports['metrics']}"
     assert settings.admin_listen == (f"0.0.0.0:{ports['admin']}" if "admin" in ports else None)
     assert served == ports
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert _container(manifests)[probe]["grpc"]["port"] == ports["grpc"]
+        assert container(manifests)[probe]["grpc"]["port"] == ports["grpc"]
 
 
 def test_config_values_arrive_unchanged(helm: str, tmp_path: Path) -> None:
     """What the user writes under `config` is what the server gets, large integers included."""
-    settings = _settings(_render(helm, tmp_path, FULL), tmp_path)
+    settings = rendered_settings(render(helm, tmp_path, FULL), tmp_path)
     assert [model.name for model in settings.models] == [MODEL]
     assert settings.limits.max_prompt_bytes == 16 * 1024 * 1024
     assert settings.server.drain_seconds == 12.5
@@ -157,12 +98,12 @@ def test_config_values_arrive_unchanged(helm: str, tmp_path: Path) -> None:
 
 def test_pod_is_restricted(helm: str, tmp_path: Path) -> None:
     """The pod meets the `restricted` Pod Security Standard, and has no service links; without discovery, no token."""
-    manifests = _render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"enabled": False}}}})
-    spec, container = manifests["Deployment"]["spec"]["template"]["spec"], _container(manifests)
+    manifests = render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"enabled": False}}}})
+    spec, main = manifests["Deployment"]["spec"]["template"]["spec"], container(manifests)
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 65532
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert container["securityContext"] == {
+    assert main["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
@@ -181,13 +122,13 @@ BASE = {
 
 def test_optional_manifests(helm: str, tmp_path: Path) -> None:
     """Monitors, rules, autoscaling and a NetworkPolicy appear only when asked for."""
-    assert set(_render(helm, tmp_path, {})) == BASE
-    assert set(_render(helm, tmp_path, FULL)) == BASE | {
+    assert set(render(helm, tmp_path, {})) == BASE
+    assert set(render(helm, tmp_path, FULL)) == BASE | {
         *("ServiceMonitor", "NetworkPolicy", "PrometheusRule", "ConfigMap-dashboard", "HorizontalPodAutoscaler")
     }
     bare = {"service": {"headless": False}, "config": {"discovery": {"kubernetes": {"enabled": False}}}}
-    assert set(_render(helm, tmp_path, bare)) == BASE - {"Service-headless", "Role", "RoleBinding"}
-    assert "replicas" not in _render(helm, tmp_path, FULL)["Deployment"]["spec"]
+    assert set(render(helm, tmp_path, bare)) == BASE - {"Service-headless", "Role", "RoleBinding"}
+    assert "replicas" not in render(helm, tmp_path, FULL)["Deployment"]["spec"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +141,7 @@ def test_optional_manifests(helm: str, tmp_path: Path) -> None:
 )
 def test_rights_are_the_least(helm: str, tmp_path: Path, namespaces: list[str], expected: set[str]) -> None:
     """Reading pods where discovery looks, for the chart's own account, and nothing else."""
-    manifests = _render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"namespaces": namespaces}}}})
+    manifests = render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"namespaces": namespaces}}}})
     rights = {name: each for name, each in manifests.items() if "Role" in name}
     assert set(rights) == expected
     for each in rights.values():
@@ -216,19 +157,19 @@ def test_rights_are_the_least(helm: str, tmp_path: Path, namespaces: list[str], 
 
 def test_replicas_spread_by_themselves(helm: str, tmp_path: Path) -> None:
     """Over zones and nodes, softly, unless told otherwise; by this release's own label."""
-    spec = _render(helm, tmp_path, {})["Deployment"]["spec"]["template"]
+    spec = render(helm, tmp_path, {})["Deployment"]["spec"]["template"]
     spread = spec["spec"]["topologySpreadConstraints"]
     assert [each["topologyKey"].rpartition("/")[2] for each in spread] == ["zone", "hostname"]
     for each in spread:
         assert each["labelSelector"]["matchLabels"].items() <= spec["metadata"]["labels"].items()
     own = [{"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule"}]
-    other = _render(helm, tmp_path, {"topologySpreadConstraints": own})
+    other = render(helm, tmp_path, {"topologySpreadConstraints": own})
     assert other["Deployment"]["spec"]["template"]["spec"]["topologySpreadConstraints"] == own
 
 
 def test_only_one_service_is_scraped(helm: str, tmp_path: Path) -> None:
     """The ServiceMonitor's port exists in one Service: with two, every replica would be counted twice."""
-    manifests = _render(helm, tmp_path, FULL)
+    manifests = render(helm, tmp_path, FULL)
     (port,) = (each["port"] for each in manifests["ServiceMonitor"]["spec"]["endpoints"])
     services = [each for name, each in manifests.items() if name.startswith("Service") and each["kind"] == "Service"]
     assert len(services) == 2
@@ -236,14 +177,17 @@ def test_only_one_service_is_scraped(helm: str, tmp_path: Path) -> None:
 
 
 def test_egress_reaches_what_discovery_needs(helm: str, tmp_path: Path) -> None:
-    """With `egressTo`, names, the API server and the engines can be reached."""
+    """With `egressTo`, names, the API server, the other replicas and the engines can be reached."""
     engines = [{"podSelector": {"matchLabels": {"llm-d.ai/inference-serving": "true"}}}]
-    manifests = _render(helm, tmp_path, {"networkPolicy": {"enabled": True, "egressTo": engines}})
+    manifests = render(helm, tmp_path, {"networkPolicy": {"enabled": True, "egressTo": engines}})
     spec = manifests["NetworkPolicy"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
-    assert [[each["port"] for each in rule.get("ports", [])] for rule in spec["egress"]] == [[53, 53], [443, 6443], []]
-    assert spec["egress"][-1]["to"] == engines
-    assert _render(helm, tmp_path, FULL)["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
+    assert [[each["port"] for each in rule.get("ports", [])] for rule in spec["egress"]] == [
+        *([53, 53], [443, 6443], [], [])
+    ]
+    own = {"podSelector": {"matchLabels": manifests["Deployment"]["spec"]["selector"]["matchLabels"]}}
+    assert [rule["to"] for rule in spec["egress"][-2:]] == [[own], engines]
+    assert render(helm, tmp_path, FULL)["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
 
 
 @pytest.mark.parametrize("version", ["1.29.0", "1.33.0", "1.37.0"])
@@ -252,23 +196,65 @@ def test_manifests_are_valid(helm: str, tmp_path: Path, case: str, version: str)
     """Kubernetes' own schemas, strictly: no unknown field in any manifest. The operator's kinds have none there."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     checked = 0
-    for manifest in _render(helm, tmp_path, CASES[case]).values():
+    for manifest in render(helm, tmp_path, CASES[case]).values():
         if not manifest["apiVersion"].startswith("monitoring.coreos.com/"):
             kubernetes_validate.validate(manifest, version, strict=True)
             checked += 1
     assert checked >= len(BASE)
 
 
-@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide"])
+@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide", "secured"])
 def test_golden_renders(any_helm: str, profile: str) -> None:
     """What each profile renders to is reviewed as a file; `KVINDEX_GOLDEN=1` writes it anew."""
     values, golden = GOLDEN / f"{profile}.values.yaml", GOLDEN / f"{profile}.yaml"
-    done = _helm(any_helm, "template", "kvindex", CHART, "--namespace", "llm", "--values", values)
+    done = run(any_helm, "template", "kvindex", CHART, "--namespace", "llm", "--values", values)
     assert done.returncode == 0, done.stderr
     if os.environ.get("KVINDEX_GOLDEN"):
         golden.write_text(done.stdout, encoding="utf-8")
     # Helm's releases differ in the order of manifests and in blank lines.
     assert _sorted(done.stdout) == _sorted(golden.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("version", ["1.29.0", "1.33.0", "1.37.0"])
+def test_golden_renders_are_valid(version: str) -> None:
+    """Of every profile, strictly, as `test_manifests_are_valid` for single values."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    checked = 0
+    for golden in GOLDEN.glob("*.yaml"):
+        if golden.name.endswith(".values.yaml"):
+            continue
+        for manifest in yaml.safe_load_all(golden.read_text(encoding="utf-8")):
+            if manifest and not manifest["apiVersion"].startswith(("monitoring.coreos.com/", "cert-manager.io/")):
+                kubernetes_validate.validate(manifest, version, strict=True)
+                checked += 1
+    assert checked > 4 * len(BASE) - 4
+
+
+def test_checkov_finds_nothing() -> None:
+    """Over the profiles' renders and the Dockerfile, but for the exceptions of .checkov.yaml; see `make checkov`."""
+    if not list((ROOT / "build" / "checkov-venv").glob(".installed-*")):
+        pytest.skip("checkov is not installed: make checkov")
+    done = subprocess.run([ROOT / "scripts" / "checkov.sh"], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing found in 4 rendered profiles" in done.stdout
+
+
+def test_each_exception_is_explained() -> None:
+    """No check is skipped without a reason, by checkov or by hadolint."""
+    for name, item in ((".checkov.yaml", r"CKV\w+"), (".hadolint.yaml", r"DL\d+")):
+        lines = re.findall(rf"^ +- {item}.*$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert lines
+        for line in lines:
+            assert re.search(r"# \w.{20,}$", line), line
+
+
+def test_hadolint_finds_nothing() -> None:
+    """With the exceptions that .hadolint.yaml explains."""
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint is not installed: pip install --group dev")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _sorted(text: str) -> list[dict[str, Any]]:
@@ -284,8 +270,8 @@ def test_notes_tell_the_first_commands_and_the_engines_flags(helm: str, tmp_path
     """
 
     def notes(values: dict[str, Any]) -> str:
-        flags = ("--dry-run=client", "--namespace", "llm", "--values", _values_file(tmp_path, values))
-        done = _helm(helm, "install", "kv", CHART, *flags)
+        flags = ("--dry-run=client", "--namespace", "llm", "--values", values_file(tmp_path, values))
+        done = run(helm, "install", "kv", CHART, *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout.partition("NOTES:")[2]
 
@@ -310,7 +296,7 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
     """Another configuration gives another checksum annotation, the same one the same."""
 
     def checksum(values: dict[str, Any]) -> str:
-        template = _render(helm, tmp_path, values)["Deployment"]["spec"]["template"]
+        template = render(helm, tmp_path, values)["Deployment"]["spec"]["template"]
         return str(template["metadata"]["annotations"]["checksum/config"])
 
     assert checksum({}) == checksum({"replicaCount": 3})
@@ -335,14 +321,14 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
 )
 def test_wrong_values_are_refused(any_helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
     """A misspelt or impossible value fails the render and is named."""
-    done = _helm(any_helm, "template", "kv", CHART, "--values", _values_file(tmp_path, values))
+    done = run(any_helm, "template", "kv", CHART, "--values", values_file(tmp_path, values))
     assert done.returncode != 0
     assert word in done.stderr
 
 
 def test_schema_knows_every_setting(helm: str) -> None:
     """The chart's schema is the server's under `config`; `python scripts/chart_schema.py --write` renews it."""
-    done = _helm(helm, "show", "values", CHART)
+    done = run(helm, "show", "values", CHART)
     assert done.returncode == 0
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     assert schema["properties"]["config"] == _script("chart_schema").config_schema()
@@ -357,33 +343,33 @@ def test_the_sidecar_recipe_is_valid(tmp_path: Path) -> None:
     config, deployment = yaml.safe_load_all(recipe)
     for manifest in (config, deployment):
         kubernetes_validate.validate(manifest, "1.37.0", strict=True)
-    settings = _settings({"ConfigMap": config}, tmp_path)
+    settings = rendered_settings({"ConfigMap": config}, tmp_path)
     assert settings.discovery.kubernetes.enabled
-    container = deployment["spec"]["template"]["spec"]["containers"][1]
+    main = deployment["spec"]["template"]["spec"]["containers"][1]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert settings.metrics_listen.endswith(f":{container[probe]['httpGet']['port']}")
+        assert settings.metrics_listen.endswith(f":{main[probe]['httpGet']['port']}")
 
 
 def test_documented_engine_flags_are_the_charts(helm: str) -> None:
     """What docs/kubernetes.md tells engines to publish on is where the chart's defaults look."""
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     flags = [json.loads(each) for each in re.findall(r"'(\{[^']*\})'", text)]
-    defaults = yaml.safe_load(_helm(helm, "show", "values", CHART).stdout)["config"]["discovery"]["defaults"]
+    defaults = yaml.safe_load(run(helm, "show", "values", CHART).stdout)["config"]["discovery"]["defaults"]
     assert len(flags) == 2
     for each in flags:
         assert each["endpoint"] == f"tcp://*:{defaults['events_port']}"
         assert each["replay_endpoint"] == f"tcp://*:{defaults['replay_port']}"
 
 
-def test_documented_values_render(helm: str, tmp_path: Path) -> None:
+def test_documented_valuesrender(helm: str, tmp_path: Path) -> None:
     """Each way to bring a tokenizer in, as docs/kubernetes.md shows it, gives a valid Deployment that mounts it."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     snippets = re.findall(r"<!-- values -->\n```yaml\n(.*?)```", text, re.DOTALL)
     assert len(snippets) == 3
     for snippet in snippets:
-        manifests = _render(helm, tmp_path, yaml.safe_load(snippet))
+        manifests = render(helm, tmp_path, yaml.safe_load(snippet))
         kubernetes_validate.validate(manifests["Deployment"], "1.37.0", strict=True)
-        assert "/tokenizers" in {each["mountPath"] for each in _container(manifests)["volumeMounts"]}
+        assert "/tokenizers" in {each["mountPath"] for each in container(manifests)["volumeMounts"]}
         volumes = {each["name"] for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
         assert "tokenizers" in volumes

@@ -492,6 +492,42 @@ def test_a_thousand_pods_roll_under_hostility(
         api.down()
 
 
+def test_a_fleet_of_a_thousand_is_rolled(fleet: Fleet, tmp_path: Path) -> None:
+    """1,000 pods at once, each followed by one at an address that was another's until just now, in waves and out of
+    order, while connections break and the server is away for a while: no life outlasts the roll, and no pod is lost.
+    """
+    api = KubeApi(3, hostile=0.005)
+    for number in range(1000):
+        api.put(pod(f"old-{number}", f"old-{number}", f"10.1.{number // 200}.{number % 200 + 1}"))
+    order = list(range(1000))
+    random.Random(3).shuffle(order)
+    try:
+        with following(fleet, api, tmp_path, relist_seconds=3):
+            eventually(lambda: len(followed(fleet)) == 1000, 40)
+            for wave in range(0, 1000, 100):
+                if wave == 500:
+                    api.down()
+                rolled = order[wave : wave + 100]
+                for number in rolled:
+                    api.delete(f"old-{number}")
+                for number, successor in zip(rolled, rolled[1:] + rolled[:1], strict=True):
+                    address = f"10.1.{successor // 200}.{successor % 200 + 1}"
+                    created = f"2026-01-02T00:{wave // 100:02d}:00Z"
+                    api.put(pod(f"new-{number}", f"new-{number}", address, created=created))
+                if not api.is_up:
+                    time.sleep(0.3)
+                    # What was known stays, and old lives with it: nothing else can be known now.
+                    assert len(followed(fleet)) >= 500
+                    api.up()
+                time.sleep(0.05)
+            api.hostile = 0.0
+            assert len(truth(api)) == 1000
+            eventually(lambda: lives(fleet) == truth(api), 40)
+            assert not any(life.startswith("old-") for life in lives(fleet).values())
+    finally:
+        api.down()
+
+
 def test_a_container_restart_drops_the_claims(api: KubeApi, tmp_path: Path) -> None:
     """With real sockets: the engine's blocks are taken in, and are gone when Kubernetes tells of another life."""
     real = Fleet(Models([]))

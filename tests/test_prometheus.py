@@ -15,7 +15,7 @@ import msgpack
 import pytest
 import yaml
 from publisher import Publisher, free_port
-from test_alerts import promtool, queries  # noqa: F401 - promtool is a fixture
+from test_alerts import queries
 
 from kvindex_server.config import Settings
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def prometheus(promtool: str, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:  # noqa: F811
+def prometheus(promtool: str, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a Prometheus that has scraped the server a few times under load."""
     binary = shutil.which("prometheus") or str(Path(promtool).parent / "prometheus")
     home = tmp_path_factory.mktemp("prometheus")
@@ -95,7 +95,7 @@ def test_the_dashboards_queries_return_data(prometheus: str) -> None:
     assert empty == []
 
 
-def test_promtool_accepts_a_live_scrape(promtool: str, server: Server) -> None:  # noqa: F811
+def test_promtool_accepts_a_live_scrape(promtool: str, server: Server) -> None:
     """`promtool check metrics`: names, units and help texts as Prometheus wants them."""
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as answer:
         scrape = answer.read()

@@ -47,22 +47,29 @@ PyObject* checked(PyObject* made) {
   return made;
 }
 
+// Functions, not the macros of the same name in capitals, which the stable ABI does not have. They take `value` over.
+void put(const nb::list& list, size_t at, PyObject* value) {
+  if (PyList_SetItem(list.ptr(), static_cast<Py_ssize_t>(at), checked(value)) != 0) nb::raise_python_error();
+}
+
+void put(const nb::tuple& tuple, size_t at, PyObject* value) {
+  if (PyTuple_SetItem(tuple.ptr(), static_cast<Py_ssize_t>(at), checked(value)) != 0) nb::raise_python_error();
+}
+
 nb::list list_of(const std::vector<Match>& matches) {
   auto out = nb::steal<nb::list>(checked(PyList_New(static_cast<Py_ssize_t>(matches.size()))));
   for (size_t i = 0; i < matches.size(); ++i) {
     const Match& each = matches[i];
-    const auto entry = nb::steal(checked(PyTuple_New(6)));
-    const auto tiers = nb::steal(checked(PyList_New(kMaxTiers)));
-    for (uint32_t t = 0; t < kMaxTiers; ++t)
-      PyList_SET_ITEM(tiers.ptr(), t, checked(PyLong_FromUnsignedLong(each.tier_blocks[t])));
-    const auto size = static_cast<Py_ssize_t>(each.pod.size());
-    PyTuple_SET_ITEM(entry.ptr(), 0, checked(PyUnicode_FromStringAndSize(each.pod.data(), size)));
-    PyTuple_SET_ITEM(entry.ptr(), 1, checked(PyLong_FromUnsignedLong(each.rank)));
-    PyTuple_SET_ITEM(entry.ptr(), 2, checked(PyLong_FromUnsignedLong(each.blocks)));
-    PyTuple_SET_ITEM(entry.ptr(), 3, checked(PyFloat_FromDouble(each.score)));
-    PyTuple_SET_ITEM(entry.ptr(), 4, tiers.inc_ref().ptr());
-    PyTuple_SET_ITEM(entry.ptr(), 5, checked(PyLong_FromUnsignedLong(each.speculative)));
-    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), entry.inc_ref().ptr());
+    const auto entry = nb::steal<nb::tuple>(checked(PyTuple_New(6)));
+    const auto tiers = nb::steal<nb::list>(checked(PyList_New(kMaxTiers)));
+    for (uint32_t tier = 0; tier < kMaxTiers; ++tier) put(tiers, tier, PyLong_FromUnsignedLong(each.tier_blocks[tier]));
+    put(entry, 0, PyUnicode_FromStringAndSize(each.pod.data(), static_cast<Py_ssize_t>(each.pod.size())));
+    put(entry, 1, PyLong_FromUnsignedLong(each.rank));
+    put(entry, 2, PyLong_FromUnsignedLong(each.blocks));
+    put(entry, 3, PyFloat_FromDouble(each.score));
+    put(entry, 4, tiers.inc_ref().ptr());
+    put(entry, 5, PyLong_FromUnsignedLong(each.speculative));
+    put(out, i, entry.inc_ref().ptr());
   }
   return out;
 }

@@ -32,13 +32,83 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{- /* The server's configuration file: the user's values, and the addresses that follow from the ports. */ -}}
+{{- define "kvindex.headlessName" -}}
+{{- include "kvindex.fullname" . | trunc 54 | trimSuffix "-" -}}-headless
+{{- end -}}
+
+{{- define "kvindex.tlsSecret" -}}
+{{- if and .Values.tls.certManager.enabled (not .Values.tls.secretName) -}}
+{{- include "kvindex.fullname" . | trunc 59 | trimSuffix "-" -}}-tls
+{{- else -}}
+{{- required "tls.secretName or tls.certManager is required with tls.enabled" .Values.tls.secretName -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* "true" when the gRPC ports speak TLS, by the chart's values or by the server's own settings; else empty. */ -}}
+{{- define "kvindex.speaksTls" -}}
+{{- if or .Values.tls.enabled (dig "tls" "cert_file" "" .Values.config) -}}true{{- end -}}
+{{- end -}}
+
+{{- /* "true" when the index is written to a volume; one in a shared store has no need of it. */ -}}
+{{- define "kvindex.keepsSnapshots" -}}
+{{- if and .Values.snapshot.enabled (not .Values.store.url) (not (dig "store" "addresses" list .Values.config)) -}}true{{- end -}}
+{{- end -}}
+
+{{- /* "true" when a starting replica asks the others for their state; else empty. */ -}}
+{{- define "kvindex.asksPeers" -}}
+{{- $certificates := or .Values.tls.clientCertificates (dig "tls" "client_ca_file" "" .Values.config) (dig "tls" "admin_client_ca_file" "" .Values.config) -}}
+{{- $auth := or (dig "auth" "admin_tokens_file" "" .Values.config) (dig "auth" "review" "url" "" .Values.config) -}}
+{{- $stranger := or $certificates (and $auth (not (dig "snapshot" "peer_token_file" "" .Values.config))) -}}
+{{- /* Over TLS of the server's own settings only they can name the CA. */ -}}
+{{- $unknown := and (dig "tls" "cert_file" "" .Values.config) (not (dig "snapshot" "peer_ca_file" "" .Values.config)) -}}
+{{- if and (include "kvindex.keepsSnapshots" .) .Values.snapshot.peers .Values.service.headless (not $stranger) (not $unknown) -}}true{{- end -}}
+{{- end -}}
+
+{{- /* The server's configuration file: the user's values, and what follows from the chart's. */ -}}
 {{- define "kvindex.config" -}}
-{{- $addresses := dict
+{{- $made := dict
       "listen" (printf "0.0.0.0:%d" (int .Values.ports.grpc))
       "metrics_listen" (printf "0.0.0.0:%d" (int .Values.ports.metrics)) -}}
 {{- if .Values.ports.admin -}}
-{{- $_ := set $addresses "admin_listen" (printf "0.0.0.0:%d" (int .Values.ports.admin)) -}}
+{{- $_ := set $made "admin_listen" (printf "0.0.0.0:%d" (int .Values.ports.admin)) -}}
 {{- end -}}
-{{- toYaml (merge $addresses (deepCopy .Values.config)) -}}
+{{- if .Values.tls.enabled -}}
+{{- $tls := dict "cert_file" "/etc/kvindex-tls/tls.crt" "key_file" "/etc/kvindex-tls/tls.key" -}}
+{{- if .Values.tls.clientCertificates -}}
+{{- $_ := set $tls "client_ca_file" "/etc/kvindex-tls/ca.crt" -}}
+{{- end -}}
+{{- $_ := set $made "tls" $tls -}}
+{{- end -}}
+{{- if include "kvindex.keepsSnapshots" . -}}
+{{- $snapshot := dict "directory" "/var/lib/kvindex" -}}
+{{- if include "kvindex.asksPeers" . -}}
+{{- if not (dig "snapshot" "peers" list .Values.config) -}}
+{{- $port := int (.Values.ports.admin | default .Values.ports.grpc) -}}
+{{- $_ := set $snapshot "peers" (list (printf "%s:%d" (include "kvindex.headlessName" .) $port)) -}}
+{{- end -}}
+{{- if and .Values.tls.enabled (not (dig "snapshot" "peer_ca_file" "" .Values.config)) -}}
+{{- $_ := set $snapshot "peer_ca_file" "/etc/kvindex-tls/ca.crt" -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $made "snapshot" $snapshot -}}
+{{- end -}}
+{{- $store := dict -}}
+{{- if .Values.store.url -}}
+{{- $url := urlParse .Values.store.url -}}
+{{- $_ := set $store "addresses" (list $url.host) -}}
+{{- $_ := set $store "tls" (hasSuffix "s" $url.scheme) -}}
+{{- with $url.userinfo -}}
+{{- $_ := set $store "username" . -}}
+{{- end -}}
+{{- with trimPrefix "/" $url.path -}}
+{{- $_ := set $store "database" (int .) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.store.secretName -}}
+{{- $_ := set $store "password_file" "/etc/kvindex-store/password" -}}
+{{- end -}}
+{{- if $store -}}
+{{- $_ := set $made "store" $store -}}
+{{- end -}}
+{{- toYaml (merge $made (deepCopy .Values.config)) -}}
 {{- end -}}

@@ -1,0 +1,247 @@
+"""Parts of the chart that stand apart: TLS, snapshots, the shared store, and what keeps replicas available."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
+
+OWN = "kv-kvindex-server"
+
+
+def _volumes(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Volumes of the pod by mount path."""
+    volumes = {each["name"]: each for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+    return {each["mountPath"]: volumes[each["name"]] for each in container(manifests)["volumeMounts"]}
+
+
+def _valid(manifests: dict[str, dict[str, Any]]) -> None:
+    for manifest in manifests.values():
+        if not manifest["apiVersion"].startswith(("cert-manager.io/", "monitoring.coreos.com/")):
+            kubernetes_validate.validate(manifest, "1.37.0", strict=True)
+
+
+# ---- TLS -------------------------------------------------------------------
+
+
+def test_tls_by_secret(helm: str, tmp_path: Path) -> None:
+    """The server reads the Secret's files, and probes go where no TLS is spoken: the kubelet's gRPC probe cannot."""
+    manifests = render(helm, tmp_path, {"tls": {"enabled": True, "secretName": "own", "clientCertificates": True}})
+    _valid(manifests)
+    settings = rendered_settings(manifests, tmp_path)
+    mounted = _volumes(manifests)["/etc/kvindex-tls"]["secret"]
+    assert mounted["secretName"] == "own"
+    assert settings.tls.cert_file == "/etc/kvindex-tls/tls.crt"
+    assert settings.tls.key_file == "/etc/kvindex-tls/tls.key"
+    assert settings.tls.client_ca_file == "/etc/kvindex-tls/ca.crt"
+    for probe, path in (("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/healthz")):
+        assert container(manifests)[probe]["httpGet"] == {"path": path, "port": "metrics"}
+    # No replica has a client certificate to show the others.
+    assert settings.snapshot.peers == ()
+    assert "Certificate" not in manifests
+    for service in ("Service", "Service-headless"):
+        protocols = {each["name"]: each["appProtocol"] for each in manifests[service]["spec"]["ports"]}
+        assert protocols["grpc"] == "https"
+
+
+def test_tls_by_the_servers_own_settings_moves_the_probes_too(helm: str, tmp_path: Path) -> None:
+    manifests = render(helm, tmp_path, {"config": {"tls": {"cert_file": "/tls/c", "key_file": "/tls/k"}}})
+    assert "httpGet" in container(manifests)["readinessProbe"]
+    # The chart does not know the CA, so replicas could not ask one another.
+    assert rendered_settings(manifests, tmp_path).snapshot.peers == ()
+
+
+def test_tls_by_cert_manager(helm: str, tmp_path: Path) -> None:
+    """The Certificate has every name that clients and other replicas call, and fills the Secret that is mounted."""
+    manager = {"enabled": True, "issuerRef": {"kind": "ClusterIssuer", "name": "ca"}, "dnsNames": ["kv.example.com"]}
+    manifests = render(helm, tmp_path, {"replicaCount": 3, "tls": {"enabled": True, "certManager": manager}})
+    _valid(manifests)
+    spec = manifests["Certificate"]["spec"]
+    settings = rendered_settings(manifests, tmp_path)
+    assert spec["secretName"] == _volumes(manifests)["/etc/kvindex-tls"]["secret"]["secretName"]
+    assert spec["issuerRef"] == manager["issuerRef"]
+    (peer,) = settings.snapshot.peers
+    assert {peer.partition(":")[0], OWN, f"{OWN}.llm.svc", "kv.example.com"} <= set(spec["dnsNames"])
+    assert settings.snapshot.peer_ca_file == "/etc/kvindex-tls/ca.crt"
+
+
+def test_documented_tls_values_render(helm: str, tmp_path: Path) -> None:
+    """What docs/kubernetes.md shows is enough by itself."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"<!-- tls values -->\n```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        manifests = render(helm, tmp_path, yaml.safe_load(snippet))
+        _valid(manifests)
+        assert rendered_settings(manifests, tmp_path).tls.cert_file
+
+
+# ---- snapshots -------------------------------------------------------------
+
+
+def test_replicas_keep_their_index_and_ask_one_another(helm: str, tmp_path: Path) -> None:
+    """By default: a volume that the server may write to, and the headless Service at the admin service's port."""
+    for values, port in (({}, 50051), ({"ports": {"admin": 50052}, "networkPolicy": {"enabled": True}}, 50052)):
+        manifests = render(helm, tmp_path, values)
+        settings = rendered_settings(manifests, tmp_path)
+        assert settings.snapshot.directory in _volumes(manifests)
+        assert _volumes(manifests)[settings.snapshot.directory]["emptyDir"] == {}
+        assert settings.snapshot.peers == (f"{manifests['Service-headless']['metadata']['name']}:{port}",)
+    # Of a port that otherwise nobody may reach.
+    own = {"podSelector": {"matchLabels": manifests["Deployment"]["spec"]["selector"]["matchLabels"]}}
+    ingress = {rule["ports"][0]["port"]: rule.get("from") for rule in manifests["NetworkPolicy"]["spec"]["ingress"]}
+    assert ingress["admin"] == [own]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"snapshot": {"peers": False}},
+        {"service": {"headless": False}},
+        {"config": {"auth": {"admin_tokens_file": "/auth/operators"}}},
+    ],
+)
+def test_replicas_ask_only_where_they_would_be_answered(helm: str, tmp_path: Path, values: dict[str, Any]) -> None:
+    assert rendered_settings(render(helm, tmp_path, values), tmp_path).snapshot.peers == ()
+
+
+def test_a_claim_is_for_one_replica(any_helm: str, tmp_path: Path) -> None:
+    """Its pod is replaced, not surged, because two could not both have the claim; more replicas are refused."""
+    values: dict[str, Any] = {"snapshot": {"volume": {"persistentVolumeClaim": {"claimName": "kv"}, "emptyDir": None}}}
+    manifests = render(any_helm, tmp_path, values)
+    _valid(manifests)
+    assert manifests["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+    assert "persistentVolumeClaim" in _volumes(manifests)["/var/lib/kvindex"]
+    assert render(any_helm, tmp_path, {})["Deployment"]["spec"]["strategy"]["type"] == "RollingUpdate"
+    for more in ({"replicaCount": 2}, {"autoscaling": {"enabled": True}}):
+        done = run(any_helm, "template", "kv", CHART, "--values", values_file(tmp_path, {**values, **more}))
+        assert done.returncode != 0
+        assert "is for one replica" in done.stderr
+
+
+def test_a_generic_ephemeral_volume_serves_several(helm: str, tmp_path: Path) -> None:
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "4Gi"}}}
+    volume = {"emptyDir": None, "ephemeral": {"volumeClaimTemplate": {"spec": spec}}}
+    manifests = render(helm, tmp_path, {"replicaCount": 3, "snapshot": {"volume": volume}})
+    _valid(manifests)
+    assert _volumes(manifests)["/var/lib/kvindex"]["ephemeral"] == volume["ephemeral"]
+
+
+# ---- rights ----------------------------------------------------------------
+
+
+def test_a_review_of_tokens_gets_its_right_and_no_other(helm: str, tmp_path: Path) -> None:
+    """With `auth.review` the pod has a token, which may create TokenReviews; without, there is no such right."""
+    review = {"url": "https://kubernetes.default.svc", "token_file": "/var/run/secrets/t"}
+    config = {"auth": {"review": review}, "discovery": {"kubernetes": {"enabled": False}}}
+    manifests = render(helm, tmp_path, {"config": config})
+    _valid(manifests)
+    (role,) = [each for each in manifests.values() if each["kind"] in ("Role", "ClusterRole")]
+    (binding,) = [each for each in manifests.values() if each["kind"].endswith("RoleBinding")]
+    right = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    assert role["rules"] == [right]
+    assert (binding["kind"], binding["roleRef"]["name"]) == ("ClusterRoleBinding", role["metadata"]["name"])
+    assert [(each["name"], each["namespace"]) for each in binding["subjects"]] == [(OWN, "llm")]
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["automountServiceAccountToken"] is True
+    assert not any("reviewer" in name for name in render(helm, tmp_path, {}))
+
+
+# ---- the shared store ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("valkey://valkey.kv.svc:6379", ("valkey.kv.svc:6379", "", 0, False)),
+        ("valkeys://kvindex@valkey.kv.svc:6380/3", ("valkey.kv.svc:6380", "kvindex", 3, True)),
+        ("rediss://cache:6379/0", ("cache:6379", "", 0, True)),
+    ],
+)
+def test_the_store_by_url(helm: str, tmp_path: Path, url: str, expected: tuple[str, str, int, bool]) -> None:
+    """Address, user, database and TLS come from the URL, the password from the Secret and from nowhere else."""
+    values = {"store": {"url": url, "secretName": "valkey-auth", "passwordKey": "pass"}}
+    manifests = render(helm, tmp_path, values)
+    _valid(manifests)
+    store = rendered_settings(manifests, tmp_path).store
+    assert ((*store.addresses,), store.username, store.database, store.tls) == ((expected[0],), *expected[1:])
+    assert store.password_file == "/etc/kvindex-store/password"
+    secret = _volumes(manifests)["/etc/kvindex-store"]["secret"]
+    assert (secret["secretName"], secret["items"]) == ("valkey-auth", [{"key": "pass", "path": "password"}])
+    # An index that the store keeps is not written to a volume.
+    assert rendered_settings(manifests, tmp_path).snapshot.directory == ""
+    assert "/var/lib/kvindex" not in _volumes(manifests)
+
+
+def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) -> None:
+    manifests = render(helm, tmp_path, {})
+    assert rendered_settings(manifests, tmp_path).store.addresses == ()
+    assert "/etc/kvindex-store" not in _volumes(manifests)
+
+
+# ---- availability ----------------------------------------------------------
+
+
+def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:
+    """A disruption budget over this release's pods, an autoscaler of this Deployment, a priority class on its pods."""
+    values = {"autoscaling": {"enabled": True, "minReplicas": 3}, "priorityClassName": "system-cluster-critical"}
+    manifests = render(helm, tmp_path, values)
+    _valid(manifests)
+    selector = manifests["Deployment"]["spec"]["selector"]
+    budget, scaler = manifests["PodDisruptionBudget"]["spec"], manifests["HorizontalPodAutoscaler"]["spec"]
+    assert budget == {"maxUnavailable": 1, "selector": selector}
+    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": OWN}
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 6)
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["priorityClassName"] == "system-cluster-critical"
+    assert render(helm, tmp_path, {"podDisruptionBudget": {"enabled": False}}).keys() == manifests.keys() - {
+        *("PodDisruptionBudget", "HorizontalPodAutoscaler")
+    }
+
+
+def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
+    """The headless Service gives the replicas' own addresses, and only those that are ready."""
+    spec = render(helm, tmp_path, {})["Service-headless"]["spec"]
+    assert spec["clusterIP"] == "None"
+    assert not spec.get("publishNotReadyAddresses")
+
+
+def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
+    """The PrometheusRule: lag, gap, stale, blind, saturation, a dropped hit ratio; the dashboard is valid JSON."""
+    manifests = render(helm, tmp_path, {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}})
+    (group,) = manifests["PrometheusRule"]["spec"]["groups"]
+    names = {rule["alert"] for rule in group["rules"]}
+    assert {
+        *("KVIndexIngestBehind", "KVIndexStreamBroken", "KVIndexStreamStale", "KVIndexStreamBlind"),
+        *("KVIndexSaturated", "KVIndexHitRatioDropped"),
+    } <= names
+    dashboard = manifests["ConfigMap-dashboard"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert yaml.safe_load(dashboard["data"]["kvindex-server.json"])["panels"]
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"tls": {"enabled": True}}, "tls.secretName"),
+        ({"tls": {"certManager": {"enabled": True}}}, "needs tls.enabled"),
+        ({"tls": {"clientCertificates": True}}, "needs tls.enabled"),
+        ({"tls": {"enabled": True, "certManager": {"enabled": True}}}, "issuerRef"),
+        (
+            {"tls": {"enabled": True, "secretName": "a"}, "config": {"tls": {"cert_file": "a", "key_file": "b"}}},
+            "two ways",
+        ),
+        ({"store": {"url": "valkey://user:password@h:1"}}, "url"),
+        ({"store": {"url": "http://h:1"}}, "url"),
+        ({"store": {"url": "valkey://h:1"}, "config": {"store": {"addresses": ["h:1"]}}}, "two ways"),
+        ({"store": {"secretName": "a"}}, "store.url"),
+        ({"snapshot": {"volume": {"emptyDir": None}}}, "volume"),
+        ({"config": {"snapshot": {"peer_timeout_seconds": 290}}}, "startupFailureThreshold"),
+    ],
+)
+def test_contradictions_are_refused(any_helm: str, tmp_path: Path, values: dict[str, Any], word: str) -> None:
+    done = run(any_helm, "template", "kv", CHART, "--values", values_file(tmp_path, values))
+    assert done.returncode != 0
+    assert word in done.stderr
