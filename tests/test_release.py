@@ -138,7 +138,7 @@ def test_the_image_has_everything_that_the_chart_can_turn_on() -> None:
     """Discovery by Kubernetes and the shared store need extras, and the bill of materials its generator."""
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     extras = set(re.findall(r"\[([a-z,]+)\]'", dockerfile))
-    assert extras == {"kubernetes,store"}
+    assert extras == {"kubernetes,store,tracing"}
     assert {"kubernetes", "store"} <= set(PROJECT["project"]["optional-dependencies"])
     assert re.search(r"^ARG BASE=python:3\.\d+-slim$", dockerfile, re.MULTILINE)
     # Ours runs as nobody, by number, so that Kubernetes can see that it is not root.
