@@ -276,6 +276,9 @@ class ScoreRequest:
 def read_score_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
     """None when it is malformed, beyond a limit or unusual: codec.decode_score then says what it is."""
 
+def read_pod_scores_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
+    """The same of an indexer.v1 GetPodScoresRequest; Scorer.answer then gives an encoded GetPodScoresResponse."""
+
 def answer_plain(
     encoded: bytes,
     limits: RequestLimits,

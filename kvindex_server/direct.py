@@ -1,4 +1,4 @@
-"""Answers ordinary Score requests in the native core, bytes to bytes; every other request by the reference path."""
+"""Answers ordinary Score and GetPodScores requests in the native core, the rest by the reference path; bytes to bytes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ Route = tuple[
 
 
 class Direct:
-    """Score, from the request's bytes to the answer's.
+    """Score and GetPodScores, from the request's bytes to the answer's.
 
     The native core reads the request, matches, orders and writes the answer without the GIL and without a Python
     object per token, key or pod. It takes only what is plainly good; whatever it does not take is answered, or
@@ -88,27 +88,37 @@ class Direct:
 
     def answer(self, data: bytes, request: _core.ScoreRequest | None, check: Check) -> bytes:
         """The second half of `score`."""
-        answer = b"" if request is None else self._native(request, check)
-        return answer or self.reference(data, check)
+        answer = None if request is None else self._native(request, check)
+        return self.reference(data, check) if answer is None else answer
 
     def reference(self, data: bytes, check: Check) -> bytes:
         """The same by protobuf messages and Python: slower, plainer, and right by definition."""
         return codec.encode_score(self._lookup.score(codec.decode_score(data, self._limits), check))
 
-    def _native(self, request: _core.ScoreRequest, check: Check) -> bytes:
-        """Empty when the request is not for the native core after all; no answer is."""
+    def pod_scores(self, data: bytes, check: Check) -> bytes:
+        """An encoded GetPodScoresResponse to an encoded GetPodScoresRequest; KvindexError when there is none."""
+        request = _core.read_pod_scores_request(data, self._native_limits)
+        answer = None if request is None else self._native(request, check)
+        return self.pod_scores_reference(data, check) if answer is None else answer
+
+    def pod_scores_reference(self, data: bytes, check: Check) -> bytes:
+        """As `reference` is to `score`."""
+        return codec.encode_pod_scores(self._lookup.score(codec.decode_pod_scores(data, self._limits), check))
+
+    def _native(self, request: _core.ScoreRequest, check: Check) -> bytes | None:
+        """None when the request is not for the native core after all."""
         started = time.perf_counter_ns()
         names, routes = self._current()
         known = names.get(request.model)
         if known is None:
-            return b""
+            return None
         model, lora = known
         if not isinstance(model.index, _core.Index):
-            return b""  # kept in a shared store
+            return None  # kept in a shared store
         if request.text and not self._find_keys(model, lora, request, check):
-            return b""
+            return None
         if not request.media_fit:
-            return b""
+            return None
         check()
         route = routes.get(request.model)
         if route is None:

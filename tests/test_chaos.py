@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +63,7 @@ class Target:
         line = self.process.stdout.readline()
         assert line.startswith("listening"), log.read_text()
         self.address = line.split("grpc=")[1].split()[0]
+        self.metrics = line.split("metrics=")[1].split()[0]
         self.host, _, port = self.address.rpartition(":")
         self.port = int(port)
         self.channel = grpc.insecure_channel(self.address)
@@ -83,6 +86,13 @@ class Target:
     def rss(self) -> float:
         """MiB."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def codes(self) -> dict[str, int]:
+        """Calls of Score so far by status code, as the server counted them."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        found = re.findall(rf'^kvindex_rpc_total{{code="(\w+)",method="{SCORE}"}} (\S+)', text, re.MULTILINE)
+        return {code: int(float(count)) for code, count in found}
 
     def connect(self) -> socket.socket:
         made = socket.create_connection((self.host, self.port), 5)

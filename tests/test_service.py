@@ -153,7 +153,7 @@ class Served:
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
         service.register(self.server, self.lookup, self.direct, self.guard, LIMITS, PlacementSettings())
-        compat.register(self.server, self.lookup, self.guard, LIMITS)
+        compat.register(self.server, self.direct, self.guard)
         keeper = Keeper(None, 1, 60.0, 60.0)
         admin.register(self.server, self.admin_fleet, self.models, self.lookup, LIMITS, keeper, self.guard)
         self.health.register(self.server, self.guard)

@@ -28,19 +28,24 @@ struct Scorer {
   LookupTallies tallies;
 };
 
+template <auto kRead>
 std::optional<ScoreRequest> read(const nb::bytes& encoded, const RequestLimits& limits) {
   const std::string_view view(encoded.c_str(), encoded.size());
-  if (view.size() < kLargeRequest) return read_score_request(view, limits);
+  if (view.size() < kLargeRequest) return kRead(view, limits);
   nb::gil_scoped_release release;
-  return read_score_request(view, limits);
+  return kRead(view, limits);
 }
 
 nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::string& lora,
                  const std::vector<std::string>& known, const nb::callable& refresh, const nb::callable& unknown_tier,
                  int64_t started_ns) {
   const std::vector<std::string>& pods = request.pods.empty() ? known : request.pods;
-  const auto found = self.standings->find(pods);
-  const auto outdated = self.standings->outdated(pods, found, now_ns());
+  std::vector<const Standings::OfPod*> found;
+  std::vector<std::pair<std::string, uint32_t>> outdated;
+  if (!request.hits_only) {  // that answer says nothing of trust
+    found = self.standings->find(pods);
+    outdated = self.standings->outdated(pods, found, now_ns());
+  }
   if (!outdated.empty()) {
     nb::list asked;
     for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pod, rank));
@@ -62,7 +67,7 @@ nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::str
 // be asked by (scorer, lora, known, refresh, unknown_tier).
 nb::object answer_plain(const nb::bytes& encoded, const RequestLimits& limits, const nb::dict& routes) {
   const int64_t started = now_ns();
-  const std::optional<ScoreRequest> request = read(encoded, limits);
+  const std::optional<ScoreRequest> request = read<read_score_request>(encoded, limits);
   if (!request || !request->text.empty() || !request->media_fit()) return nb::none();
   const nb::str name(request->model.data(), request->model.size());
   PyObject* const route = PyDict_GetItemWithError(routes.ptr(), name.ptr());
@@ -105,7 +110,9 @@ void bind_score(nb::module_& m) {
       .def_prop_ro("cache_salt", [](const ScoreRequest& self) { return self.extras.cache_salt; })
       .def_prop_ro("has_media", [](const ScoreRequest& self) { return !self.extras.mm_features.empty(); });
 
-  m.def("read_score_request", &read, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move);
+  m.def("read_score_request", &read<read_score_request>, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move);
+  m.def("read_pod_scores_request", &read<read_pod_scores_request>, nb::arg("encoded"), nb::arg("limits"),
+        nb::rv_policy::move);
 
   m.def("answer_plain", &answer_plain, nb::arg("encoded"), nb::arg("limits"), nb::arg("routes"));
 

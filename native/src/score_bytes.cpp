@@ -59,6 +59,18 @@ void write_stranger(const std::string& pod, const std::string& unknown, std::str
   out += unknown;
 }
 
+// An indexer.v1 GetPodScoresResponse.
+void write_hits(const std::vector<Ranked>& order, const std::vector<std::string>& pods, std::string& out) {
+  std::string score;
+  for (const Ranked& each : order) {
+    if (each.match == nullptr || (each.match->blocks == 0 && each.match->speculative == 0)) continue;
+    score.clear();
+    Writer{score}.text(1, pods[each.pod]);
+    Writer{score}.real(2, each.match->score);
+    Writer{out}.message(1, score);
+  }
+}
+
 // Best first, equal ones in the order of the candidates. Most of a large fleet has no match, and stays in order
 // unsorted.
 std::vector<Ranked> ranked(const std::vector<std::string>& pods, const std::vector<Match>& matches) {
@@ -136,9 +148,20 @@ ScoreBytes score_bytes(const Index& index, const Standings& standings, const Tie
   const int64_t now = now_ns();
   result.match_ns = now - begun;
   static const std::string unknown = stranger();
+  const auto name_unknown = [&] {
+    for (size_t tier = 0; tier < tiers.size() && tier < kMaxTiers; ++tier)
+      if (used[tier] && !weights.knows(tiers[tier])) result.unknown_tiers.push_back(tiers[tier]);
+  };
   std::string score, entry;
   Believed believed;
   Writer write{result.response};
+  if (request.hits_only) {
+    for (const Match& match : matches)
+      for (size_t tier = 0; tier < kMaxTiers; ++tier) used[tier] = used[tier] || match.tier_blocks[tier] != 0;
+    name_unknown();
+    write_hits(order, pods, result.response);
+    return result;
+  }
   result.response.reserve(order.size() * 80 + 32);
   for (const Ranked& each : order) {
     if (each.match == nullptr && found[each.pod] == nullptr) {
@@ -162,8 +185,7 @@ ScoreBytes score_bytes(const Index& index, const Standings& standings, const Tie
   write.number(2, saturated(result.total_blocks));
   write.number(3, block_size);
   write.number(4, saturated(tokens));
-  for (size_t tier = 0; tier < tiers.size() && tier < kMaxTiers; ++tier)
-    if (used[tier] && !weights.knows(tiers[tier])) result.unknown_tiers.push_back(tiers[tier]);
+  name_unknown();
   return result;
 }
 

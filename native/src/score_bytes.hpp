@@ -15,7 +15,7 @@
 namespace kvindex {
 
 struct ScoreBytes {
-  std::string response;  // encoded kvindex.v1.ScoreResponse
+  std::string response;  // encoded kvindex.v1.ScoreResponse, or indexer.v1.GetPodScoresResponse for hits only
   uint64_t total_blocks = 0;
   uint32_t best_match = 0;                 // blocks
   int64_t match_ns = 0;                    // time that matching took
@@ -35,7 +35,7 @@ class TierWeights {
 };
 
 // `pods`: distinct candidates in the order that ties keep, `found` their standings. `lora` is used where the request
-// names none.
+// names none. `found` may be empty for a request of hits only.
 ScoreBytes score_bytes(const Index& index, const Standings& standings, const TierWeights& weights,
                        const ScoreRequest& request, const std::string& lora, const std::vector<std::string>& pods,
                        const std::vector<const Standings::OfPod*>& found);

@@ -220,4 +220,23 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   return request;
 }
 
+std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, const RequestLimits& limits) {
+  // Its fields mean what these of a ScoreRequest mean.
+  constexpr uint32_t kAs[] = {0, 2, 1, 6};
+  ScoreRequest request;
+  request.input = ScoreRequest::Input::kPrompt;
+  request.hits_only = true;
+  Reader in(encoded);
+  size_t pods = 0;
+  while (!in.done()) {
+    uint64_t tag;
+    std::string_view bytes;
+    if (!in.varint(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
+    if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request, pods)) return std::nullopt;
+  }
+  if (request.model.empty() || request.text.empty()) return std::nullopt;
+  drop_repeated(request.pods);
+  return request;
+}
+
 }  // namespace kvindex
