@@ -1,4 +1,4 @@
-"""Answers ordinary Score and GetPodScores requests in the native core, the rest by the reference path; bytes to bytes."""
+"""Answers ordinary Score and GetPodScores requests in the native core, others by the reference path; bytes to bytes."""
 
 import time
 from collections.abc import Callable, Mapping

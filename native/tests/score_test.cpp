@@ -70,6 +70,7 @@ void test_hostile_bytes() {
       }
     }
     taken += read_score_request(bytes, kLimits).has_value();
+    (void)read_pod_scores_request(bytes, kLimits);
     std::vector<uint32_t> tags;
     (void)scan_tags(bytes, 0, tags);
     (void)scan_tags(bytes, 4, tags);
