@@ -13,10 +13,11 @@ uint64_t chosen() {
   return static_cast<uint64_t>(random()) << 32 | random();
 }
 
-const uint64_t kSeed = chosen();
-
 }  // namespace
 
-size_t NameHash::operator()(std::string_view name) const noexcept { return xxh3_64(name.data(), name.size(), kSeed); }
+size_t NameHash::operator()(std::string_view name) const noexcept {
+  static const uint64_t seed = chosen();
+  return xxh3_64(name.data(), name.size(), seed);
+}
 
 }  // namespace kvindex
