@@ -69,8 +69,14 @@ class Engine:
     def restart(self) -> None:
         """Another life at the same address."""
         self.socket.close()
-        time.sleep(0.05)
-        self.socket = wire.publisher(self.endpoint)
+        ends = time.monotonic() + 20
+        while True:  # for as long as somebody's outgoing connection happens to have the port
+            time.sleep(0.05)
+            try:
+                self.socket = wire.publisher(self.endpoint)
+                break
+            except wire.BindError:
+                assert time.monotonic() < ends
         self.sequence = 0
         self.held = dict.fromkeys(range(PROMPTS), 0)
 
