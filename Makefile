@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak proto proto-go image image-base test-image sbom reproducible chart checkov clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak soak-short fuzz proto proto-go image image-base test-image sbom reproducible chart checkov clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -102,6 +102,17 @@ bench-scaling: $(VENV)/.plots-installed ## Measure memory and time by claims, po
 soak: setup ## Run the fault and oracle tests at length
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest tests/test_chaos.py --timeout 3600
+
+soak-short: setup ## The soak for a minute, half of it per transport
+	KVINDEX_SOAK=1 KVINDEX_SOAK_MINUTES=0.5 $(BIN)/python -m pytest -s tests/test_soak.py
+
+$(VENV)/.fuzz-installed: $(VENV)/.project-installed
+	@$(BIN)/python -m pip install -q --group fuzz
+	@touch $@
+
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.fuzz-installed ## Fuzz encoded requests for FUZZ_SECONDS (60), guided by coverage
+	$(BIN)/python tests/fuzz_requests.py $(FUZZ_SECONDS)
 
 proto: setup ## Generate kvindex_server/pb from proto/
 	scripts/proto.sh

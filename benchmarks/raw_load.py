@@ -75,6 +75,8 @@ class Grpc:
         self._due: dict[int, deque[float]] = {}
         self._answered: set[int] = set()
         self._open: list[int] = []
+        self._most = 1 << 31  # calls at once, as the server allows
+        self._waiting = deque[float]()
         self._partial: dict[int, bytes] = {}
         self.done = self.failed = 0
         self.latencies: list[float] = []
@@ -90,10 +92,13 @@ class Grpc:
 
     @property
     def in_flight(self) -> int:
-        return sum(map(len, self._due.values())) if self._streams else len(self._due)
+        return sum(map(len, self._due.values())) if self._streams else len(self._due) + len(self._waiting)
 
     def call(self, due: float) -> None:
-        """Send one; its latency counts from `due`."""
+        """Send one, or keep it while as many are open as the server allows; its latency counts from `due`."""
+        if not self._streams and len(self._due) >= self._most:
+            self._waiting.append(due)
+            return
         if self._streams:
             stream = self._open[self._turn % self._streams]
             self._turn += 1
@@ -144,6 +149,9 @@ class Grpc:
             elif kind == WINDOW and stream == 0:
                 self._window += int.from_bytes(data[body:at], "big")
             elif kind == SETTINGS and not flags & 1:
+                for name, value in struct.iter_unpack(">HI", data[body:at]):
+                    if name == 3:
+                        self._most = value
                 reply += frame(SETTINGS, 1, 0)
             elif kind == PING and not flags & 1:
                 reply += frame(PING, 1, 0, data[body:at])
@@ -155,6 +163,8 @@ class Grpc:
         if reply:
             self._send(reply)
         self.flush()
+        while self._waiting and len(self._due) < self._most:
+            self.call(self._waiting.popleft())
 
     def close(self) -> None:
         self._socket.close()

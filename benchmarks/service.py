@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
-from load import BLOCK_SIZE, Chains, machine, pack
+from load import BLOCK_SIZE, Chains, batch, machine, pack, stored
 from raw_load import Grpc, Http, Result, closed_loop, open_loop
 
 from kvindex_server import _core, wire
@@ -52,6 +52,7 @@ class Publishers:
     """The pods that hold one chain, each with a publisher."""
 
     def __init__(self) -> None:
+        self.fresh = Chains(8)
         self.chain, self.hashes, self.tokens = Chains(9).payloads(TOKENS // BLOCK_SIZE, 128)
         self.holders = [wire.publisher("tcp://127.0.0.1:*") for _ in range(HOLDERS)]
         self._sequence = dict.fromkeys(self.holders, 0)
@@ -179,15 +180,39 @@ def main() -> None:
         before = cpu_seconds(server.pid)
         writers.start(INGEST)
         tail(f"{INGEST // 1000}k blocks/s from {WRITERS} pods")
+        ages = [age for _ in range(args.rounds) for age in freshness(channel, publishers, args.seconds)]
         elapsed, sent = time.monotonic() - begun, writers.stop()
         cores = (cpu_seconds(server.pid) - before) / elapsed
         time.sleep(1)
         print(
             f"\n{sent * 128 / elapsed:,.0f} blocks/s sent, {messages(admin) - applied:,} of {sent:,} messages applied; "
-            f"server used {cores:.2f} cores"
+            f"server used {cores:.2f} cores\n\nfrom an event's publication to an answer that knows it, meanwhile, "
+            f"{len(ages)} events: p50 {cut(ages, 50):.1f}, p99 {cut(ages, 99):.1f}, max {max(ages):.1f} ms"
         )
         server.terminate()  # it must not take part any more
         dynamo(args, Publishers())
+
+
+def freshness(channel: grpc.Channel, publishers: Publishers, seconds: float) -> list[float]:
+    """Milliseconds until an answer knows a block that was just published, asked for back to back, event by event."""
+    call, publisher, fresh = channel.unary_unary(SCORE), publishers.holders[0], publishers.fresh
+    ages: list[float] = []
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        hashes, tokens = fresh.hashes(1), fresh.tokens(1)
+        payload = batch([stored(hashes, None, tokens)])
+        request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=tokens), pods=["pod-0"]).SerializeToString()
+        published = time.perf_counter()
+        publishers.send(publisher, payload)
+        while not pb.ScoreResponse.FromString(call(request)).scores[0].matched_blocks:
+            assert time.perf_counter() - published < 10, "the event never came"
+        ages.append((time.perf_counter() - published) * 1000)
+        time.sleep(0.005)
+    return ages
+
+
+def cut(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100)[percent - 1]
 
 
 def streams(admin: rpc.KVIndexAdminStub) -> list[pb.StreamInfo]:

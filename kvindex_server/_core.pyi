@@ -285,18 +285,72 @@ class ScoreRequest:
 def read_score_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
     """None when it is malformed, beyond a limit or unusual: codec.decode_score then says what it is."""
 
+def read_pod_scores_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
+    """The same of an indexer.v1 GetPodScoresRequest; Scorer.answer then gives an encoded GetPodScoresResponse."""
+
+def answer_plain(
+    encoded: bytes,
+    limits: RequestLimits,
+    routes: Mapping[
+        str,  # the name a request may give
+        tuple[
+            Scorer,
+            str,  # lora, where the request names none
+            Callable[[], Sequence[str]],  # distinct candidates when the request names none
+            Callable[[list[tuple[str, int]]], None],  # see Scorer.answer
+            Callable[[str], None],
+            Callable[[int, int, float], None] | None,
+        ],
+    ],
+) -> _Bytes | None:
+    """An encoded ScoreResponse; None when the request is not plainly good, has text, or asks for an unknown name."""
+
+class Counter:
+    """Counts; safe from many threads."""
+
+    def add(self, amount: int) -> None: ...
+    @property
+    def total(self) -> int: ...
+
+class Histogram:
+    """Counts values by size; safe from many threads."""
+
+    def __init__(self, bounds: Sequence[float]) -> None: ...  # rising upper bounds without infinity
+    def observe(self, value: float) -> None: ...
+    @property
+    def counts(self) -> list[int]: ...  # of each bucket alone; the last is of those above all bounds
+    @property
+    def sum(self) -> float: ...
+
+class LookupTallies:
+    """What is counted of one model's lookups."""
+
+    def __init__(
+        self,
+        looked_up: Counter,
+        matched: Counter,
+        best: Histogram,
+        ratio: Histogram,
+        match_time: Histogram,  # seconds
+        all_time: Histogram,
+    ) -> None: ...
+    def looked(self, blocks: int, best_match: int) -> None: ...
+
 class Scorer:
     """Answers read requests over one index; safe from many threads."""
 
-    def __init__(self, index: Index, weights: Mapping[str, float]) -> None: ...
+    def __init__(self, index: Index, weights: Mapping[str, float], tallies: LookupTallies) -> None: ...
     def answer(
         self,
         request: ScoreRequest,
         lora: str,  # where the request names none
         known: Sequence[str],  # distinct candidates when the request names none
         refresh: Callable[[list[tuple[str, int]]], None],  # called with each (pod, rank) that is to be told anew
-    ) -> tuple[_Bytes, int, int, list[str]]:
-        """(encoded ScoreResponse, total blocks, blocks the best pod held, tiers in it without a weight)."""
+        unknown_tier: Callable[[str], None],  # called with each tier in the answer that has no weight
+        heard: Callable[[int, int, float], None] | None,  # called with blocks, best match and seconds of matching
+        started_ns: int,  # time.perf_counter_ns
+    ) -> _Bytes:
+        """An encoded ScoreResponse; the lookup is counted."""
 
     def tell(self, pod: str, rank: int, trust: int, reason: str, age_seconds: float, asked_at: int) -> None:
         """How far a stream can be believed, as it was at `asked_at` (time.monotonic_ns)."""

@@ -28,10 +28,20 @@ class CallLog:
         self.unknown_tier = metrics.unknown_tier
         self.observe_usage = metrics.observe_usage
         self.observe_stage = metrics.observe_stage
+        self.lookup_tallies = metrics.lookup_tallies
 
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None:
         """Kept until the call's end."""
         self._metrics.observe_lookup(model, blocks, best_match)
+        self._keep(model, blocks, best_match)
+
+    def heard(self, model: str, blocks: int, best_match: int, seconds: float) -> None:
+        """The same of a lookup that the native core has counted itself."""
+        if self._metrics.heard is not None:
+            self._metrics.heard(model, blocks, best_match, seconds)
+        self._keep(model, blocks, best_match)
+
+    def _keep(self, model: str, blocks: int, best_match: int) -> None:
         found = getattr(self._here, "found", None)
         if found is None:
             found = self._here.found = {"model": model, "lookups": 0, "blocks": 0, "best_match_blocks": 0}

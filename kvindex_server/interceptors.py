@@ -254,6 +254,10 @@ class Guard:
             self._count_refusal(method, error)
         return error
 
+    def open_to_all(self, role: Role) -> bool:
+        """Nothing but a call's own bytes can turn it away now: the server is ready and asks nobody who they are."""
+        return self._ready() and not self._gate.asks(role)
+
     def answer(self, method: str, work: Callable[[], bytes]) -> bytes:
         """Its answer while ready; every error as a KvindexError that is fit to be sent."""
         self._check_ready(method)

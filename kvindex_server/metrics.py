@@ -13,9 +13,10 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from kvindex_server import __version__, logs
+from kvindex_server import __version__, _core, logs
 from kvindex_server.discovery.reconciler import SourceStatus
 from kvindex_server.stream import LAG_BOUNDS, StreamState, StreamStatus, Trust
+from kvindex_server.tally import Counters, Histograms
 from kvindex_server.web import Answer, Bounds, Request, Routes, WebServer, text
 
 logger = logging.getLogger(__name__)
@@ -249,24 +250,28 @@ class Metrics:
         build = Info("kvindex_build", names["kvindex_build_info"].meaning, registry=self.registry)
         build.info({"version": __version__})
         self._ready = Gauge(*of("kvindex_ready"), registry=self.registry)
-        self._rpcs = Counter(*of("kvindex_rpc_total"), registry=self.registry)
-        self._rpc_seconds = Histogram(*of("kvindex_rpc_seconds"), buckets=RPC_BOUNDS, registry=self.registry)
+        self._rpcs = Counters(*of("kvindex_rpc_total"))
+        self._rpc_seconds = Histograms(*of("kvindex_rpc_seconds"), RPC_BOUNDS)
         self._shed = Counter(*of("kvindex_rpc_shed_total"), registry=self.registry)
         self._in_flight = Gauge(*of("kvindex_rpc_in_flight"), registry=self.registry)
-        self._stages = Histogram(*of("kvindex_score_stage_seconds"), buckets=STAGE_BOUNDS, registry=self.registry)
-        self._looked_up = Counter(*of("kvindex_blocks_looked_up_total"), registry=self.registry)
-        self._matched = Counter(*of("kvindex_blocks_matched_total"), registry=self.registry)
-        self._best = Histogram(*of("kvindex_best_match_blocks"), buckets=MATCH_BOUNDS, registry=self.registry)
-        self._ratio = Histogram(*of("kvindex_best_match_ratio"), buckets=RATIO_BOUNDS, registry=self.registry)
+        self._stages = Histograms(*of("kvindex_score_stage_seconds"), STAGE_BOUNDS)
+        self._looked_up = Counters(*of("kvindex_blocks_looked_up_total"))
+        self._matched = Counters(*of("kvindex_blocks_matched_total"))
+        self._best = Histograms(*of("kvindex_best_match_blocks"), MATCH_BOUNDS)
+        self._ratio = Histograms(*of("kvindex_best_match_ratio"), RATIO_BOUNDS)
+        for counters in (self._rpcs, self._looked_up, self._matched):
+            self.registry.register(counters)
+        for histograms in (self._rpc_seconds, self._stages, self._best, self._ratio):
+            self.registry.register(histograms)
         self._unknown_tiers = Counter(*of("kvindex_unknown_tier_total"), registry=self.registry)
         self._foreseen = Counter(*of("kvindex_usage_predicted_tokens_total"), registry=self.registry)
         self._found = Counter(*of("kvindex_usage_cached_tokens_total"), registry=self.registry)
         self._off = Histogram(*of("kvindex_usage_error_tokens"), buckets=USAGE_BOUNDS, registry=self.registry)
         ProcessCollector(registry=self.registry)
-        # `labels()` validates and locks; the read path keeps the children it needs instead.
-        self._of_stage: dict[str, Histogram] = {}
-        self._of_model: dict[str, tuple[Counter, Counter, Histogram, Histogram]] = {}
-        self._of_rpc: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        # Finding one locks; the read path keeps those it needs instead.
+        self._of_stage: dict[str, _core.Histogram] = {}
+        self._of_model: dict[str, _core.LookupTallies] = {}
+        self._of_rpc: dict[tuple[str, str], tuple[_core.Counter, _core.Histogram]] = {}
         self._methods: set[str] = set()
         self._warned_tiers: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -274,43 +279,48 @@ class Metrics:
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """Time of one stage of a lookup; stages are a fixed set."""
-        child = self._of_stage.get(stage)
-        if child is None:
-            child = self._of_stage[stage] = self._stages.labels(stage)
-        child.observe(seconds)
+        histogram = self._of_stage.get(stage)
+        if histogram is None:
+            histogram = self._of_stage[stage] = self._stages.of(stage)
+        histogram.observe(seconds)
+
+    heard: Callable[[str, int, int, float], None] | None = None
+    """Told (model, blocks, best match, seconds of matching) by who counts lookups natively; nobody listens here."""
+
+    def lookup_tallies(self, model: str) -> _core.LookupTallies:
+        """What the native core adds an answered lookup of this model to. Known models only."""
+        found = self._of_model.get(model)
+        if found is None:
+            found = self._of_model[model] = _core.LookupTallies(
+                self._looked_up.of(model),
+                self._matched.of(model),
+                self._best.of(model),
+                self._ratio.of(model),
+                self._stages.of("match"),
+                self._stages.of("total"),
+            )
+        return found
 
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None:
         """One answered lookup: the prompt's blocks, and how many the best pod held. Known models only."""
-        children = self._of_model.get(model)
-        if children is None:
-            families = (self._looked_up, self._matched, self._best, self._ratio)
-            children = self._of_model[model] = cast(
-                tuple[Counter, Counter, Histogram, Histogram],
-                tuple(family.labels(model) for family in families),
-            )
-        looked_up, matched, best, ratio = children
-        looked_up.inc(blocks)
-        matched.inc(best_match)
-        best.observe(best_match)
-        if blocks:
-            ratio.observe(best_match / blocks)
+        self.lookup_tallies(model).looked(blocks, best_match)
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         """One finished RPC: full method name and the status code's name."""
-        children = self._of_rpc.get((method, code))
-        if children is None:
-            children = self._rpc_children(method, code)
-        children[0].inc()
-        children[1].observe(seconds)
+        tallies = self._of_rpc.get((method, code))
+        if tallies is None:
+            tallies = self._rpc_tallies(method, code)
+        tallies[0].add(1)
+        tallies[1].observe(seconds)
 
-    def _rpc_children(self, method: str, code: str) -> tuple[Counter, Histogram]:
+    def _rpc_tallies(self, method: str, code: str) -> tuple[_core.Counter, _core.Histogram]:
         with self._lock:
             if method not in self._methods and len(self._methods) >= MAX_METHODS:
-                return self._rpcs.labels("other", code), self._rpc_seconds.labels("other")
+                return self._rpcs.of("other", code), self._rpc_seconds.of("other")
             self._methods.add(method)
-            children = (self._rpcs.labels(method, code), self._rpc_seconds.labels(method))
-            self._of_rpc[(method, code)] = children
-            return children
+            tallies = (self._rpcs.of(method, code), self._rpc_seconds.of(method))
+            self._of_rpc[(method, code)] = tallies
+            return tallies
 
     def shed(self, method: str, reason: str) -> None:
         """An RPC was turned away; methods and reasons are fixed sets."""
@@ -379,17 +389,12 @@ class Metrics:
 
     def lookups(self) -> dict[str, tuple[int, int]]:
         """Per model: the blocks of the prompts asked about, and those of them the best pod held, since the start."""
-        matched = _by_model(self._matched)
-        return {model: (blocks, matched.get(model, 0)) for model, blocks in _by_model(self._looked_up).items()}
+        matched = self._matched.totals()
+        return {model: (blocks, matched.get((model,), 0)) for (model,), blocks in self._looked_up.totals().items()}
 
     def serve(self, host: str, port: int, routes: Routes | None = None, body_bytes: int = 0) -> "MetricsServer":
         """Answer HTTP on this address, also by `routes`, whose bodies are bounded; port 0 picks a free one."""
         return MetricsServer(self, host, port, routes, body_bytes)
-
-
-def _by_model(counter: Counter) -> dict[str, int]:
-    samples = (sample for family in counter.collect() for sample in family.samples)
-    return {sample.labels["model"]: int(sample.value) for sample in samples}
 
 
 class FleetCollector(Collector):

@@ -56,6 +56,11 @@ class Models:
         except KeyError:
             raise NotFound(f"model: {name!r} is neither configured nor seen") from None
 
+    @property
+    def names(self) -> Mapping[str, tuple[Model, str]]:
+        """What `resolve` finds, by name; another object after every change, and never changed itself."""
+        return self._names
+
     def get(self, name: str) -> Model:
         """The model of a name, alias or LoRA name. NotFound when unknown."""
         return self.resolve(name)[0]

@@ -111,7 +111,7 @@ class Server:
         weights, limits = settings.tier_weights, settings.limits
         self._direct = Direct(lookup, self.models, self.fleet, weights, self._measured, limits)
         service.register(self._public, lookup, self._direct, guard, limits, settings.placement)
-        compat.register(self._public, lookup, guard, settings.limits)
+        compat.register(self._public, self._direct, guard)
         self._health.register(self._public, guard)
         self._admin: grpc.Server | None = None
         if settings.admin_listen is None:

@@ -5,6 +5,7 @@ u64, body, XXH3-64 of header and body; little-endian. Kinds: `pod` (a registrati
 rank, its state as the body), `end` (how many records there were).
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -107,12 +108,9 @@ class Writer:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        try:
+        self._part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it tries once more to write what the disk had no room for
             self._file.close()
-        except OSError:  # it writes what is still to be written, for which there is no more room than before
-            pass
-        finally:
-            self._part.unlink(missing_ok=True)
 
     def _record(self, header: dict[str, object], body: bytes) -> None:
         encoded = json.dumps(header, separators=(",", ":")).encode()

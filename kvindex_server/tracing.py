@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvindex_server import __version__
+from kvindex_server._core import LookupTallies
 
 Metadata = Sequence[tuple[str, str | bytes]]
 """A caller's metadata or headers, names in lower case."""
@@ -41,6 +42,9 @@ class Metrics(Protocol):
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None: ...
     def unknown_tier(self, model: str, tier: str) -> None: ...
     def observe_usage(self, model: str, predicted: int, cached: int) -> None: ...
+    def lookup_tallies(self, model: str) -> LookupTallies: ...
+    @property
+    def heard(self) -> Callable[[str, int, int, float], None] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +240,7 @@ class _Measured:
         self.watch_in_flight = metrics.watch_in_flight
         self.unknown_tier = metrics.unknown_tier
         self.observe_usage = metrics.observe_usage
+        self.lookup_tallies = metrics.lookup_tallies
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         self._metrics.observe_rpc(method, code, seconds)
@@ -247,6 +252,12 @@ class _Measured:
 
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None:
         self._metrics.observe_lookup(model, blocks, best_match)
+        self._spans.lookup(model, blocks, best_match)
+
+    def heard(self, model: str, blocks: int, best_match: int, seconds: float) -> None:
+        if self._metrics.heard is not None:
+            self._metrics.heard(model, blocks, best_match, seconds)
+        self._spans.stage("match", seconds)
         self._spans.lookup(model, blocks, best_match)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +44,14 @@ GROWTH_MIB = 200
 class Target:
     """A server process with one pod that holds a prompt of four blocks, with little patience for silent calls."""
 
-    def __init__(self, transport: str, log: Path) -> None:
+    def __init__(self, transport: str, log: Path, **more: object) -> None:
         self.log = log
         config = {
             "listen": "127.0.0.1:0",
             "metrics_listen": "127.0.0.1:0",
             "server": {"transport": transport, "message_seconds": 1},
             "models": [{"name": "m", "block_size": 16}],
+            **more,
         }
         file = log.with_suffix(".yaml")
         file.write_text(json.dumps(config))
@@ -61,6 +64,7 @@ class Target:
         line = self.process.stdout.readline()
         assert line.startswith("listening"), log.read_text()
         self.address = line.split("grpc=")[1].split()[0]
+        self.metrics = line.split("metrics=")[1].split()[0]
         self.host, _, port = self.address.rpartition(":")
         self.port = int(port)
         self.channel = grpc.insecure_channel(self.address)
@@ -83,6 +87,15 @@ class Target:
     def rss(self) -> float:
         """MiB."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def codes(self) -> dict[str, int]:
+        """Calls of Score so far by status code, as the server counted them."""
+        found = re.findall(rf'^kvindex_rpc_total{{code="(\w+)",method="{SCORE}"}} (\S+)', self.scrape(), re.MULTILINE)
+        return {code: int(float(count)) for code, count in found}
+
+    def scrape(self) -> str:
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
 
     def connect(self) -> socket.socket:
         made = socket.create_connection((self.host, self.port), 5)
@@ -294,3 +307,36 @@ def in_flight(target: Target) -> float:
     request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=PROMPT))
     streams = [stub.ScoreStream(iter([request]), timeout=5) for _ in range(100)]
     return float(sum(next(each).total_blocks != 4 for each in streams))
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    """No file of the process can grow, by a limit of the system: snapshots fail and are counted, answers go on."""
+    directory = tmp_path / "kept"
+    directory.mkdir()
+    target = Target("grpcio", tmp_path / "log", snapshot={"directory": str(directory), "interval_seconds": 1})
+    try:
+        _, hard = resource.prlimit(target.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(target.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        wait_for(target, "kvindex_snapshots_failed_total", 2)
+        target.assert_unharmed()
+        # What was complete before stays whole, and nothing half-written stays beside it.
+        left = sum(each.stat().st_size == 0 or each.name.startswith(".") for each in directory.iterdir())
+        assert left <= 1, list(directory.iterdir())  # the one being tried just now
+        resource.prlimit(target.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        wait_for(target, "kvindex_snapshots_written_total", 1)
+        target.assert_unharmed()
+    finally:
+        target.close()
+
+
+def wait_for(target: Target, name: str, more: float) -> None:
+    """Until this counter has grown by so much."""
+
+    def now() -> float:
+        found = re.search(rf"^{name} (\S+)", target.scrape(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    first, ends = now(), time.monotonic() + 20
+    while now() < first + more:
+        assert time.monotonic() < ends, target.scrape()
+        time.sleep(0.1)

@@ -13,6 +13,7 @@ from test_service import LIMITS, TIER_WEIGHTS, Served, tokens
 
 from kvindex_server import _core
 from kvindex_server.errors import KvindexError
+from kvindex_server.pb.indexer.v1 import indexer_pb2
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.stream import Trust
 
@@ -124,6 +125,40 @@ def test_both_paths_treat_damaged_bytes_alike(served: Served, request: pb.ScoreR
             case _:
                 damaged += damaged[at:]
     assert outcome(served.direct.score, bytes(damaged)) == outcome(served.direct.reference, bytes(damaged))
+
+
+pod_scores = st.builds(
+    lambda model, prompt, pods: indexer_pb2.GetPodScoresRequest(
+        model_name=model, prompt=prompt, pod_identifiers=pods
+    ).SerializeToString(),
+    st.sampled_from(["m", "m", "alias", "adapter", "bare", "new", "who", ""]),
+    st.text(max_size=20) | st.text("\0\1\2", max_size=30),
+    st.lists(names, max_size=10),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pod_scores, st.lists(st.tuples(st.integers(0, 99), st.binary(max_size=6)), max_size=2))
+def test_pod_scores_alike_on_both_paths(served: Served, data: bytes, damage: list[tuple[int, bytes]]) -> None:
+    """Byte for byte, or the same error; of any message, damaged or not."""
+    for at, more in damage:
+        data = data[:at] + more + data[at + len(more) // 2 :]
+    assert pods_outcome(served.direct.pod_scores, data) == pods_outcome(served.direct.pod_scores_reference, data)
+
+
+def pods_outcome(call: object, data: bytes) -> object:
+    try:
+        return call(data, lambda: None)  # type: ignore[operator]
+    except KvindexError as error:
+        return error.code, error.message
+
+
+def test_the_native_path_really_answers_pod_scores(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = indexer_pb2.GetPodScoresRequest(model_name="m", prompt="\0\1\2\3" * 3)
+    expected = served.direct.pod_scores_reference(request.SerializeToString(), lambda: None)
+    monkeypatch.setattr(served.direct, "pod_scores_reference", None)
+    assert served.direct.pod_scores(request.SerializeToString(), lambda: None) == expected
+    assert [each.pod for each in indexer_pb2.GetPodScoresResponse.FromString(expected).scores][:1] == ["a"]
 
 
 def test_the_native_path_really_takes_ordinary_requests(served: Served) -> None:

@@ -97,14 +97,8 @@ def test_overload_and_deadlines(server: Server, monkeypatch: pytest.MonkeyPatch)
     assert front is not None
     monkeypatch.setattr(front, "_max_in_flight", 4)
     worked = []
-    answer = front._direct.answer
-
-    def slow(data: bytes, request: Any, check: Any) -> bytes:
-        worked.append(1)
-        time.sleep(0.3)
-        return answer(data, request, check)
-
-    monkeypatch.setattr(front._direct, "answer", slow)
+    plain = front._direct.plain
+    monkeypatch.setattr(front._direct, "plain", lambda data: worked.append(1) or time.sleep(0.3) or plain(data))
     with grpc.insecure_channel(server.grpc_address) as channel:
         stub = KVIndexStub(channel)
         calls = [stub.Score.future(request(), timeout=10)]

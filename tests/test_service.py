@@ -28,6 +28,7 @@ from kvindex_server.health import Health
 from kvindex_server.interceptors import MAX_MESSAGE, Bounds, Guard
 from kvindex_server.keeper import Keeper
 from kvindex_server.lookup import Lookup
+from kvindex_server.metrics import Metrics
 from kvindex_server.models import Model, Models
 from kvindex_server.pb.indexer.v1 import indexer_pb2
 from kvindex_server.pb.indexer.v1.indexer_pb2_grpc import IndexerServiceStub
@@ -94,6 +95,8 @@ class Recorder:
     usage: list[tuple[str, int, int]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     in_flight: dict[str, Callable[[], int]] = field(default_factory=dict)
+    native: Metrics = field(default_factory=Metrics)
+    heard: None = None  # nobody listens to lookups that are counted natively
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         assert seconds >= 0
@@ -111,6 +114,13 @@ class Recorder:
 
     def observe_lookup(self, model: str, blocks: int, best_match: int) -> None:
         self.lookups.append((model, blocks, best_match))
+
+    def lookup_tallies(self, model: str) -> _core.LookupTallies:
+        return self.native.lookup_tallies(model)
+
+    def counted(self, name: str, **labels: str) -> float:
+        """What the native core counted."""
+        return self.native.registry.get_sample_value(name, labels) or 0
 
     def unknown_tier(self, model: str, tier: str) -> None:
         self.tiers.append((model, tier))
@@ -144,9 +154,9 @@ class Served:
         self.health = Health((service.SERVICE, compat.SERVICE), always=(admin.SERVICE,))
         self.server = grpc.server(self.guard.pool, options=[("grpc.so_reuseport", 0)])
         service.register(self.server, self.lookup, self.direct, self.guard, LIMITS, PlacementSettings())
-        compat.register(self.server, self.lookup, self.guard, LIMITS)
+        compat.register(self.server, self.direct, self.guard)
         keeper = Keeper(None, 1, 60.0, 60.0)
-        admin.register(self.server, self.admin_fleet, self.models, self.lookup, LIMITS, keeper, self.guard)
+        admin.register(self.server, self.admin_fleet, self.models, self.lookup, LIMITS, keeper, "instance", self.guard)
         self.health.register(self.server, self.guard)
         names = (service.SERVICE, compat.SERVICE, admin.SERVICE, health.SERVICE)
         reflection.register(self.server, names, self.guard)
@@ -203,8 +213,9 @@ def test_score_by_tokens(served: Served) -> None:
     assert (b.score, b.matched_blocks, b.rank, dict(b.tier_blocks)) == (0.8, 1, 1, {"cpu": 1})
     assert (c.score, c.matched_blocks, c.trust, c.age_seconds) == (0.0, 0, pb.TRUST_COLD, -1.0)
     assert served.fleet.asked == [("a", 0), ("b", 1)]  # c has no stream
-    assert served.metrics.lookups == [("m", 3, 3)]
-    assert served.metrics.stages == ["match", "total"]
+    assert served.metrics.native.lookups() == {"m": (3, 3)}
+    for stage in ("match", "total"):
+        assert served.metrics.counted("kvindex_score_stage_seconds_count", stage=stage) == 1
     assert served.metrics.rpcs == [("/kvindex.v1.KVIndex/Score", "OK")]
 
 
@@ -425,7 +436,7 @@ def test_a_deadline_that_passed_while_waiting_costs_no_work() -> None:
         release.set()
         assert first.result(timeout=5).total_blocks == 3
         assert served.score(tokens=tokens(*range(12))).total_blocks == 3
-        assert len(served.metrics.lookups) == 2
+        assert served.metrics.counted("kvindex_best_match_blocks_count", model="m") == 2
     finally:
         release.set()
         served.close()

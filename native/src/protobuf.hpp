@@ -24,6 +24,19 @@ struct Reader {
       value = *at++;
       return true;
     }
+    if (end - at >= 3) {  // and most others take two or three bytes
+      const uint64_t low = (at[0] & 0x7fU) | (at[1] & 0x7fU) << 7;
+      if (at[1] < 0x80) {
+        value = low;
+        at += 2;
+        return true;
+      }
+      if (at[2] < 0x80) {
+        value = low | static_cast<uint64_t>(at[2]) << 14;
+        at += 3;
+        return true;
+      }
+    }
     value = 0;
     for (int shift = 0; shift < 70 && at < end; shift += 7) {
       const uint8_t b = *at++;
@@ -58,6 +71,9 @@ struct Reader {
     return true;
   }
 };
+
+// Bytes that a value takes as a varint.
+inline uint64_t size_of(uint64_t value) { return static_cast<uint64_t>(std::bit_width(value | 1) + 6) / 7; }
 
 // Fields of one message, appended to `out`. A value that is its type's default is not written.
 struct Writer {

@@ -15,9 +15,10 @@
 namespace kvindex {
 
 struct ScoreBytes {
-  std::string response;  // encoded kvindex.v1.ScoreResponse
+  std::string response;  // encoded kvindex.v1.ScoreResponse, or indexer.v1.GetPodScoresResponse for hits only
   uint64_t total_blocks = 0;
   uint32_t best_match = 0;                 // blocks
+  int64_t match_ns = 0;                    // time that matching took
   std::vector<std::string> unknown_tiers;  // in the answer, without a weight of their own
 };
 
@@ -33,8 +34,10 @@ class TierWeights {
   double lowest_ = 0;
 };
 
-// `pods`: distinct candidates in the order that ties keep. `lora` is used where the request names none.
+// `pods`: distinct candidates in the order that ties keep, `found` their standings. `lora` is used where the request
+// names none. `found` may be empty for a request of hits only.
 ScoreBytes score_bytes(const Index& index, const Standings& standings, const TierWeights& weights,
-                       const ScoreRequest& request, const std::string& lora, const std::vector<std::string>& pods);
+                       const ScoreRequest& request, const std::string& lora, const std::vector<std::string>& pods,
+                       const std::vector<const Standings::OfPod*>& found);
 
 }  // namespace kvindex

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <functional>
 
+#include "name_hash.hpp"
 #include "protobuf.hpp"
 
 namespace kvindex {
@@ -20,13 +20,18 @@ constexpr uint64_t kU32 = 0xFFFFFFFFULL;
 bool is_utf8(std::string_view text) {
   const auto* at = reinterpret_cast<const uint8_t*>(text.data());
   const auto* end = at + text.size();
+  constexpr uint64_t kAbove = 0x8080808080808080ULL;
+  uint64_t eight = 0;
   while (at < end) {
-    // Most text is ASCII: eight bytes at once.
-    for (uint64_t eight; end - at >= 8; at += sizeof eight) {
-      std::memcpy(&eight, at, sizeof eight);
-      if ((eight & 0x8080808080808080ULL) != 0) break;
+    for (; end - at >= 8; at += 8) {  // mostly ASCII
+      std::memcpy(&eight, at, 8);
+      if ((eight & kAbove) != 0) break;
     }
-    if (at == end) break;
+    if (at >= end) break;
+    if (end - at < 8 && text.size() >= 8) {
+      std::memcpy(&eight, end - 8, 8);  // looked at twice in part, which costs less than byte by byte
+      if ((eight & kAbove) == 0) return true;
+    }
     const uint8_t lead = *at++;
     if (lead < 0x80) continue;
     int more;
@@ -60,7 +65,7 @@ void drop_repeated(std::vector<std::string>& names) {
   std::vector<uint32_t> places(mask + 1, 0);  // position + 1
   size_t kept = 0;
   for (size_t i = 0; i < names.size(); ++i) {
-    size_t at = std::hash<std::string_view>{}(names[i]) & mask;
+    size_t at = NameHash{}(names[i]) & mask;
     while (places[at] != 0 && names[places[at] - 1] != names[i]) at = (at + 1) & mask;
     if (places[at] != 0) continue;
     if (kept != i) names[kept] = std::move(names[i]);
@@ -75,17 +80,35 @@ bool name(std::string_view value, std::string& out) {
   return true;
 }
 
+// How many bytes are the last of a varint.
+uint64_t last_bytes(std::string_view packed) {
+  constexpr uint64_t kOnes = 0x0101010101010101ULL;
+  uint64_t count = 0;
+  size_t at = 0;
+  for (uint64_t eight = 0; packed.size() - at >= 8; at += 8) {
+    std::memcpy(&eight, packed.data() + at, 8);
+    count += ((~eight >> 7 & kOnes) * kOnes) >> 56;
+  }
+  for (; at < packed.size(); ++at) count += static_cast<uint8_t>(packed[at]) < 0x80 ? 1 : 0;
+  return count;
+}
+
 bool read_tokens(std::string_view nested, uint64_t limit, std::vector<uint32_t>& out) {
   Reader in(nested);
   uint64_t tag, value;
   std::string_view packed;
   while (!in.done()) {
     if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    // As many values as last bytes of one, so that their room is made once.
+    const uint64_t count = last_bytes(packed);
+    if (count > limit || out.size() > limit - count) return false;
     Reader values(packed);
-    out.reserve(out.size() + packed.size() / 2);
+    const size_t before = out.size();
+    out.resize(before + count);
+    uint32_t* next = out.data() + before;
     while (!values.done()) {
-      if (!values.varint(value) || value > kU32 || out.size() >= limit) return false;
-      out.push_back(static_cast<uint32_t>(value));
+      if (!values.varint(value) || value > kU32) return false;
+      *next++ = static_cast<uint32_t>(value);
     }
   }
   return true;
@@ -141,6 +164,7 @@ bool read_field(uint32_t field, std::string_view value, const RequestLimits& lim
     case 5: return read_keys(value, limits.max_keys, request.keys);
     case 6:
       if (value.empty() || ++pods > limits.max_pods || !is_utf8(value)) return false;
+      if (pods == 1) request.pods.reserve(16);
       request.pods.emplace_back(value);
       return true;
     case 7: return name(value, request.extras.lora_name);
@@ -194,6 +218,25 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   drop_repeated(request.pods);
   std::stable_sort(request.extras.mm_features.begin(), request.extras.mm_features.end(),
                    [](const MmFeature& a, const MmFeature& b) { return a.offset < b.offset; });
+  return request;
+}
+
+std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, const RequestLimits& limits) {
+  // Its fields mean what these of a ScoreRequest mean.
+  constexpr uint32_t kAs[] = {0, 2, 1, 6};
+  ScoreRequest request;
+  request.input = ScoreRequest::Input::kPrompt;
+  request.hits_only = true;
+  Reader in(encoded);
+  size_t pods = 0;
+  while (!in.done()) {
+    uint64_t tag;
+    std::string_view bytes;
+    if (!in.varint(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
+    if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request, pods)) return std::nullopt;
+  }
+  if (request.model.empty() || request.text.empty()) return std::nullopt;
+  drop_repeated(request.pods);
   return request;
 }
 

@@ -1,4 +1,4 @@
-// An encoded kvindex.v1.ScoreRequest, read without an object per token, key or pod.
+// An encoded kvindex.v1.ScoreRequest or indexer.v1.GetPodScoresRequest, read without an object per token, key or pod.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,7 @@ struct ScoreRequest {
   std::vector<std::string> pods;  // distinct, in the request's order
   QueryExtras extras;             // media ordered by offset
   uint32_t top_k = 0;
+  bool hits_only = false;  // the answer is an indexer.v1 GetPodScoresResponse: pods with a match, and their scores
 
   // The prompt is known by its keys, whether it came so or not.
   bool by_keys() const { return !keys.empty() || input == Input::kKeys || text_tokens != 0; }
@@ -37,5 +38,8 @@ struct ScoreRequest {
 // The request, or nothing when it is malformed, beyond a limit or unusual in any way. Such a request is for the
 // reference path, which either answers it or says what is wrong with it.
 std::optional<ScoreRequest> read_score_request(std::string_view encoded, const RequestLimits& limits);
+
+// The same of an encoded indexer.v1 GetPodScoresRequest.
+std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, const RequestLimits& limits);
 
 }  // namespace kvindex

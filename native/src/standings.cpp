@@ -71,34 +71,38 @@ void Standings::tell(const std::string& pod, uint32_t rank, const Believed& beli
       standing->tell(believed, asked_at);
 }
 
+std::vector<const Standings::OfPod*> Standings::find(const std::vector<std::string>& pods) const {
+  std::vector<const OfPod*> result(pods.size(), nullptr);
+  std::shared_lock lock(mutex_);
+  for (size_t i = 0; i < pods.size(); ++i)
+    if (const auto found = of_pod_.find(std::string_view(pods[i])); found != of_pod_.end()) result[i] = &found->second;
+  return result;
+}
+
 std::vector<std::pair<std::string, uint32_t>> Standings::outdated(const std::vector<std::string>& pods,
+                                                                  const std::vector<const OfPod*>& found,
                                                                   int64_t now) const {
   std::vector<std::pair<std::string, uint32_t>> result;
   std::shared_lock lock(mutex_);
-  for (const std::string& pod : pods) {
-    const auto found = of_pod_.find(pod);
-    if (found == of_pod_.end()) continue;
-    for (const auto& each : found->second)
+  for (size_t i = 0; i < pods.size(); ++i) {
+    if (found[i] == nullptr) continue;
+    for (const auto& each : *found[i])
       if (const auto standing = each.lock(); standing && !standing->closed() && !standing->fresh(now))
-        result.emplace_back(pod, standing->rank);
+        result.emplace_back(pods[i], standing->rank);
   }
   return result;
 }
 
-void Standings::of(const std::string& pod, int64_t rank, int64_t now, Believed& out) const {
-  out.trust = Trust::kCold;
-  out.reason.assign("pod is not registered");
-  out.age_seconds = -1;
+bool Standings::of(const OfPod& found, int64_t rank, int64_t now, Believed& out) const {
   std::shared_lock lock(mutex_);
-  const auto found = of_pod_.find(pod);
-  if (found == of_pod_.end()) return;
   bool first = true;
-  for (const auto& each : found->second) {
+  for (const auto& each : found) {
     const auto standing = each.lock();
     if (standing == nullptr || standing->closed() || (rank >= 0 && standing->rank != rank)) continue;
     standing->doubt(now, out, first);
     first = false;
   }
+  return !first;
 }
 
 }  // namespace kvindex

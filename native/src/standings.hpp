@@ -3,12 +3,16 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include "name_hash.hpp"
 
 namespace kvindex {
 
@@ -54,17 +58,23 @@ class Standing {
 // The standings of one index, by pod.
 class Standings {
  public:
+  // The standings of one pod; it stays where it is for as long as the index lives.
+  using OfPod = std::vector<std::weak_ptr<Standing>>;
+
   // The standing lives as long as its owner keeps it.
   std::shared_ptr<Standing> open(const std::string& pod, uint32_t rank);
   void tell(const std::string& pod, uint32_t rank, const Believed& believed, int64_t asked_at);
-  // (pod, rank) of these pods whose standing has to be told anew.
-  std::vector<std::pair<std::string, uint32_t>> outdated(const std::vector<std::string>& pods, int64_t now) const;
-  // Of one rank, or (rank < 0) of the pod's least trusted one.
-  void of(const std::string& pod, int64_t rank, int64_t now, Believed& out) const;
+  // Per pod; null for a pod that never had a stream.
+  std::vector<const OfPod*> find(const std::vector<std::string>& pods) const;
+  // (pod, rank) of these pods whose standing has to be told anew; `found` as of `find`.
+  std::vector<std::pair<std::string, uint32_t>> outdated(const std::vector<std::string>& pods,
+                                                         const std::vector<const OfPod*>& found, int64_t now) const;
+  // Of one rank, or (rank < 0) of the pod's least trusted one. False, and `out` as it was, when there is none.
+  bool of(const OfPod& found, int64_t rank, int64_t now, Believed& out) const;
 
  private:
   mutable std::shared_mutex mutex_;
-  std::unordered_map<std::string, std::vector<std::weak_ptr<Standing>>> of_pod_;
+  std::unordered_map<std::string, OfPod, NameHash, std::equal_to<>> of_pod_;
 };
 
 }  // namespace kvindex

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "name_hash.hpp"
+
 namespace kvindex {
 
 inline constexpr uint32_t kMaxTiers = 8;
@@ -46,7 +48,7 @@ struct Topology {
   std::vector<StreamPlace> streams;
   std::vector<Lane> lanes;        // lane 0 is never used
   std::vector<uint32_t> hybrids;  // streams of that shape
-  std::unordered_map<std::string_view, uint32_t> pod_of_name;
+  std::unordered_map<std::string_view, uint32_t, NameHash> pod_of_name;
 
   // Fills in what follows from the lanes.
   void settle();

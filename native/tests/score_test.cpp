@@ -70,6 +70,7 @@ void test_hostile_bytes() {
       }
     }
     taken += read_score_request(bytes, kLimits).has_value();
+    (void)read_pod_scores_request(bytes, kLimits);
     std::vector<uint32_t> tags;
     (void)scan_tags(bytes, 0, tags);
     (void)scan_tags(bytes, 4, tags);
@@ -81,22 +82,25 @@ void test_hostile_bytes() {
 void test_standings_of_many_ranks() {
   Standings standings;
   const auto first = standings.open("p", 0), second = standings.open("p", 1);
-  CHECK(standings.outdated({"p", "q"}, now_ns()).size() == 2);
+  const std::vector<std::string> pods{"p", "q"};
+  const auto found = standings.find(pods);
+  const auto outdated = [&] { return standings.outdated(pods, found, now_ns()).size(); };
+  CHECK(found[0] != nullptr && found[1] == nullptr && outdated() == 2);
   standings.tell("p", 0, {Trust::kExact, "good", 1.0}, now_ns());
   standings.tell("p", 1, {Trust::kStale, "bad", -1.0}, now_ns());
-  CHECK(standings.outdated({"p"}, now_ns()).empty());
+  CHECK(outdated() == 0);
   Believed believed;
-  standings.of("p", -1, now_ns(), believed);
+  CHECK(standings.of(*found[0], -1, now_ns(), believed));
   CHECK(believed.trust == Trust::kStale && believed.reason == "bad" && believed.age_seconds == -1);
-  standings.of("p", 0, now_ns() + 1'000'000'000, believed);
+  CHECK(standings.of(*found[0], 0, now_ns() + 1'000'000'000, believed));
   CHECK(believed.trust == Trust::kExact && believed.age_seconds > 1.9);
   first->touch();
-  CHECK(standings.outdated({"p"}, now_ns()).size() == 1);
+  CHECK(outdated() == 1);
   second->close();
-  standings.of("p", -1, now_ns(), believed);
+  CHECK(standings.of(*found[0], -1, now_ns(), believed));
   CHECK(believed.trust == Trust::kExact);
-  standings.of("q", -1, now_ns(), believed);
-  CHECK(believed.reason == "pod is not registered");
+  first->close();
+  CHECK(!standings.of(*found[0], -1, now_ns(), believed));
 }
 
 void test_races() {
@@ -121,8 +125,9 @@ void test_races() {
     const std::vector<std::string> pods{"pod-0", "pod-1", "pod-2", "pod-3", "other"};
     const auto request = read_score_request(encoded({1, 2, 3, 4, 5}, pods), kLimits);
     while (!stop) {
-      (void)standings.outdated(pods, now_ns());
-      const ScoreBytes scored = score_bytes(*index, standings, weights, *request, "", pods);
+      const auto found = standings.find(pods);
+      (void)standings.outdated(pods, found, now_ns());
+      const ScoreBytes scored = score_bytes(*index, standings, weights, *request, "", pods, found);
       CHECK(scored.total_blocks == 1);
     }
   });
