@@ -32,7 +32,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Stands in for the server: keeps the settings it is run with."""
     runs: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, _: logs.Sampler | None) -> int:
         runs.append(settings)
         return 7
 

@@ -246,6 +246,12 @@ def _helm(_: Site, words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def _docker(_: Site, words: list[str]) -> None:
+    """What the file starts is started as processes in tests/test_compose.py; here, that it is one."""
+    assert words[1:3] == ["compose", "-f"]
+    assert yaml.safe_load((ROOT / words[3]).read_text("utf-8"))["services"]
+
+
 def _engine(_: Site, words: list[str]) -> None:
     """An engine's own command: its flags are those that tests/vllm starts real engines with; here, that it is JSON."""
     config = json.loads(words[words.index("--kv-events-config") + 1])
@@ -266,6 +272,7 @@ RUN: dict[str, Callable[[Site, list[str]], None]] = {
     "curl": _curl,
     "make": _make,
     "helm": _helm,
+    "docker": _docker,
     "vllm": _engine,
     "python": _engine,
     "pip": _pip,

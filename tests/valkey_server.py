@@ -44,6 +44,8 @@ class Valkey:
                 str(binary()),
                 *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
                 *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
+                # Else a cluster listens 10,000 above, where there may be no port.
+                *("--cluster-port", str(free_port())),
                 *self._options,
             ],
             stdout=subprocess.DEVNULL,
