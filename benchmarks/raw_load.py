@@ -9,12 +9,16 @@ import socket
 import statistics
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+
+import grpc
+import hpack
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST, SETTINGS, PING, GOAWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
 HUGE = 0x7FFF_0000
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -53,9 +57,13 @@ class Result:
 
 
 class Grpc:
-    """One connection that repeats one unary call, or (`streams` > 0) one message on so many open streams."""
+    """One connection that repeats one unary call, or (`streams` > 0) one message on so many open streams.
 
-    def __init__(self, address: str, path: str, message: bytes, streams: int = 0) -> None:
+    With `statuses` it reads the status of each unary call, at some cost, and counts calls by it in `ends`: a status
+    code's name, or `reset N` (an HTTP/2 error code) where the server ended the stream without a status.
+    """
+
+    def __init__(self, address: str, path: str, message: bytes, streams: int = 0, *, statuses: bool = False) -> None:
         if address.startswith("unix:"):
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.connect(address.removeprefix("unix:"))
@@ -75,7 +83,10 @@ class Grpc:
         self._due: dict[int, deque[float]] = {}
         self._answered: set[int] = set()
         self._open: list[int] = []
-        self._most = 1 << 31  # calls at once, as the server allows
+        # Calls at once, as the server allows; until it has said so, what every server is asked to allow at least.
+        self._most = 100
+        self._headers = hpack.Decoder() if statuses else None
+        self.ends = Counter[str]()
         self._waiting = deque[float]()
         self._partial: dict[int, bytes] = {}
         self.done = self.failed = 0
@@ -144,8 +155,11 @@ class Grpc:
                     self._messages(stream, data[body:at], now)
                 else:
                     self._answered.add(stream)
-            elif kind == HEADERS and flags & 1:
-                self._ended(stream, now)
+            elif kind == HEADERS:
+                assert flags & 0x2C == 4, "headers in one frame, unpadded and without priority"
+                status = self._status(data[body:at])
+                if flags & 1:
+                    self._ended(stream, now, status)
             elif kind == WINDOW and stream == 0:
                 self._window += int.from_bytes(data[body:at], "big")
             elif kind == SETTINGS and not flags & 1:
@@ -155,9 +169,10 @@ class Grpc:
                 reply += frame(SETTINGS, 1, 0)
             elif kind == PING and not flags & 1:
                 reply += frame(PING, 1, 0, data[body:at])
-            elif kind == RST:
-                self._due.pop(stream, None)
+            elif kind == RST and self._due.pop(stream, None) is not None:
+                # Of a call that has ended it only says that nothing more need be sent.
                 self.failed += 1
+                self.ends[f"reset {int.from_bytes(data[body:at], 'big')}"] += 1
             assert kind != GOAWAY, data[body:at]
         self._in = data[at:]
         if reply:
@@ -169,8 +184,16 @@ class Grpc:
     def close(self) -> None:
         self._socket.close()
 
-    def _ended(self, stream: int, now: float) -> None:
+    def _status(self, block: bytes) -> str:
+        # Every block is to be decoded, for what it does to the table by which the next ones are read.
+        if self._headers is None:
+            return ""
+        status = dict(self._headers.decode(block)).get("grpc-status")
+        return "no status" if status is None else CODES[int(status)]
+
+    def _ended(self, stream: int, now: float, status: str) -> None:
         due = self._due.pop(stream, None)
+        self.ends[status] += 1
         if stream in self._answered and due:
             self._answered.discard(stream)
             self.done += 1

@@ -91,12 +91,12 @@ struct Writer {
     varint(field << 3 | kVarint);
     varint(value);
   }
-  void real(uint32_t field, double value) {
-    const auto bits = std::bit_cast<uint64_t>(value);
-    if (bits == 0) return;
+  void fixed(uint32_t field, uint64_t value) {
+    if (value == 0) return;
     varint(field << 3 | kFixed64);
-    out.append(reinterpret_cast<const char*>(&bits), sizeof bits);
+    out.append(reinterpret_cast<const char*>(&value), sizeof value);
   }
+  void real(uint32_t field, double value) { fixed(field, std::bit_cast<uint64_t>(value)); }
   void text(uint32_t field, std::string_view value) {
     if (!value.empty()) message(field, value);
   }
