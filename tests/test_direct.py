@@ -278,6 +278,21 @@ def test_nested_fields_of_another_wire_type_are_refused(served: Served) -> None:
             assert outcome(path, model + nested)[1] == message  # type: ignore[index]
 
 
+@pytest.mark.parametrize("zeros", range(9))
+def test_a_tag_or_length_in_more_bytes_than_parsers_take_is_refused(served: Served, zeros: int) -> None:
+    """Up to five are good, if needless."""
+    long = bytes([0x8A, *[0x80] * zeros, 0]), bytes([0x81, *[0x80] * zeros, 0])
+    keys = keys_of([0, 1, 2, 0]).SerializeToString()
+    for tag, length in ((long[0], b"\1"), (b"\x0a", long[1])):
+        model = tag + length + b"m"
+        paths = served.direct.blocks, served.direct.blocks_reference
+        native, expected = (blocks_outcome(path, model + b"\x12\x0a" + keys) for path in paths)
+        assert native == expected and isinstance(expected, bytes) is (zeros <= 3)
+        paths = served.direct.score, served.direct.reference
+        native, expected = (outcome(path, model + b"\x2a\x0a" + keys) for path in paths)
+        assert native == expected and isinstance(expected, tuple) is (zeros > 3)
+
+
 def test_trust_is_read_anew_after_every_event(served: Served) -> None:
     """A stream that was touched is never answered with what was known of it before."""
     told(served)

@@ -17,7 +17,7 @@ bool read_hashes(std::string_view nested, uint64_t limit, BlocksRequest& request
   std::string_view value;
   while (!in.done()) {
     const auto* begin = in.at;
-    if (!in.varint(tag) || !in.bytes(value)) return false;
+    if (!in.tag(tag) || !in.bytes(value)) return false;
     if (tag == (1 << 3 | protobuf::kBytes)) {
       ints = true;
       const std::string_view field(reinterpret_cast<const char*>(begin), static_cast<size_t>(in.at - begin));
@@ -82,7 +82,7 @@ std::optional<BlocksRequest> read_blocks_request(std::string_view encoded, const
   while (!in.done()) {
     uint64_t tag;
     std::string_view value;
-    if (!in.varint(tag) || tag > kU32 || (tag & 7) != protobuf::kBytes || !in.bytes(value)) return std::nullopt;
+    if (!in.tag(tag) || tag > kU32 || (tag & 7) != protobuf::kBytes || !in.bytes(value)) return std::nullopt;
     switch (tag >> 3) {
       case 1:
         if (!read_name(value, request.model)) return std::nullopt;

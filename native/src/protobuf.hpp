@@ -45,9 +45,14 @@ struct Reader {
     }
     return false;
   }
+  // A tag or a length: parsers take at most five bytes for one.
+  bool tag(uint64_t& value) {
+    const uint8_t* const begin = at;
+    return varint(value) && at - begin <= 5;
+  }
   bool bytes(std::string_view& value) {
     uint64_t length;
-    if (!varint(length) || length > static_cast<uint64_t>(end - at)) return false;
+    if (!tag(length) || length > static_cast<uint64_t>(end - at)) return false;
     value = {reinterpret_cast<const char*>(at), static_cast<size_t>(length)};
     at += length;
     return true;

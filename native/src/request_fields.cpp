@@ -59,7 +59,7 @@ bool read_packed(std::string_view nested, uint64_t limit, std::vector<uint64_t>&
   uint64_t tag;
   std::string_view packed;
   while (!in.done()) {
-    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    if (!in.tag(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
     if (packed.size() % 8 != 0 || out.size() + packed.size() / 8 > limit) return false;
     const size_t before = out.size();
     out.resize(before + packed.size() / 8);

@@ -48,7 +48,7 @@ bool read_tokens(std::string_view nested, uint64_t limit, std::vector<uint32_t>&
   uint64_t tag, value;
   std::string_view packed;
   while (!in.done()) {
-    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    if (!in.tag(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
     // As many values as last bytes of one, so that their room is made once.
     const uint64_t count = last_bytes(packed);
     if (count > limit || out.size() > limit - count) return false;
@@ -69,7 +69,7 @@ bool read_feature(std::string_view nested, MmFeature& feature) {
   uint64_t tag;
   std::string_view hash;
   while (!in.done()) {
-    if (!in.varint(tag)) return false;
+    if (!in.tag(tag)) return false;
     switch (tag) {
       case 1 << 3 | protobuf::kBytes:
         if (!in.bytes(hash) || !read_name(hash, feature.hash)) return false;
@@ -131,7 +131,7 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   while (!in.done()) {
     uint64_t tag, value;
     std::string_view bytes;
-    if (!in.varint(tag) || tag > kU32) return std::nullopt;
+    if (!in.tag(tag) || tag > kU32) return std::nullopt;
     const auto field = static_cast<uint32_t>(tag >> 3);
     if (field >= 2 && field <= 5) inputs |= 1U << field;
     if (tag == (10 << 3 | protobuf::kVarint)) {
@@ -168,7 +168,7 @@ std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, co
   while (!in.done()) {
     uint64_t tag;
     std::string_view bytes;
-    if (!in.varint(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
+    if (!in.tag(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
     if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request, pods)) return std::nullopt;
   }
   if (request.model.empty() || request.text.empty()) return std::nullopt;
