@@ -3,7 +3,8 @@
 The capacity is what a closed loop of 16 calls reaches in a second, median of three. SHARE of it less OTHERS, the calls
 per second of somebody else, is asked for, each second anew: a second in which the server was behind does not grow into
 a queue without end. The last line is JSON: calls by their end, each call once: a status code's name, `reset N` for a
-stream reset with HTTP/2 error N and no status, `no answer` for one still open ten seconds later.
+stream reset with HTTP/2 error N and no status, `no answer` for one still open ten seconds later; and `again`: streams
+that the transport refused before any handler, which were sent again and are among the others by how they ended then.
 """
 
 import json
@@ -31,7 +32,7 @@ def main() -> None:
     for _ in range(3):
         client = Grpc(address, SCORE, message, statuses=True)
         rates.append(closed_loop(client, 16, 1).rate)
-        ends += client.ends
+        ends += client.ends + Counter({"again": client.again})
         client.close()
     capacity = statistics.median(rates)
     rate = max(1.0, capacity * share - others)
@@ -40,7 +41,7 @@ def main() -> None:
         client = Grpc(address, SCORE, message, statuses=True)
         open_loop(client, rate, 1)
         ends += client.ends
-        ends["no answer"] += client.in_flight
+        ends += Counter({"no answer": client.in_flight, "again": client.again})
         client.close()
     print(json.dumps(ends), flush=True)
 

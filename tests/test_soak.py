@@ -261,8 +261,13 @@ def test_nothing_wears_out(target: Target) -> None:
             )
     codes = target.codes()
     assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
-    # What the transport refused never reached a handler and has no code; it is printed, not judged.
-    assert pressure is None or pushed[0] > pushed[1]
+    # Each refusal that somebody saw is one that the server counted, by its reason. What gRPC refuses because a connection
+    # has too many streams is no shed of ours: its clients wait and send it again, and so does the pressure.
+    sheds = target.sheds()
+    again = pushed.pop("again", 0)
+    assert pushed.keys() <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, (pushed, again)
+    assert pushed.get("RESOURCE_EXHAUSTED", 0) + clients.refused <= sheds.get("in_flight", 0), (pushed, sheds)
+    assert pushed.get("DEADLINE_EXCEEDED", 0) <= sheds.get("silent", 0), (pushed, sheds)
     assert checkpoints >= 3 and clients.answers > 100 and clients.errors == []
     early = [size for at, size in sizes if at <= SECONDS / 3] or [sizes[0][1]]
     late = [size for at, size in sizes if at > SECONDS * 2 / 3] or [sizes[-1][1]]
