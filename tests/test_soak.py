@@ -261,8 +261,8 @@ def test_nothing_wears_out(target: Target) -> None:
             )
     codes = target.codes()
     assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
-    # Each refusal that somebody saw is one that the server counted, by its reason. What gRPC refuses because a connection
-    # has too many streams is no shed of ours: its clients wait and send it again, and so does the pressure.
+    # Each refusal that somebody saw is one that the server counted, by its reason. What gRPC refuses because a
+    # connection has too many streams is no shed of ours: clients send it again, and so does the pressure.
     sheds = target.sheds()
     again = pushed.pop("again", 0)
     assert pushed.keys() <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, (pushed, again)
