@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blocks_bytes.hpp"
+#include "event_payloads.hpp"
 #include "index.hpp"
 #include "protobuf.hpp"
 #include "scan.hpp"
@@ -86,8 +87,34 @@ void test_reading_blocks() {
 void test_hostile_blocks() {
   std::mt19937 dice(4);
   const auto index = std::make_shared<Index>(4, 0, 0, 0);
-  const auto stream = index->add_stream("a", 0);
-  for (const std::string& good : {encoded_blocks(2, {1, 2, 3}, {"a"}), encoded_blocks(3, {1, 2, 3}, {})}) {
+  std::vector<std::shared_ptr<Stream>> streams;
+  Applied applied;
+  for (const char* pod : {"a", "b"}) {
+    streams.push_back(index->add_stream(pod, 0));
+    apply(*streams.back(), stored(1, 0, 3), applied);
+  }
+  const std::vector<uint64_t> hashes{1ULL << 32, 1ULL << 32 | 1, 99};
+  std::vector<uint64_t> keys;
+  for (const auto& [key, holders] : index->holders_of_hashes(hashes, {})) keys.push_back(key);
+  CHECK(keys[0] != 0 && keys[1] != 0 && keys[2] == 0);
+  for (const auto& [field, values] : {std::pair{2U, keys}, std::pair{3U, hashes}}) {
+    // Two blocks of two holders, and one that nobody holds.
+    const std::string good = encoded_blocks(field, values, {});
+    const std::string holder(
+        "\x12\x08\x0a\x01"
+        "a\x1a\x03gpu",
+        10);
+    std::string both = holder + holder;
+    both[14] = 'b';
+    std::string expected;
+    for (const uint64_t key : {keys[0], keys[1]}) {
+      std::string block;
+      protobuf::Writer{block}.fixed(1, key);
+      protobuf::Writer{expected}.message(1, block + both);
+    }
+    protobuf::Writer{expected}.message(1, "");
+    protobuf::Writer{expected}.number(2, 4);
+    CHECK(blocks_bytes(*index, *read_blocks_request(good, kLimits)) == expected);
     for (int round = 0; round < 20000; ++round) {
       std::string bad = good;
       for (uint32_t change = dice() % 4; change != 0 && !bad.empty(); --change) {
