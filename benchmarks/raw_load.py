@@ -9,12 +9,17 @@ import socket
 import statistics
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+
+import grpc
+import hpack
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST, SETTINGS, PING, GOAWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
+REFUSED_STREAM = 7
 HUGE = 0x7FFF_0000
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -53,9 +58,15 @@ class Result:
 
 
 class Grpc:
-    """One connection that repeats one unary call, or (`streams` > 0) one message on so many open streams."""
+    """One connection that repeats one unary call, or (`streams` > 0) one message on so many open streams.
 
-    def __init__(self, address: str, path: str, message: bytes, streams: int = 0) -> None:
+    With `statuses` it reads the status of each unary call, at some cost, and counts calls by it in `ends`: a status
+    code's name, or `reset N` (an HTTP/2 error code) where the server ended the stream without a status. A stream that
+    the peer refused (REFUSED_STREAM: it worked at nothing) is sent again, as gRPC's own clients do, when calls have
+    ended; such are counted in `again`.
+    """
+
+    def __init__(self, address: str, path: str, message: bytes, streams: int = 0, *, statuses: bool = False) -> None:
         if address.startswith("unix:"):
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.connect(address.removeprefix("unix:"))
@@ -75,7 +86,11 @@ class Grpc:
         self._due: dict[int, deque[float]] = {}
         self._answered: set[int] = set()
         self._open: list[int] = []
-        self._most = 1 << 31  # calls at once, as the server allows
+        self._most = 0  # calls at once, as the server allows, which it says first of all
+        self._headers = hpack.Decoder() if statuses else None
+        self._room = HUGE  # and as it seems to bear: less after a refusal, one more with every call that ends
+        self.ends = Counter[str]()
+        self.again = 0
         self._waiting = deque[float]()
         self._partial: dict[int, bytes] = {}
         self.done = self.failed = 0
@@ -96,7 +111,7 @@ class Grpc:
 
     def call(self, due: float) -> None:
         """Send one, or keep it while as many are open as the server allows; its latency counts from `due`."""
-        if not self._streams and len(self._due) >= self._most:
+        if not self._streams and len(self._due) >= min(self._most, self._room):
             self._waiting.append(due)
             return
         if self._streams:
@@ -144,11 +159,15 @@ class Grpc:
                     self._messages(stream, data[body:at], now)
                 else:
                     self._answered.add(stream)
-            elif kind == HEADERS and flags & 1:
-                self._ended(stream, now)
+            elif kind == HEADERS:
+                assert flags & 0x2C == 4, "headers in one frame, unpadded and without priority"
+                status = self._status(data[body:at])
+                if flags & 1:
+                    self._ended(stream, now, status)
             elif kind == WINDOW and stream == 0:
                 self._window += int.from_bytes(data[body:at], "big")
             elif kind == SETTINGS and not flags & 1:
+                self._most = self._most or HUGE
                 for name, value in struct.iter_unpack(">HI", data[body:at]):
                     if name == 3:
                         self._most = value
@@ -156,21 +175,41 @@ class Grpc:
             elif kind == PING and not flags & 1:
                 reply += frame(PING, 1, 0, data[body:at])
             elif kind == RST:
-                self._due.pop(stream, None)
-                self.failed += 1
+                self._reset(stream, int.from_bytes(data[body:at], "big"))
             assert kind != GOAWAY, data[body:at]
         self._in = data[at:]
         if reply:
             self._send(reply)
         self.flush()
-        while self._waiting and len(self._due) < self._most:
+        while self._waiting and len(self._due) < min(self._most, self._room):
             self.call(self._waiting.popleft())
 
     def close(self) -> None:
         self._socket.close()
 
-    def _ended(self, stream: int, now: float) -> None:
+    def _reset(self, stream: int, error: int) -> None:
         due = self._due.pop(stream, None)
+        if due is None:
+            return  # of a call that has ended: nothing more need be sent
+        if error == REFUSED_STREAM and not self._streams:
+            self._room = max(1, len(self._due))
+            self._waiting.extendleft(due)
+            self.again += 1
+        else:
+            self.failed += 1
+            self.ends[f"reset {error}"] += 1
+
+    def _status(self, block: bytes) -> str:
+        # Every block is to be decoded, for what it does to the table by which the next ones are read.
+        if self._headers is None:
+            return ""
+        status = dict(self._headers.decode(block)).get("grpc-status")
+        return "no status" if status is None else CODES[int(status)]
+
+    def _ended(self, stream: int, now: float, status: str) -> None:
+        due = self._due.pop(stream, None)
+        self.ends[status] += 1
+        self._room += 1
         if stream in self._answered and due:
             self._answered.discard(stream)
             self.done += 1

@@ -288,6 +288,17 @@ def read_score_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | 
 def read_pod_scores_request(encoded: bytes, limits: RequestLimits) -> ScoreRequest | None:
     """The same of an indexer.v1 GetPodScoresRequest; Scorer.answer then gives an encoded GetPodScoresResponse."""
 
+class BlocksRequest:
+    """A read GetPodsForBlocksRequest that names its blocks by keys or engine hashes."""
+
+    @property
+    def model(self) -> str: ...
+    def answer(self, index: Index) -> _Bytes:
+        """An encoded GetPodsForBlocksResponse."""
+
+def read_blocks_request(encoded: bytes, limits: RequestLimits) -> BlocksRequest | None:
+    """None when it is of another kind, malformed, beyond a limit or unusual: see codec.decode_blocks."""
+
 def answer_plain(
     encoded: bytes,
     limits: RequestLimits,

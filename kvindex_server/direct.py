@@ -1,4 +1,4 @@
-"""Answers ordinary Score and GetPodScores requests in the native core, others by the reference path; bytes to bytes."""
+"""Answers ordinary read requests in the native core, others by the reference path; bytes to bytes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ Route = tuple[
 
 
 class Direct:
-    """Score and GetPodScores, from the request's bytes to the answer's.
+    """Score, GetPodScores and GetPodsForBlocks, from the request's bytes to the answer's.
 
     The native core reads the request, matches, orders and writes the answer without the GIL and without a Python
     object per token, key or pod. It takes only what is plainly good; whatever it does not take is answered, or
@@ -112,6 +112,24 @@ class Direct:
     def pod_scores_reference(self, data: bytes, check: Check) -> bytes:
         """As `reference` is to `score`."""
         return codec.encode_pod_scores(self._lookup.score(codec.decode_pod_scores(data, self._limits), check))
+
+    def blocks(self, data: bytes, check: Check) -> bytes:
+        """An encoded GetPodsForBlocksResponse to an encoded GetPodsForBlocksRequest; KvindexError when there is none.
+
+        Natively when it names keys or engine hashes; tokens and text are for the reference path.
+        """
+        request = _core.read_blocks_request(data, self._native_limits)
+        known = None if request is None else self._models.names.get(request.model)
+        if request is None or known is None or not isinstance(known[0].index, _core.Index):
+            return self.blocks_reference(data, check)
+        check()
+        answer = request.answer(known[0].index)
+        check()
+        return answer
+
+    def blocks_reference(self, data: bytes, check: Check) -> bytes:
+        """As `reference` is to `score`."""
+        return codec.encode_blocks(self._lookup.blocks(codec.decode_blocks(data, self._limits), check))
 
     def _native(self, request: _core.ScoreRequest, check: Check) -> bytes | None:
         """None when the request is not for the native core after all."""

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import grpc
@@ -36,7 +37,7 @@ Refusal = Callable[[int, str], bytes]
 """Makes the answer to one bad request of a stream, from status code and message."""
 Arrival = Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler]
 """Decides on a call before its message is read, on gRPC's own thread: it must not wait for anything."""
-Shed = Literal["in_flight", "not_ready", "deadline", "unauthenticated", "permission_denied"]
+Shed = Literal["in_flight", "not_ready", "deadline", "silent", "unauthenticated", "permission_denied"]
 """Why a call was turned away; a metric's label."""
 
 MAX_MESSAGE = 512
@@ -128,7 +129,7 @@ class Guard:
     def stream(self, method: str, handler: Unary, refusal: Refusal) -> Arrival:
         """Many reads on one connection, answered in order; a bad request does not end the stream."""
         # A stream keeps its thread for as long as the client likes.
-        lane = self._lane(_short(method), self._bounds.max_streams, self._bounds.max_streams)
+        lane = self._lane(_short(method), self._bounds.max_streams, self._bounds.max_streams, method)
 
         def behaviour(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             started = time.perf_counter()
@@ -161,7 +162,7 @@ class Guard:
 
     def download(self, method: str, handler: Download) -> Arrival:
         """An operator's RPC with a long answer, sent as fast as the caller takes it; answered also while not ready."""
-        lane = self._lane(_short(method), DOWNLOADS, DOWNLOADS)
+        lane = self._lane(_short(method), DOWNLOADS, DOWNLOADS, method)
 
         def behaviour(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
             started = time.perf_counter()
@@ -276,8 +277,10 @@ class Guard:
 
     # --- arrival ---
 
-    def _lane(self, name: str, threads: int, permits: int) -> Lane:
-        lane = Lane(f"rpc-{name}", threads, self._bounds.workers, permits, self._bounds.message_seconds)
+    def _lane(self, name: str, threads: int, permits: int, method: str = "") -> Lane:
+        bounds = self._bounds
+        gave_up = partial(self.shed, method, "silent") if method else None
+        lane = Lane(f"rpc-{name}", threads, bounds.workers, permits, bounds.message_seconds, gave_up)
         self._lanes.append(lane)
         return lane
 
@@ -325,7 +328,7 @@ class Guard:
 
     def _unary(self, method: str, handler: Unary, role: Role) -> Arrival:
         bounds, spans = self._bounds, self.spans
-        lane = self._lane(_short(method), bounds.workers + SPARE_THREADS, bounds.max_in_flight)
+        lane = self._lane(_short(method), bounds.workers + SPARE_THREADS, bounds.max_in_flight, method)
         work = handler if spans is None else _after_waiting(handler, spans)
 
         def behaviour(data: bytes, context: grpc.ServicerContext) -> bytes:

@@ -18,10 +18,18 @@ class Lane(ThreadPoolExecutor):
     `permits` bounds the calls that work or wait; a call beyond it is to be refused, which `full` says.
     `threads` is more than `workers`, because a call holds a thread also while its message is still on the way.
     A call whose message does not come within `message_seconds` is cancelled: clients that open calls and send
-    nothing would otherwise hold every thread.
+    nothing would otherwise hold every thread. `gave_up` is called for each of them.
     """
 
-    def __init__(self, name: str, threads: int, workers: int, permits: int, message_seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        workers: int,
+        permits: int,
+        message_seconds: float,
+        gave_up: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(threads, name)
         self._permits = permits
         self._turns = threading.BoundedSemaphore(workers)
@@ -29,6 +37,7 @@ class Lane(ThreadPoolExecutor):
         self._here = threading.local()
         self._silent: dict[int, tuple[float, Any]] = {}
         self._message_seconds = message_seconds
+        self._gave_up = gave_up
         self._closed = threading.Event()
         self.in_flight = 0
         threading.Thread(target=self._sweep, name=f"{name}-sweep", daemon=True).start()
@@ -84,3 +93,5 @@ class Lane(ThreadPoolExecutor):
             for ticket, (ends, call) in list(self._silent.items()):
                 if now > ends and self._silent.pop(ticket, None) is not None:
                     call.cancel(code, "the request's message did not come in time")
+                    if self._gave_up is not None:
+                        self._gave_up()

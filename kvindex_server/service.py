@@ -20,9 +20,6 @@ def register(
 ) -> None:
     """Serve Score, ScoreStream, GetPodsForBlocks, RecordPlacement and ReportUsage."""
 
-    def blocks(data: bytes, check: Check) -> bytes:
-        return codec.encode_blocks(lookup.blocks(codec.decode_blocks(data, limits), check))
-
     def place(data: bytes, check: Check) -> bytes:
         return codec.encode_placement(lookup.place(codec.decode_placement(data, limits, placement), check))
 
@@ -33,7 +30,7 @@ def register(
     handlers = {
         "Score": guard.read(f"/{SERVICE}/Score", direct.score),
         "ScoreStream": guard.stream(f"/{SERVICE}/ScoreStream", direct.score, codec.encode_score_status),
-        "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", blocks),
+        "GetPodsForBlocks": guard.read(f"/{SERVICE}/GetPodsForBlocks", direct.blocks),
         "RecordPlacement": guard.read(f"/{SERVICE}/RecordPlacement", place),
         "ReportUsage": guard.read(f"/{SERVICE}/ReportUsage", report),
     }

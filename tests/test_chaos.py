@@ -93,6 +93,11 @@ class Target:
         found = re.findall(rf'^kvindex_rpc_total{{code="(\w+)",method="{SCORE}"}} (\S+)', self.scrape(), re.MULTILINE)
         return {code: int(float(count)) for code, count in found}
 
+    def sheds(self) -> dict[str, int]:
+        """Calls of Score turned away so far, by reason, as the server counted them."""
+        line = rf'^kvindex_rpc_shed_total{{method="{SCORE}",reason="(\w+)"}} (\S+)'
+        return {reason: int(float(count)) for reason, count in re.findall(line, self.scrape(), re.MULTILINE)}
+
     def scrape(self) -> str:
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=5) as answer:
             return str(answer.read().decode())

@@ -18,6 +18,7 @@ from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.stream import Trust
 
 PODS = [f"pod-{number}" for number in range(8)]
+BYTE_HASHES = [b"first block", b"second block"]
 ALPHABET = 3
 """So few token ids that random prompts share prefixes."""
 
@@ -32,6 +33,8 @@ def served() -> Iterator[Served]:
                 prompt = [dice.randrange(ALPHABET) for _ in range(24)]
                 more: dict[str, object] = {"lora_name": "adapter"} if dice.random() < 0.2 else {}
                 running.stored(pod, rank, prompt, medium, **more)
+    running.stored("b", 2, [0, 1, 2, 0, 1, 1, 1, 1], block_hashes=BYTE_HASHES)
+    assert running.index.place("a", 0, keys_of([2, 2, 2, 2]).SerializeToString()[-8:], 3600.0)[0] == "recorded"
     running.fleet.names = [*PODS, "a", "b", "c"]
     yield running
     running.close()
@@ -153,6 +156,84 @@ def pods_outcome(call: object, data: bytes) -> object:
         return error.code, error.message
 
 
+hashed = st.one_of(
+    st.builds(pb.EngineHashes, ints=st.lists(st.integers(100, 110) | st.integers(0, 2**64 - 1), max_size=30)),
+    st.builds(pb.EngineHashes, bytes=st.lists(st.binary(max_size=9) | st.sampled_from(BYTE_HASHES), max_size=9)),
+    st.builds(pb.EngineHashes, ints=st.just([100]), bytes=st.just([b"a"])),
+)
+blocks_requests = st.builds(
+    lambda model, source, pods, extras: pb.GetPodsForBlocksRequest(model=model, pods=pods, **source, **extras),
+    st.sampled_from(["m", "m", "m", "alias", "adapter", "bare", "new", "who", ""]),
+    st.one_of(
+        ids.map(lambda each: {"keys": keys_of(each)}),
+        st.lists(st.integers(0, 2**64 - 1), max_size=5).map(lambda each: {"keys": pb.Keys(values=each)}),
+        hashed.map(lambda each: {"engine_hashes": each}),
+        ids.map(lambda each: {"tokens": pb.Tokens(ids=each)}),
+        st.text(max_size=20).map(lambda each: {"prompt": each}),
+        st.just({}),
+    ),
+    st.lists(names | st.just(""), max_size=10),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "lora_name": st.sampled_from(["", "adapter", "x" * 1025, "é" * 600]),
+            "cache_salt": st.sampled_from(["", "salt"]),
+            "mm_features": st.just([pb.MmFeature(hash="h", offset=0, length=2)]),
+        },
+    ),
+)
+
+
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks_requests,
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9), st.binary(max_size=6)), max_size=3),
+    st.booleans(),
+)
+def test_blocks_alike_on_both_paths(
+    served: Served, request: pb.GetPodsForBlocksRequest, damage: list[tuple[int, int, bytes]], twice: bool
+) -> None:
+    """Byte for byte, or the same error; of any message, whole, damaged, or sent in two halves that a parser joins."""
+    data = request.SerializeToString()
+    if twice:
+        data += request.SerializeToString()
+    for at, gone, more in damage:
+        data = data[:at] + more + data[at + gone :]
+    assert blocks_outcome(served.direct.blocks, data) == blocks_outcome(served.direct.blocks_reference, data)
+
+
+def blocks_outcome(call: object, data: bytes) -> object:
+    try:
+        return call(data, lambda: None)  # type: ignore[operator]
+    except KvindexError as error:
+        return error.code, error.message
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"keys": keys_of([0, 1, 2, 0, 1, 1, 1, 1])},
+        {"keys": keys_of([2, 2, 2, 2])},
+        {"engine_hashes": pb.EngineHashes(ints=[100, 101, 5])},
+        {"engine_hashes": pb.EngineHashes(bytes=[*BYTE_HASHES, b"never heard of"])},
+    ],
+)
+def test_the_native_path_really_answers_blocks(
+    served: Served, monkeypatch: pytest.MonkeyPatch, source: dict[str, object]
+) -> None:
+    """With holders in the answer, a placement's among them."""
+    request = pb.GetPodsForBlocksRequest(model="alias", cache_salt="s", **source)  # type: ignore[arg-type]
+    for pods in ([], ["a"], ["a", "a", "stranger"]):
+        del request.pods[:]
+        request.pods.extend(pods)
+        data = request.SerializeToString()
+        expected = served.direct.blocks_reference(data, lambda: None)
+        assert pods or pb.GetPodsForBlocksResponse.FromString(expected).blocks[0].holders
+        with monkeypatch.context() as patched:
+            patched.setattr(served.direct, "blocks_reference", None)
+            assert served.direct.blocks(data, lambda: None) == expected
+
+
 def test_the_native_path_really_answers_pod_scores(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     request = indexer_pb2.GetPodScoresRequest(model_name="m", prompt="\0\1\2\3" * 3)
     expected = served.direct.pod_scores_reference(request.SerializeToString(), lambda: None)
@@ -195,6 +276,21 @@ def test_nested_fields_of_another_wire_type_are_refused(served: Served) -> None:
     ):
         for path in (served.direct.score, served.direct.reference):
             assert outcome(path, model + nested)[1] == message  # type: ignore[index]
+
+
+@pytest.mark.parametrize("zeros", range(9))
+def test_a_tag_or_length_in_more_bytes_than_parsers_take_is_refused(served: Served, zeros: int) -> None:
+    """Up to five are good, if needless."""
+    long = bytes([0x8A, *[0x80] * zeros, 0]), bytes([0x81, *[0x80] * zeros, 0])
+    keys = keys_of([0, 1, 2, 0]).SerializeToString()
+    for tag, length in ((long[0], b"\1"), (b"\x0a", long[1])):
+        model = tag + length + b"m"
+        paths = served.direct.blocks, served.direct.blocks_reference
+        native, expected = (blocks_outcome(path, model + b"\x12\x0a" + keys) for path in paths)
+        assert native == expected and isinstance(expected, bytes) is (zeros <= 3)
+        paths = served.direct.score, served.direct.reference
+        native, expected = (outcome(path, model + b"\x2a\x0a" + keys) for path in paths)
+        assert native == expected and isinstance(expected, tuple) is (zeros > 3)
 
 
 def test_trust_is_read_anew_after_every_event(served: Served) -> None:

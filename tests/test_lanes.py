@@ -65,6 +65,8 @@ def test_as_many_work_at_once_as_there_are_workers(lane: Lane) -> None:
 
 def test_a_call_without_a_message_is_ended_and_one_with_it_is_not(lane: Lane) -> None:
     silent, heard = Call(), Call()
+    given_up: list[int] = []
+    lane._gave_up = lambda: given_up.append(1)
     release = threading.Event()
 
     def with_message(_: Call) -> None:
@@ -74,11 +76,12 @@ def test_a_call_without_a_message_is_ended_and_one_with_it_is_not(lane: Lane) ->
     lane.submit(lambda _: release.wait(10), silent)
     lane.submit(with_message, heard)
     ends = time.monotonic() + 5
-    while not silent.cancelled:
+    while not given_up:
         assert time.monotonic() < ends
         time.sleep(0.02)
     release.set()
     assert silent.cancelled == [(4, "the request's message did not come in time")]
+    assert given_up == [1]
     assert heard.cancelled == []
 
 

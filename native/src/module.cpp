@@ -13,6 +13,7 @@
 #include "bound_index.hpp"
 #include "drain.hpp"
 #include "index.hpp"
+#include "module_blocks.hpp"
 #include "module_score.hpp"
 #include "module_store.hpp"
 #include "module_text.hpp"
@@ -447,6 +448,7 @@ NB_MODULE(_core, m) {
           nb::arg("hashes"), nb::arg("pods"));
 
   bind_score(m);
+  bind_blocks(m);
   bind_store(m);
   bind_text(m);
 }

@@ -45,9 +45,14 @@ struct Reader {
     }
     return false;
   }
+  // A tag or a length: parsers take at most five bytes for one.
+  bool tag(uint64_t& value) {
+    const uint8_t* const begin = at;
+    return varint(value) && at - begin <= 5;
+  }
   bool bytes(std::string_view& value) {
     uint64_t length;
-    if (!varint(length) || length > static_cast<uint64_t>(end - at)) return false;
+    if (!tag(length) || length > static_cast<uint64_t>(end - at)) return false;
     value = {reinterpret_cast<const char*>(at), static_cast<size_t>(length)};
     at += length;
     return true;
@@ -91,12 +96,12 @@ struct Writer {
     varint(field << 3 | kVarint);
     varint(value);
   }
-  void real(uint32_t field, double value) {
-    const auto bits = std::bit_cast<uint64_t>(value);
-    if (bits == 0) return;
+  void fixed(uint32_t field, uint64_t value) {
+    if (value == 0) return;
     varint(field << 3 | kFixed64);
-    out.append(reinterpret_cast<const char*>(&bits), sizeof bits);
+    out.append(reinterpret_cast<const char*>(&value), sizeof value);
   }
+  void real(uint32_t field, double value) { fixed(field, std::bit_cast<uint64_t>(value)); }
   void text(uint32_t field, std::string_view value) {
     if (!value.empty()) message(field, value);
   }

@@ -6,58 +6,14 @@
 
 #include "name_hash.hpp"
 #include "protobuf.hpp"
+#include "request_fields.hpp"
 
 namespace kvindex {
 namespace {
 
 using protobuf::Reader;
 
-constexpr size_t kMaxName = 1024;
 constexpr size_t kMaxMmFeatures = 1024;
-constexpr uint64_t kU32 = 0xFFFFFFFFULL;
-
-// Well-formed UTF-8 as protobuf demands it of strings.
-bool is_utf8(std::string_view text) {
-  const auto* at = reinterpret_cast<const uint8_t*>(text.data());
-  const auto* end = at + text.size();
-  constexpr uint64_t kAbove = 0x8080808080808080ULL;
-  uint64_t eight = 0;
-  while (at < end) {
-    for (; end - at >= 8; at += 8) {  // mostly ASCII
-      std::memcpy(&eight, at, 8);
-      if ((eight & kAbove) != 0) break;
-    }
-    if (at >= end) break;
-    if (end - at < 8 && text.size() >= 8) {
-      std::memcpy(&eight, end - 8, 8);  // looked at twice in part, which costs less than byte by byte
-      if ((eight & kAbove) == 0) return true;
-    }
-    const uint8_t lead = *at++;
-    if (lead < 0x80) continue;
-    int more;
-    uint8_t low = 0x80, high = 0xBF;
-    if (lead >= 0xC2 && lead <= 0xDF) {
-      more = 1;
-    } else if (lead >= 0xE0 && lead <= 0xEF) {
-      more = 2;
-      if (lead == 0xE0) low = 0xA0;
-      if (lead == 0xED) high = 0x9F;
-    } else if (lead >= 0xF0 && lead <= 0xF4) {
-      more = 3;
-      if (lead == 0xF0) low = 0x90;
-      if (lead == 0xF4) high = 0x8F;
-    } else {
-      return false;
-    }
-    for (; more > 0; --more) {
-      if (at >= end || *at < low || *at > high) return false;
-      ++at;
-      low = 0x80;
-      high = 0xBF;
-    }
-  }
-  return true;
-}
 
 // Keeps the first of equal names. An open-addressing table of positions: a set would allocate once per name.
 void drop_repeated(std::vector<std::string>& names) {
@@ -72,12 +28,6 @@ void drop_repeated(std::vector<std::string>& names) {
     places[at] = static_cast<uint32_t>(++kept);
   }
   names.resize(kept);
-}
-
-bool name(std::string_view value, std::string& out) {
-  if (value.size() > kMaxName || !is_utf8(value)) return false;
-  out.assign(value);
-  return true;
 }
 
 // How many bytes are the last of a varint.
@@ -98,7 +48,7 @@ bool read_tokens(std::string_view nested, uint64_t limit, std::vector<uint32_t>&
   uint64_t tag, value;
   std::string_view packed;
   while (!in.done()) {
-    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
+    if (!in.tag(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
     // As many values as last bytes of one, so that their room is made once.
     const uint64_t count = last_bytes(packed);
     if (count > limit || out.size() > limit - count) return false;
@@ -114,29 +64,15 @@ bool read_tokens(std::string_view nested, uint64_t limit, std::vector<uint32_t>&
   return true;
 }
 
-bool read_keys(std::string_view nested, uint64_t limit, std::vector<uint64_t>& out) {
-  Reader in(nested);
-  uint64_t tag;
-  std::string_view packed;
-  while (!in.done()) {
-    if (!in.varint(tag) || tag != (1 << 3 | protobuf::kBytes) || !in.bytes(packed)) return false;
-    if (packed.size() % 8 != 0 || out.size() + packed.size() / 8 > limit) return false;
-    const size_t before = out.size();
-    out.resize(before + packed.size() / 8);
-    if (!packed.empty()) std::memcpy(out.data() + before, packed.data(), packed.size());
-  }
-  return true;
-}
-
 bool read_feature(std::string_view nested, MmFeature& feature) {
   Reader in(nested);
   uint64_t tag;
   std::string_view hash;
   while (!in.done()) {
-    if (!in.varint(tag)) return false;
+    if (!in.tag(tag)) return false;
     switch (tag) {
       case 1 << 3 | protobuf::kBytes:
-        if (!in.bytes(hash) || !name(hash, feature.hash)) return false;
+        if (!in.bytes(hash) || !read_name(hash, feature.hash)) return false;
         break;
       case 2 << 3 | protobuf::kVarint:
         if (!in.varint(feature.offset) || feature.offset > kU32) return false;
@@ -154,21 +90,21 @@ bool read_feature(std::string_view nested, MmFeature& feature) {
 bool read_field(uint32_t field, std::string_view value, const RequestLimits& limits, ScoreRequest& request,
                 size_t& pods) {
   switch (field) {
-    case 1: return name(value, request.model);
+    case 1: return read_name(value, request.model);
     case 2:
     case 3:
       if (value.empty() || value.size() > limits.max_prompt_bytes || !is_utf8(value)) return false;
       request.text.assign(value);
       return true;
     case 4: return read_tokens(value, limits.max_tokens, request.tokens);
-    case 5: return read_keys(value, limits.max_keys, request.keys);
+    case 5: return read_packed(value, limits.max_keys, request.keys);
     case 6:
       if (value.empty() || ++pods > limits.max_pods || !is_utf8(value)) return false;
       if (pods == 1) request.pods.reserve(16);
       request.pods.emplace_back(value);
       return true;
-    case 7: return name(value, request.extras.lora_name);
-    case 8: return name(value, request.extras.cache_salt);
+    case 7: return read_name(value, request.extras.lora_name);
+    case 8: return read_name(value, request.extras.cache_salt);
     case 9: {
       auto& features = request.extras.mm_features;
       if (features.size() >= kMaxMmFeatures) return false;
@@ -195,7 +131,7 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   while (!in.done()) {
     uint64_t tag, value;
     std::string_view bytes;
-    if (!in.varint(tag) || tag > kU32) return std::nullopt;
+    if (!in.tag(tag) || tag > kU32) return std::nullopt;
     const auto field = static_cast<uint32_t>(tag >> 3);
     if (field >= 2 && field <= 5) inputs |= 1U << field;
     if (tag == (10 << 3 | protobuf::kVarint)) {
@@ -232,7 +168,7 @@ std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, co
   while (!in.done()) {
     uint64_t tag;
     std::string_view bytes;
-    if (!in.varint(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
+    if (!in.tag(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
     if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request, pods)) return std::nullopt;
   }
   if (request.model.empty() || request.text.empty()) return std::nullopt;

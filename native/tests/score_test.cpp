@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "blocks_bytes.hpp"
+#include "event_payloads.hpp"
 #include "index.hpp"
 #include "protobuf.hpp"
 #include "scan.hpp"
@@ -53,6 +55,82 @@ void test_reading() {
   CHECK(!read_score_request(encoded({1}, std::vector<std::string>(9, "p")), kLimits));
   CHECK(!read_score_request(encoded({1}, {"\xc0\x80"}), kLimits));  // overlong UTF-8
   CHECK(!read_score_request("", kLimits));
+}
+
+// A GetPodsForBlocksRequest of keys (field 2) or engine hashes (field 3).
+std::string encoded_blocks(uint32_t field, const std::vector<uint64_t>& values, const std::vector<std::string>& pods) {
+  std::string nested, out;
+  protobuf::Writer{nested}.message(
+      1, std::string_view(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(uint64_t)));
+  protobuf::Writer write{out};
+  write.text(1, "m");
+  write.message(field, nested);
+  for (const std::string& pod : pods) write.text(7, pod);
+  return out;
+}
+
+void test_reading_blocks() {
+  const auto request = read_blocks_request(encoded_blocks(2, {7, 0, ~0ULL}, {"b", "a"}), kLimits);
+  CHECK(request.has_value());
+  CHECK(request->model == "m" && !request->by_hash);
+  CHECK((request->blocks == std::vector<uint64_t>{7, 0, ~0ULL}));
+  CHECK((request->pods == Pods{"b", "a"}));
+  CHECK(read_blocks_request(encoded_blocks(3, {7}, {}), kLimits)->by_hash);
+  CHECK(!read_blocks_request(encoded_blocks(2, std::vector<uint64_t>(33, 1), {}), kLimits));
+  CHECK(!read_blocks_request(encoded_blocks(3, std::vector<uint64_t>(33, 1), {}), kLimits));
+  CHECK(!read_blocks_request(encoded_blocks(2, {1}, std::vector<std::string>(9, "p")), kLimits));
+  CHECK(!read_blocks_request(encoded_blocks(2, {}, {}), kLimits));
+  CHECK(!read_blocks_request(encoded_blocks(2, {1}, {}) + encoded_blocks(3, {1}, {}), kLimits));
+  CHECK(!read_blocks_request("", kLimits));
+}
+
+void test_hostile_blocks() {
+  std::mt19937 dice(4);
+  const auto index = std::make_shared<Index>(4, 0, 0, 0);
+  std::vector<std::shared_ptr<Stream>> streams;
+  Applied applied;
+  for (const char* pod : {"a", "b"}) {
+    streams.push_back(index->add_stream(pod, 0));
+    apply(*streams.back(), stored(1, 0, 3), applied);
+  }
+  const std::vector<uint64_t> hashes{1ULL << 32, 1ULL << 32 | 1, 99};
+  std::vector<uint64_t> keys;
+  for (const auto& [key, holders] : index->holders_of_hashes(hashes, {})) keys.push_back(key);
+  CHECK(keys[0] != 0 && keys[1] != 0 && keys[2] == 0);
+  for (const auto& [field, values] : {std::pair{2U, keys}, std::pair{3U, hashes}}) {
+    // Two blocks of two holders, and one that nobody holds.
+    const std::string good = encoded_blocks(field, values, {});
+    const std::string holder(
+        "\x12\x08\x0a\x01"
+        "a\x1a\x03gpu",
+        10);
+    std::string both = holder + holder;
+    both[14] = 'b';
+    std::string expected;
+    for (const uint64_t key : {keys[0], keys[1]}) {
+      std::string block;
+      protobuf::Writer{block}.fixed(1, key);
+      protobuf::Writer{expected}.message(1, block + both);
+    }
+    protobuf::Writer{expected}.message(1, "");
+    protobuf::Writer{expected}.number(2, 4);
+    CHECK(blocks_bytes(*index, *read_blocks_request(good, kLimits)) == expected);
+    for (int round = 0; round < 20000; ++round) {
+      std::string bad = good;
+      for (uint32_t change = dice() % 4; change != 0 && !bad.empty(); --change) {
+        const size_t at = dice() % bad.size();
+        switch (dice() % 3) {
+          case 0: bad[at] = static_cast<char>(dice()); break;
+          case 1: bad.erase(at, dice() % 5); break;
+          default: bad.insert(at, dice() % 5, static_cast<char>(dice()));
+        }
+      }
+      // On the heap and no longer than it is, so that a reader beyond its end is found out.
+      const std::vector<char> exact(bad.begin(), bad.end());
+      const auto request = read_blocks_request({exact.data(), exact.size()}, kLimits);
+      if (request) CHECK(!blocks_bytes(*index, *request).empty());
+    }
+  }
 }
 
 void test_hostile_bytes() {
@@ -141,6 +219,8 @@ void test_races() {
 
 int main() {
   test_reading();
+  test_reading_blocks();
+  test_hostile_blocks();
   test_hostile_bytes();
   test_standings_of_many_ranks();
   test_races();

@@ -1,0 +1,24 @@
+// Fields that encoded read requests have in common. Each reader is false for what only the reference path may judge.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kvindex {
+
+constexpr size_t kMaxName = 1024;
+constexpr uint64_t kU32 = 0xFFFFFFFFULL;
+
+// Well-formed UTF-8 as protobuf demands it of strings.
+bool is_utf8(std::string_view text);
+
+// A model, a LoRA name, a salt or a hash.
+bool read_name(std::string_view value, std::string& out);
+
+// A message whose only field is `repeated fixed64 = 1`, packed; at most `limit` values in `out` together.
+bool read_packed(std::string_view nested, uint64_t limit, std::vector<uint64_t>& out);
+
+}  // namespace kvindex
