@@ -74,6 +74,7 @@ class Ingest:
         self._verify: int | None = None
         # A replay under way.
         self._syncing = False
+        self._behind = False
         self._buffer: list[tuple[int, bytes]] = []
         self._buffered_bytes = 0
         self._asks = 0
@@ -251,8 +252,10 @@ class Ingest:
         """Time has passed: deadlines."""
         now = self._clock()
         if self._syncing:
+            progressed = self.order.last is not None and self.order.last != self._asked_last
+            if progressed and not self._buffer and now >= self._sync_ends:
+                self._sync_ends = now + self._bounds.seconds  # long, but it gets on, and nothing waits for it
             if now >= self._deadline or now >= self._sync_ends:
-                progressed = self.order.last is not None and self.order.last != self._asked_last
                 if progressed and now < self._sync_ends:
                     self._replay_over(marker=False)
                 else:
@@ -285,6 +288,10 @@ class Ingest:
         if doubt:
             status.trust, status.trust_reason = Trust.STALE, doubt
             status.trust_cause = self._doubt_cause if self._doubt else Cause.CONNECTION_LOST
+        elif self._behind and status.trust is Trust.EXACT:
+            # Nobody knows yet how much there is still to come.
+            status.trust, status.trust_cause = Trust.PARTIAL, Cause.CATCHING_UP
+            status.trust_reason = "what was missed is being replayed"
         if self._syncing:
             status.state = StreamState.SYNCING
         elif self._doubt and self._doubt_cause is Cause.GAP:
@@ -365,7 +372,8 @@ class Ingest:
 
     def _sync(self, *, evident: bool = False) -> None:
         """Ask; `evident` when a message that came already is what the replay has to reach."""
-        self._syncing = True
+        self._syncing = self._behind = True
+        self._applier.touch()
         self._probing = False
         self._asks = 0
         self._sync_ends = self._clock() + self._bounds.seconds
@@ -454,6 +462,9 @@ class Ingest:
             self._sync(evident=True)
             for each in foreign:
                 self._keep(*each)
+            return
+        self._behind = False
+        self._applier.touch()
 
     def _work_off(self, over_holes: str = "") -> list[tuple[int, bytes]]:
         """Apply the waiting messages that follow in sequence, all of them when there is a reason for holes.

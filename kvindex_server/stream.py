@@ -36,6 +36,7 @@ class Cause(enum.StrEnum):
     IN_SEQUENCE = "in_sequence"
     CLEARED = "cleared"
     JOINED_LATE = "joined_late"
+    CATCHING_UP = "catching_up"
     NOT_TAKEN_IN = "not_taken_in"
     CLAIMS_DROPPED = "claims_dropped"
     RESTARTED = "restarted"

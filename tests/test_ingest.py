@@ -7,7 +7,7 @@ import pytest
 
 from kvindex_server._core import Index, Order, Outcome
 from kvindex_server.ingest import Bounds, Ingest
-from kvindex_server.stream import StreamState, StreamStatus, Trust
+from kvindex_server.stream import Cause, StreamState, StreamStatus, Trust
 
 _times = itertools.count(1000)
 
@@ -113,6 +113,47 @@ def test_first_contact_replays_from_zero() -> None:
     rig.ingest.live([engine.publish(removed(1))])
     assert rig.trust is Trust.EXACT and rig.holds(2, 3, 4, 5, 6)
     assert rig.ingest.synced
+
+
+def test_nothing_is_exact_while_its_past_is_still_coming() -> None:
+    """The first messages of a replay say nothing of those behind them, a removal among them."""
+    engine = Engine()
+    for payload in (stored(1), stored(2, 1), removed(2)):
+        engine.publish(payload)
+    rig = Rig()
+    for message in engine.replay(0):
+        rig.ingest.replayed([message], ended=False)
+        status = rig.ingest.status()
+        assert (status.trust, status.trust_cause) == (Trust.PARTIAL, Cause.CATCHING_UP)
+    rig.ingest.replayed([], ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(1) and not rig.holds(2)
+
+
+def test_a_gap_is_not_exact_until_it_is_filled() -> None:
+    """Live messages that wait for the replay are not applied, so what they say is missing too."""
+    engine = Engine()
+    rig = Rig()
+    rig.ingest.replayed([engine.publish(stored(1))], ended=True)
+    engine.publish(stored(2, 1))
+    rig.ingest.live([engine.publish(removed(1))])
+    assert (rig.trust, rig.ingest.status().trust_cause) == (Trust.PARTIAL, Cause.CATCHING_UP)
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and not rig.holds(1) and rig.ingest.status().last_sequence == 2
+
+
+def test_a_replay_that_takes_long_is_waited_for() -> None:
+    """Its time is for those who wait behind it; while it gets on and nobody does, it is not given up for complete."""
+    engine = Engine()
+    for number in range(1, 41):
+        engine.publish(stored(number, number - 1 or None))
+    rig = Rig(seconds=3.0, replay_timeout=2.0)
+    for message in engine.replay(0):
+        rig.ingest.replayed([message], ended=False)
+        rig.now += 0.5
+        rig.ingest.tick()
+        assert rig.trust is Trust.PARTIAL
+    rig.ingest.replayed([], ended=True)
+    assert rig.trust is Trust.EXACT and rig.index.claims == 40
 
 
 def test_first_contact_with_forgotten_past_is_partial() -> None:
