@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+from publisher import free_port
 from rendered import ROOT, fetched
 
 
@@ -25,3 +26,14 @@ def promtool() -> str:
     if found.returncode != 0:
         pytest.skip(f"promtool cannot be had: {found.stderr.strip()[-300:]}")
     return found.stdout.strip()
+
+
+@pytest.fixture
+def pod() -> dict[str, object]:
+    """A registration at free ports, for tests that start real processes."""
+    return {
+        "pod": "pod",
+        "model": "m",
+        "endpoint": f"tcp://127.0.0.1:{free_port()}",
+        "replay_endpoint": f"tcp://127.0.0.1:{free_port()}",
+    }

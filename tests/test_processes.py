@@ -133,16 +133,6 @@ def eventually(check: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def pod() -> dict[str, object]:
-    return {
-        "pod": "pod",
-        "model": "m",
-        "endpoint": f"tcp://127.0.0.1:{free_port()}",
-        "replay_endpoint": f"tcp://127.0.0.1:{free_port()}",
-    }
-
-
 @contextmanager
 def running(made: EngineProcess | ServerProcess) -> Iterator[None]:
     try:

@@ -62,16 +62,6 @@ class Replica(ServerProcess):
         return compared > 0 and self.metric("kvindex_replica_divergence_blocks") == {peer: 0}
 
 
-@pytest.fixture
-def pod() -> dict[str, object]:
-    return {
-        "pod": "pod",
-        "model": "m",
-        "endpoint": f"tcp://127.0.0.1:{free_port()}",
-        "replay_endpoint": f"tcp://127.0.0.1:{free_port()}",
-    }
-
-
 def test_a_late_comer_takes_over_what_it_missed(pod: dict[str, object]) -> None:
     """The engine has forgotten its first messages; the sibling has not, and the engine confirms its last one."""
     first_listen, second_listen = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"

@@ -22,16 +22,6 @@ from kvindex_server.pull import Peers
 from kvindex_server.snapshot import File
 
 
-@pytest.fixture
-def pod() -> dict[str, object]:
-    return {
-        "pod": "pod",
-        "model": "m",
-        "endpoint": f"tcp://127.0.0.1:{free_port()}",
-        "replay_endpoint": f"tcp://127.0.0.1:{free_port()}",
-    }
-
-
 def kept_in(directory: Path, monkeypatch: pytest.MonkeyPatch, interval: float = 0.05) -> None:
     monkeypatch.setenv("KVINDEX_SNAPSHOT__DIRECTORY", str(directory))
     monkeypatch.setenv("KVINDEX_SNAPSHOT__INTERVAL_SECONDS", str(interval))

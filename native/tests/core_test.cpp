@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "event_payloads.hpp"
 #include "index.hpp"
 #include "scan.hpp"
@@ -15,17 +16,6 @@
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 std::vector<uint32_t> tokens_of(uint64_t chain, size_t blocks) {
   std::vector<uint32_t> tokens;

@@ -10,23 +10,13 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "index.hpp"
 #include "stream.hpp"
 
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 constexpr uint64_t kSecond = 1'000'000'000;
 constexpr Placements::Place kA0{0, 0}, kA1{0, 1}, kB0{1, 2};

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blocks_bytes.hpp"
+#include "check.hpp"
 #include "event_payloads.hpp"
 #include "index.hpp"
 #include "protobuf.hpp"
@@ -18,17 +19,6 @@
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 constexpr RequestLimits kLimits{64, 8, 32, 100};
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "changes.hpp"
+#include "check.hpp"
 #include "event_payloads.hpp"
 #include "index.hpp"
 #include "store_view.hpp"
@@ -22,17 +23,6 @@
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 using Cell = std::pair<uint64_t, uint8_t>;  // key, group
 using Table = std::map<Cell, uint8_t>;      // tiers held

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "check.hpp"
 #include "chunk_pool.hpp"
 #include "claims.hpp"
 #include "epoch.hpp"
@@ -17,17 +18,6 @@
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 void test_claims(uint64_t stride, size_t most, int steps) {
   std::atomic<int64_t> bytes{0};

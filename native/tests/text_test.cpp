@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "text_cache.hpp"
 #include "text_encoder.hpp"
 #include "text_markers.hpp"
@@ -15,17 +16,6 @@
 using namespace kvindex;
 
 namespace {
-
-int checks = 0;
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (0)
 
 constexpr uint16_t kMatch = 0x8000;
 
