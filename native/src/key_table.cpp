@@ -61,7 +61,7 @@ inline void KeyTable::pass(Bucket& bucket, uint64_t entries) {
 }
 
 void KeyTable::prefetch(uint64_t key) const {
-  const Table* table = shard(key).table.load(std::memory_order_relaxed);
+  const Table* table = shard(key).table.load();  // as in `find`: what it points to is read
   if (table == nullptr) return;
   uint64_t at;
   __builtin_prefetch(&home(*table, key, at));
