@@ -287,10 +287,11 @@ def main() -> None:
     """Prints the table of all loads."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--sessions", type=int, default=6, help="chats per pod")
     arguments.add_argument("--trace", type=Path, help="a file of requests with hash_ids, one JSON object a line")
     arguments.add_argument("--requests", type=int, default=300, help="of the trace")
     given = arguments.parse_args()
-    loads = {"chats": ["chats"]}
+    loads = {"chats": ["chats", str(given.sessions)]}
     if given.trace:
         loads["trace"] = ["trace", str(given.trace.resolve()), str(given.requests)]
     names = [name for name in CONTENDERS if name != "dynamo" or PEERS_PYTHON.exists()]

@@ -129,7 +129,7 @@ class Outcome(enum.Enum):
     RESTART = 4
 
 class Order:
-    """The order of one event stream: pure, without sockets or a clock. One thread at a time."""
+    """The order of one event stream: pure, without sockets or a clock. One thread at a time, but for `last`."""
 
     REMEMBERED: int  # digests kept of the last applied messages
     def __init__(self) -> None: ...
@@ -159,6 +159,10 @@ class Drained:
     @property
     def empty(self) -> bool: ...  # the socket had no more
     @property
+    def others(self) -> bool: ...  # another socket has a message
+    @property
+    def lags(self) -> list[float]: ...  # age of the last message, seconds, each time the socket had no more
+    @property
     def odd(self) -> list[bytes]: ...  # frames of a message that was received but not applied; [] when there is none
 
 class Stream:
@@ -167,8 +171,22 @@ class Stream:
     def apply(self, payloads: Sequence[bytes]) -> Applied: ...
     def snapshot(self) -> bytes: ...  # the whole state
     def restore(self, snapshot: bytes) -> bool: ...  # into an unused stream; False when it does not fit
-    def drain(self, zmq: ZeroMq, socket: int, order: Order, limit: int, max_payload: int) -> Drained:
-        """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one."""
+    def drain(
+        self,
+        zmq: ZeroMq,
+        socket: int,
+        order: Order,
+        limit: int,
+        max_payload: int,
+        others: Sequence[int],
+        idle_ms: int,
+        further_ms: int,
+    ) -> Drained:
+        """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one.
+
+        Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
+        sockets has a message. Ends at once when something was dropped or all was cleared.
+        """
 
     def clear(self) -> int: ...  # drops all claims (a fence); returns how many
     def touch(self) -> None: ...  # what is known of the stream beside its claims has changed

@@ -45,11 +45,13 @@ class Applier:
 
     def apply(self, run: Sequence[Message]) -> tuple[list[str], list[str], bool]:
         """Take messages in; why claims may be wrong now, why some may be missing, and whether all were cleared."""
-        return self.count(self._stream.apply([payload for _, payload, _ in run]), len(run))
+        applied = self._stream.apply([payload for _, payload, _ in run])
+        lags = [max(0.0, self._wall() - applied.timestamp)] if applied.timestamp > 0 else []
+        return self.count(applied, len(run), lags)
 
-    def count(self, applied: Applied, messages: int) -> tuple[list[str], list[str], bool]:
-        """Count messages that were taken in; answers as `apply`."""
-        reasons = self._count(applied, messages)
+    def count(self, applied: Applied, messages: int, lags: Sequence[float]) -> tuple[list[str], list[str], bool]:
+        """Count messages that were taken in, some of which were so many seconds old by then; answers as `apply`."""
+        reasons = self._count(applied, messages, lags)
         unsound = [each for each in _UNSOUND if each in reasons]
         return unsound, [each for each in _INCOMPLETE if each in reasons], bool(applied.clears)
 
@@ -93,9 +95,8 @@ class Applier:
             status.age_seconds = max(0.0, self._clock() - applied_at)
         return status
 
-    def _count(self, applied: Applied, messages: int) -> dict[str, int]:
+    def _count(self, applied: Applied, messages: int, lags: Sequence[float]) -> dict[str, int]:
         reasons = applied.reasons
-        lag = max(0.0, self._wall() - applied.timestamp) if applied.timestamp > 0 else None
         with self._lock:
             status = self.counters
             status.messages += messages
@@ -103,7 +104,7 @@ class Applier:
             status.blocks_stored += applied.blocks_stored
             status.blocks_removed += applied.blocks_removed
             self._applied_at = self._clock()
-            if lag is not None:
+            for lag in lags:
                 status.lag_seconds = lag
                 status.lag_sum += lag
                 for bucket in range(bisect_left(LAG_BOUNDS, lag), len(status.lag_buckets)):

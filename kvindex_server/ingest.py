@@ -75,6 +75,7 @@ class Ingest:
         # A replay under way.
         self._syncing = False
         self._behind = False
+        self._clearing = False
         self._buffer: list[tuple[int, bytes]] = []
         self._buffered_bytes = 0
         self._asks = 0
@@ -160,7 +161,7 @@ class Ingest:
     def drained(self, drained: Drained) -> None:
         """The core has applied published messages, all in order."""
         if drained.messages:
-            effect = self._applier.count(drained.applied, drained.messages)
+            effect = self._applier.count(drained.applied, drained.messages, drained.lags)
             self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
             self._mark()
 
@@ -224,9 +225,14 @@ class Ingest:
         if self._ask_replay is not None and (was_lost or (last is None and not self._syncing)):
             self._sync()  # a question under way may have died with the old engine
 
+    def clearing(self) -> None:
+        """From any thread: the claims are being dropped, and `resync` follows; until then nothing is known."""
+        self._clearing = True
+
     def resync(self) -> None:
         """Drop every claim and begin again, as after an operator's ClearPod."""
         self._restart("cleared by request", count=False)
+        self._clearing = False
         if self._ask_replay is not None:
             self._sync()
 
@@ -285,7 +291,9 @@ class Ingest:
         status = self._applier.status()
         status.last_sequence = self.order.last
         doubt, lost_at = self._doubt or self._stranger, self._lost_at
-        if doubt:
+        if self._clearing:
+            status.trust, status.trust_cause, status.trust_reason = Trust.COLD, Cause.RESTARTED, "being cleared"
+        elif doubt:
             status.trust, status.trust_reason = Trust.STALE, doubt
             status.trust_cause = self._doubt_cause if self._doubt else Cause.CONNECTION_LOST
         elif self._behind and status.trust is Trust.EXACT:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from kvindex_server import wire
-from kvindex_server._core import Index, Stream
+from kvindex_server._core import Drained, Index, Stream
 from kvindex_server.divergence import Side
 from kvindex_server.ingest import Bounds, Ingest
 from kvindex_server.pods import PodSpec
@@ -20,6 +20,8 @@ _names = itertools.count()
 
 SYNC_WAIT_MS = 50
 IDLE_WAIT_MS = 5_000
+FURTHER_WAIT_MS = 100
+"""So long after a message its effect is counted at the latest. What it says of claims and order holds at once."""
 
 
 class Subscriber:
@@ -183,6 +185,7 @@ class _Rank(threading.Thread):
         return self.stream.close()
 
     def clear(self) -> int:
+        self.ingest.clearing()
         dropped = self.stream.clear()
         self._resync.set()
         self._wake()
@@ -255,13 +258,27 @@ class _Rank(threading.Thread):
         self._restore()
         self.ingest.start()
         while not self._halt.is_set():
-            ready = self._waiter.wait(SYNC_WAIT_MS if self.ingest.waiting_for_replay else IDLE_WAIT_MS)
             try:
-                self._turn(ready)
+                self._turn(self._wait())
             except Exception:  # noqa: BLE001 - one bad turn must not end the stream; it is logged and counted
                 self.ingest.bad_message("internal")
                 _log.exception("stream turn failed", extra={"fields": {"stream": self.name}})
         self._close_sockets()
+
+    def _wait(self) -> Sequence[wire.Socket]:
+        """Until something is to be done here. While all is in order, the core applies what comes by itself."""
+        if self.ingest.waiting_for_replay:
+            return self._waiter.wait(SYNC_WAIT_MS)
+        drained = None
+        if isinstance(self.stream, Stream) and self._is_in_order():  # one of a shared store does not wait by itself
+            drained = self._drain(self.ingest.until_mark, IDLE_WAIT_MS, FURTHER_WAIT_MS)
+        if drained is None:
+            return self._waiter.wait(IDLE_WAIT_MS)
+        return self._waiter.wait(0) if drained.others else ()
+
+    def _is_in_order(self) -> bool:
+        # The first message is read in Python, as the core passes topics over.
+        return self.ingest.in_order and self._topic is not None
 
     def _turn(self, ready: Sequence[wire.Socket]) -> None:
         if self._woken in ready:
@@ -287,18 +304,23 @@ class _Rank(threading.Thread):
         if self._replay is not None and not self.ingest.waiting_for_replay:
             self._close_replay()
 
-    def _read_events(self) -> None:
-        left = self._drain_messages
-        # The first message is read here, as the core passes topics over.
-        while left > 0 and self.ingest.in_order and self._topic is not None:
-            drained = self._events.drain(self.stream, self.ingest.order, min(left, self.ingest.until_mark))
-            if drained is None:
-                break
+    def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
+        others = (self._monitor.socket, self._woken)
+        drained = self._events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
+        if drained is not None:
             self.ingest.drained(drained)
-            if drained.empty:
-                return
             if odd := drained.odd:
                 self._take([odd])
+        return drained
+
+    def _read_events(self) -> None:
+        left = self._drain_messages
+        while left > 0 and self._is_in_order():
+            drained = self._drain(min(left, self.ingest.until_mark))
+            if drained is None:
+                break
+            if drained.empty:
+                return
             left -= drained.messages + 1
         received: list[list[bytes]] = []
         while len(received) < left and (frames := self._events.receive()) is not None:

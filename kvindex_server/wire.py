@@ -67,11 +67,26 @@ class Socket:
         except zmq.Again:
             return None
 
-    def drain(self, stream: Stream, order: Order, limit: int) -> Drained | None:
-        """Apply published messages that are next in order, without Python; None when that is not possible here."""
+    def drain(
+        self,
+        stream: Stream,
+        order: Order,
+        limit: int,
+        others: Sequence["Socket"] = (),
+        idle_ms: int = 0,
+        further_ms: int = 0,
+    ) -> Drained | None:
+        """Apply published messages that are next in order, without Python; None when that is not possible here.
+
+        Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
+        sockets has a message. Ends at once when something was dropped or all was cleared.
+        """
         if (zmq_api := _api()) is None:
             return None
-        return stream.drain(zmq_api, self._socket.underlying, order, limit, MAX_FRAME_BYTES)
+        sockets = [each._socket.underlying for each in others]
+        return stream.drain(
+            zmq_api, self._socket.underlying, order, limit, MAX_FRAME_BYTES, sockets, idle_ms, further_ms
+        )
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""

@@ -73,6 +73,18 @@ def test_sequence_names_every_outcome() -> None:
     assert order.judge(0, 1) is Outcome.RESTART
 
 
+def test_a_stream_that_is_being_cleared_is_not_exact() -> None:
+    """Between an operator's ClearPod and the new beginning nobody may be told that nothing is held."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(0, stored(1))])
+    assert rig.trust is Trust.EXACT
+    rig.ingest.clearing()
+    assert rig.trust is Trust.COLD
+    rig.ingest.resync()
+    rig.ingest.live([(0, stored(2))])
+    assert rig.trust is Trust.EXACT
+
+
 def test_without_replay_first_sequence_decides_trust() -> None:
     """From sequence 0 on all is known; a later first message leaves the past unknown."""
     rig = Rig(replay=False)

@@ -2,13 +2,17 @@
 
 import random
 import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgpack
 import pytest
 from test_fleet import eventually
 
 from kvindex_server import wire
-from kvindex_server._core import Index, Order, Outcome
+from kvindex_server._core import Drained, Index, Order, Outcome
 
 
 class Model:
@@ -57,8 +61,8 @@ def test_order_judges_as_the_model() -> None:
             assert order.last == model.last
 
 
-def payload(number: int) -> bytes:
-    return bytes(msgpack.packb([1.0, [["BlockStored", [number], None, [number] * 4, 4, None, "GPU"]], 0]))
+def payload(number: int, at: float = 1.0) -> bytes:
+    return bytes(msgpack.packb([at, [["BlockStored", [number], None, [number] * 4, 4, None, "GPU"]], 0]))
 
 
 def frames(sequence: int, body: bytes) -> list[bytes]:
@@ -116,14 +120,13 @@ def test_drain_stops_at_a_message_that_is_not_the_next(odd: list[bytes]) -> None
         assert [bool(holders) for _, holders in index.holders_of_ints(hashes, [])] == [False, True, True, True]
 
 
-def test_drain_takes_no_more_than_its_limit() -> None:
-    """One stream must not keep its thread from replays and deadlines."""
+@contextmanager
+def connected() -> Iterator[tuple[wire.Socket, wire.Socket]]:
+    """(publisher, its subscriber), with nothing under way."""
     with (
         wire.publisher("tcp://127.0.0.1:*") as publisher,
         wire.subscriber(publisher.endpoint, "", bind=False) as events,
     ):
-        index, order = Index(), Order()
-        stream = index.add_stream("pod", 0)
 
         def arrived() -> bool:
             publisher.send(frames(0, b""))
@@ -132,6 +135,14 @@ def test_drain_takes_no_more_than_its_limit() -> None:
         eventually(arrived)
         while events.wait(50):
             events.receive()
+        yield publisher, events
+
+
+def test_drain_takes_no_more_than_its_limit() -> None:
+    """One stream must not keep its thread from replays and deadlines."""
+    with connected() as (publisher, events):
+        index, order = Index(), Order()
+        stream = index.add_stream("pod", 0)
         order.applied(0, 0)
         for sequence in range(1, 11):
             publisher.send(frames(sequence, payload(sequence)))
@@ -147,3 +158,56 @@ def test_drain_takes_no_more_than_its_limit() -> None:
             if sum(taken) == 10:
                 break
         assert index.claims == 10 and events.drain(stream, order, 4).empty  # type: ignore[union-attr]
+
+
+def test_drain_waits_until_another_socket_has_a_message() -> None:
+    """What comes is seen by readers at once, and the thread comes back only when it is needed elsewhere."""
+    with connected() as (publisher, events):
+        index, order = Index(), Order()
+        stream = index.add_stream("pod", 0)
+        order.applied(0, 0)
+        woken, waker = wire.wake_pair("test-drain")
+        answers: list[Drained | None] = []
+        with woken, waker:
+            thread = threading.Thread(
+                target=lambda: answers.append(events.drain(stream, order, 100, (woken,), 20_000, 20_000)), daemon=True
+            )
+            thread.start()
+            for sequence in range(1, 4):
+                publisher.send(frames(sequence, payload(sequence, time.time())))
+                eventually(lambda number=sequence: (order.last, index.claims) == (number, number))  # type: ignore[misc]
+            assert thread.is_alive()
+            waker.send([b""])
+            thread.join(10)
+            assert not thread.is_alive()
+        drained = answers[0]
+        assert drained is not None
+        assert (drained.messages, drained.first, drained.others, drained.odd) == (3, 1, True, [])
+        assert 1 <= len(drained.lags) <= 3 and all(0 <= each < 60 for each in drained.lags)
+
+
+@pytest.mark.parametrize("event", [["BlockRemoved", [99], "GPU"], ["AllBlocksCleared"], ["Surprise"]])
+def test_drain_comes_back_at_once_when_trust_may_change(event: list[object]) -> None:
+    """Nobody may be told for longer than that all is well."""
+    with connected() as (publisher, events):
+        order = Order()
+        stream = Index().add_stream("pod", 0)
+        order.applied(0, 0)
+        publisher.send(frames(1, bytes(msgpack.packb([time.time(), [event], 0]))))
+        begin = time.monotonic()
+        drained = events.drain(stream, order, 100, (), 20_000, 20_000)
+        assert drained is not None and drained.messages == 1 and drained.empty
+        assert time.monotonic() - begin < 15
+
+
+def test_drain_ends_when_nothing_comes() -> None:
+    """A deadline elsewhere is kept."""
+    with connected() as (publisher, events):
+        order = Order()
+        stream = Index().add_stream("pod", 0)
+        order.applied(0, 0)
+        drained = events.drain(stream, order, 100, (), 20, 20)
+        assert drained is not None and drained.empty and not drained.messages and not drained.lags
+        publisher.send(frames(1, payload(1)))
+        drained = events.drain(stream, order, 100, (), 10_000, 20)
+        assert drained is not None and drained.empty and drained.messages == 1

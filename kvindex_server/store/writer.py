@@ -66,10 +66,20 @@ class StoreStream:
         self._dirty()
         return applied
 
-    def drain(self, zmq: ZeroMq, socket: int, order: Order, limit: int, max_payload: int) -> Drained:
-        """The same from a socket."""
+    def drain(
+        self,
+        zmq: ZeroMq,
+        socket: int,
+        order: Order,
+        limit: int,
+        max_payload: int,
+        others: Sequence[int],
+        idle_ms: int,
+        further_ms: int,
+    ) -> Drained:
+        """The same from a socket, without waiting: what was applied is to be sent."""
         with self._lock:
-            drained = self._native.drain(zmq, socket, order, limit, max_payload)
+            drained = self._native.drain(zmq, socket, order, limit, max_payload, (), 0, 0)
         if drained.messages:
             self._dirty()
         return drained

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "xxh3.hpp"
@@ -12,6 +13,7 @@ namespace kvindex {
 namespace {
 
 constexpr int kDontWait = 1;
+constexpr short kPollIn = 1;
 constexpr size_t kFrames = 3;
 
 // The handle of the first loaded object that has zmq_msg_recv; a wheel's libzmq is local to its extension module.
@@ -103,14 +105,41 @@ ZeroMq::ZeroMq() {
   load(handle, "zmq_msg_data", data);
   load(handle, "zmq_msg_size", size);
   load(handle, "zmq_msg_more", more);
+  load(handle, "zmq_poll", poll);
 }
 
 Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Order& order, uint64_t limit,
-              uint64_t max_payload) {
+              uint64_t max_payload, const Waiting& waiting, const std::function<void()>& told) {
+  using Clock = std::chrono::steady_clock;
   Drained drained;
   Frames frames(zmq);
+  std::vector<ZeroMq::Item> items{{socket, 0, kPollIn, 0}};
+  for (void* other : waiting.others) items.push_back({other, 0, kPollIn, 0});
+  Clock::time_point ends;
+  uint64_t told_of = 0;
+  const auto tell = [&] {
+    if (drained.messages == told_of) return;
+    if (told_of == 0) ends = Clock::now() + waiting.further;
+    told_of = drained.messages;
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    const double at = drained.applied.timestamp;
+    if (at > 0) drained.lags.push_back(std::max(0.0, std::chrono::duration<double>(now).count() - at));
+    told();
+  };
+  // False when it is time to go.
+  const auto wait = [&] {
+    const auto most = drained.messages == 0
+                          ? waiting.idle
+                          : std::chrono::duration_cast<std::chrono::milliseconds>(ends - Clock::now());
+    if (most.count() <= 0 || !drained.applied.is_plain()) return false;
+    if (zmq.poll(items.data(), static_cast<int>(items.size()), static_cast<long>(most.count())) <= 0) return false;
+    drained.others = std::any_of(items.begin() + 1, items.end(), [](const auto& each) { return each.revents != 0; });
+    return !drained.others;
+  };
   while (drained.messages < limit) {
     if (!frames.receive(socket)) {
+      tell();
+      if (wait()) continue;
       drained.empty = true;
       break;
     }
@@ -123,6 +152,7 @@ Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Or
     stream.apply(frames.payload(), frames.payload_size(), rank, drained.applied);
     order.applied(sequence, xxh3_64(frames.payload(), frames.payload_size()));
   }
+  tell();
   return drained;
 }
 

@@ -1,7 +1,9 @@
 // Published messages from a ZeroMQ socket straight into a stream, as long as they are in order.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -26,19 +28,37 @@ class ZeroMq {
   void* (*data)(Message*) = nullptr;
   size_t (*size)(const Message*) = nullptr;
   int (*more)(const Message*) = nullptr;
+  struct Item {
+    void* socket;
+    int fd;
+    short events, revents;
+  };
+  int (*poll)(Item*, int count, long timeout_ms) = nullptr;
 };
 
 struct Drained {
   Applied applied;
   uint64_t messages = 0;
-  uint64_t first = 0;  // sequence of the first message applied
-  bool empty = false;  // the socket has no more for now
+  uint64_t first = 0;   // sequence of the first message applied
+  bool empty = false;   // the socket has no more for now
+  bool others = false;  // another socket has a message
+  // How old the last message was when it had been applied, seconds, each time the socket had no more.
+  std::vector<double> lags;
   // The frames of a message that was received but not applied: not next in order, or no event message.
   std::vector<std::string> odd;
 };
 
-// Applies messages [topic, sequence, payload] while each is the next one, at most `limit` of them.
+// How long the thread stays here, so that it need not wake up in Python for every message.
+struct Waiting {
+  std::vector<void*> others;             // sockets that end the wait
+  std::chrono::milliseconds idle{0};     // for a first message; 0: none is waited for
+  std::chrono::milliseconds further{0};  // for further ones, from the first on
+};
+
+// Applies messages [topic, sequence, payload] while each is the next one, at most `limit` of them. Calls `told`
+// whenever some were applied and the socket has no more. Ends early when something was dropped or all was cleared, as
+// that may change how far the stream can be trusted.
 Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Order& order, uint64_t limit,
-              uint64_t max_payload);
+              uint64_t max_payload, const Waiting& waiting, const std::function<void()>& told);
 
 }  // namespace kvindex

@@ -116,6 +116,8 @@ struct BoundStream {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // Daemon threads may hold objects when the process ends, which is no leak; nobody is to read pages about it.
+  nb::set_leak_warnings(false);
   m.def(
       "xxh3_64", [](nb::bytes data, uint64_t seed) { return xxh3_64(data.data(), data.size(), seed); }, nb::arg("data"),
       nb::arg("seed") = 0);
@@ -214,6 +216,8 @@ NB_MODULE(_core, m) {
       .def_ro("messages", &Drained::messages)
       .def_ro("first", &Drained::first)
       .def_ro("empty", &Drained::empty)
+      .def_ro("others", &Drained::others)
+      .def_ro("lags", &Drained::lags)
       .def_prop_ro("odd", [](const Drained& drained) {
         nb::list frames;
         for (const std::string& each : drained.odd) frames.append(nb::bytes(each.data(), each.size()));
@@ -256,15 +260,15 @@ NB_MODULE(_core, m) {
           nb::arg("snapshot"))
       .def(
           "drain",
-          [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit,
-             uint64_t max_payload) {
-            Drained drained =
-                drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload);
-            if (drained.messages > 0) self.standing->touch();
-            return drained;
+          [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit, uint64_t max_payload,
+             const std::vector<uintptr_t>& others, uint32_t idle_ms, uint32_t further_ms) {
+            Waiting waiting{{}, std::chrono::milliseconds(idle_ms), std::chrono::milliseconds(further_ms)};
+            for (const uintptr_t each : others) waiting.others.push_back(reinterpret_cast<void*>(each));
+            return drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload,
+                         waiting, [&] { self.standing->touch(); });
           },
           nb::arg("zmq"), nb::arg("socket"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"),
-          nb::call_guard<nb::gil_scoped_release>())
+          nb::arg("others"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear",
           [](BoundStream& self) {

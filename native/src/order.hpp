@@ -1,6 +1,7 @@
 // The order of one event stream: what a message's sequence number means after those applied before it.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -15,14 +16,18 @@ class Order {
   // Digests kept of the last applied messages, to tell a duplicate from a restarted engine.
   static constexpr uint64_t kRemembered = 8192;
 
-  std::optional<uint64_t> last() const { return begun_ ? std::optional(last_) : std::nullopt; }
+  // To be read from any thread; everything else belongs to one.
+  std::optional<uint64_t> last() const {
+    const uint64_t last = last_.load(std::memory_order_acquire);
+    return last == kNone ? std::nullopt : std::optional(last);
+  }
 
   // Of the last applied message; 0 before any.
-  uint64_t last_digest() const { return begun_ ? ring_[last_ % ring_.size()].digest : 0; }
+  uint64_t last_digest() const { return begun() ? ring_[last_ % ring_.size()].digest : 0; }
 
   // `digest` is a hash of the payload, which carries the engine's time.
   Outcome judge(uint64_t sequence, uint64_t digest) const {
-    if (!begun_) return Outcome::kFirst;
+    if (!begun()) return Outcome::kFirst;
     if (sequence == last_ + 1) return Outcome::kNext;
     if (sequence > last_) return Outcome::kGap;
     // An engine counts from 0 again when it restarts, and says nothing else about it. A number already passed is
@@ -32,7 +37,7 @@ class Order {
                                                                                   : Outcome::kRestart;
   }
 
-  bool is_next(uint64_t sequence) const { return begun_ && sequence == last_ + 1; }
+  bool is_next(uint64_t sequence) const { return begun() && sequence == last_ + 1; }
 
   bool remembers(uint64_t sequence) const {
     return !ring_.empty() && ring_[sequence % ring_.size()].sequence == sequence;
@@ -42,14 +47,13 @@ class Order {
   void applied(uint64_t sequence, uint64_t digest) {
     if (ring_.empty()) ring_.resize(kFirst);
     while (ring_.size() < kRemembered && is_taken(sequence)) grow();
-    begun_ = true;
-    last_ = sequence;
     ring_[sequence % ring_.size()] = {sequence, digest};
+    last_.store(sequence, std::memory_order_release);
   }
 
   // Forget the old life.
   void restarted() {
-    begun_ = false;
+    last_.store(kNone, std::memory_order_release);
     ring_ = {};
   }
 
@@ -74,8 +78,10 @@ class Order {
     ring_.swap(larger);
   }
 
-  bool begun_ = false;
-  uint64_t last_ = 0;
+  static constexpr uint64_t kNone = UINT64_MAX;  // marks the end of a replay, so no message has it
+  bool begun() const { return last_ != kNone; }
+
+  std::atomic<uint64_t> last_{kNone};
   std::vector<Seen> ring_;
 };
 

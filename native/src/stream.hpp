@@ -1,6 +1,7 @@
 // What one engine rank claims to hold: counted claims by engine hash, and the blocks still waiting for a parent.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -25,6 +26,10 @@ struct Applied {
   std::array<uint64_t, kReasons> reasons{};
 
   void count(Reason reason, uint64_t times = 1) { reasons[static_cast<size_t>(reason)] += times; }
+  // Nothing was dropped or odd, and all was not cleared.
+  bool is_plain() const {
+    return clears == 0 && std::all_of(reasons.begin(), reasons.end(), [](uint64_t times) { return times == 0; });
+  }
 };
 
 class Stream {
