@@ -341,7 +341,7 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         plain.execute_command(
             "ACL", "SETUSER", "kvindex", "on", ">secret", "~kvindex:*", "-@all", "+evalsha", "+script|load", "+scan",
             "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+get", "+set",
-            "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+ping", "+select",
+            "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+info", "+ping", "+select",
         )
         # fmt: on
         password = tmp_path / "password"
@@ -400,6 +400,30 @@ def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_
             assert matches(replica(server.address), keys) == {"pod": 3}
         finally:
             sentinel.kill()
+
+
+def test_a_primary_that_became_a_replica_answers_nothing(server: "valkey_server.Valkey", tmp_path: Path) -> None:
+    """Nobody closed the connection: what it has may be of any time, so that it is as good as away."""
+    with valkey_server.valkey(tmp_path) as other:
+        index = replica(server.address)
+        tokens, keys = tokens_of(1, 3)
+        index.add_stream("pod", 0).apply([stored(tokens)])
+        settle(index)
+        index.renew()
+        assert matches(index, keys) == {"pod": 3}
+        plain = server.client()
+        plain.execute_command("REPLICAOF", "127.0.0.1", other.port)
+        for ask in (lambda: matches(index, keys), index.renew):
+            with pytest.raises(StoreAway):
+                ask()
+        plain.execute_command("REPLICAOF", "NO", "ONE")
+        ends = time.monotonic() + 10
+        while index.standing("pod", 0)[0] != 3:
+            assert time.monotonic() < ends
+            settle(index)
+            index.renew()
+        assert matches(index, keys) == {"pod": 3}
+        assert index.counts["eras"] == 1
 
 
 def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:

@@ -31,7 +31,7 @@ ROUND = 64
 """Batches sent at once."""
 SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
-MAX_DELAY = 5.0
+MAX_DELAY = 1.0
 MAX_READS = 4
 _DOUBT = (4, 1, 2, 3)
 NO_PLACEMENTS = dict.fromkeys(("blocks", "recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
@@ -45,6 +45,8 @@ class Lease:
     told_at: float
     trusted: Trusted
     life: int
+    eras: tuple[bytes, ...]
+    """Of each partition, the one in which its store was found to have everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class StoreIndex:
         self._settings = settings
         self._own = Index(block_size, seed, max_claims)
         # The format's version is in it: replicas that write another one never meet these keys.
-        space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.1"
+        space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
         self._owner = os.urandom(8).hex()
         self._trust_of = trust_of
@@ -90,6 +92,9 @@ class StoreIndex:
         self._streams: tuple[StoreStream, ...] = ()
         self._table = Table(b"-", StoreView([]), {})
         self._leases: dict[tuple[str, int], Lease] = {}
+        # Of each partition, the era of the last answer; and those in which what was sent was last looked for.
+        self._eras = [b""] * settings.partitions
+        self._looked: list[bytes] = []
         self._writing = threading.Lock()
         self._dirty = threading.Event()
         self._halt = threading.Event()
@@ -205,16 +210,14 @@ class StoreIndex:
 
     # --- reading ---
 
-    def _read(self, keys: _Bytes, *, prefix: bool) -> tuple[StoreView, list[_Bytes]]:
+    def _read(self, keys: _Bytes, *, prefix: bool, everywhere: bool = False) -> tuple[StoreView, list[_Bytes]]:
+        """What the partitions of these keys say, or all of them: how it is laid out, and a reading of each."""
         split = split_keys(keys, len(self._tags))
+        asked = [at for at, of_partition in enumerate(split) if at == 0 or of_partition or everywhere]
         for _ in range(MAX_READS):
             word, view = self._table.word, self._table.view
             stop = prefix and view.prefix_only
-            calls = [
-                (tag, (word if at == 0 else b"-", of_partition, int(stop)))
-                for at, (tag, of_partition) in enumerate(zip(self._tags, split, strict=True))
-                if at == 0 or of_partition
-            ]
+            calls = [(self._tags[at], (word if at == 0 else b"-", split[at], int(stop))) for at in asked]
             if word == b"-":  # never read: any word is new
                 calls[0] = (self._tags[0], (b"none", split[0], 0))
             answers = self._client.run_all(scripts.READ, calls)
@@ -223,14 +226,26 @@ class StoreIndex:
                 if isinstance(answer, Exception):
                     self.counts["failed_reads"] += 1
                     raise answer
-            new_word, streams, _ = answers[0]
+            self._see(asked, answers)
+            new_word, streams, _, _ = answers[0]
             if streams is not None:
                 view = self._install(new_word, streams)
                 if stop and len(calls) > 1:
                     continue  # the other partitions may have ended too early
-            left = iter(answers)
-            return view, [next(left)[2] if at == 0 or part else b"" for at, part in enumerate(split)]
+            readings = [b""] * len(split)
+            for at, answer in zip(asked, answers, strict=True):
+                readings[at] = answer[2]
+            return view, readings
         raise StoreAway("the shared store changes too fast to be read")
+
+    def _see(self, asked: Sequence[int], answers: Sequence[Sequence[_Bytes]]) -> None:
+        """Before anybody judges what was read by what was told in another era."""
+        for at, (*_, era) in zip(asked, answers, strict=True):
+            if self._eras[at] != era:
+                if self._eras[at]:
+                    self.counts["eras"] += 1
+                    _log.warning("shared store has another primary, or was restarted")
+                self._eras[at] = era
 
     def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
         described = []
@@ -273,6 +288,8 @@ class StoreIndex:
                 self._send_again_at = self._clock() + self._send_again_delay
             elif again:
                 self._send_again_delay = 1.0
+            if any(not each.life and not each.standby for each in self._streams):
+                self._dirty.set()  # the store has lost something: a new life begins in the next turn, and at once
             return all(each.idle or each.standby for each in self._streams)
 
     def _begin(self, stream: StoreStream, now: float) -> None:
@@ -320,32 +337,37 @@ class StoreIndex:
         with self._writing:
             trusted = {each: self._trusted_here(each) for each in self._streams if each.life and not each.closed}
             streams = [each for each, now in trusted.items() if everything or self._told.get(each.name) != now[:2]]
-            for at, tag in enumerate(self._tags):
+            eras = [b"-"] * len(self._tags)
+            for at, tag in reversed(list(enumerate(self._tags))):  # the first one is told what the others said
                 told: list[_Bytes | str | int] = []
                 for stream in streams:
                     # A batch on its way has a number that the store may or may not have seen.
                     number = stream.numbers[at] if stream.idle else ""
-                    told += [stream.name, stream.life, number, msgpack.packb([*trusted[stream], stream.life])]
+                    if at == 0 and stream.idle:
+                        stream.looked = tuple(eras[1:])
+                    trust = msgpack.packb([*trusted[stream], stream.life, *stream.looked])
+                    told += [stream.name, stream.life, number, trust]
                 if not told:
                     break
                 lease = self._lease_ms if at == 0 else ""
-                for stream, answer in zip(
-                    streams, self._client.run(scripts.RENEW, tag, self._owner, lease, *told), strict=True
-                ):
+                eras[at], *said = self._client.run(scripts.RENEW, tag, self._owner, lease, *told)
+                for stream, answer in zip(streams, said, strict=True):
                     if answer != b"OK":
                         stream.life = 0
                         self._dirty.set()
+            if everything:
+                self._looked = eras
             self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
-        self._read(b"", prefix=True)
+        self._read(b"", prefix=True, everywhere=True)
         now = self._clock()
         time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
         found = {}
         for name, lease in zip(leases[::2], leases[1::2], strict=True):
             rank, pod = name.decode().split(" ", 1)
-            ends, _, told_trust = lease.split(b" ", 2)
-            trust, reason, age, life = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
+            ends, _, era, told_trust = lease.split(b" ", 3)
+            trust, reason, age, life, *eras = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
             left = (int(ends) - time_ms) / 1000
-            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life)
+            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life, (era, *eras))
         self._leases = found
         self._heard_at = now
 
@@ -373,6 +395,8 @@ class StoreIndex:
     def _trusted(self, lease: Lease, life: int | None, now: float) -> Trusted:
         if lease.life != life:  # what was told is of a life before
             return 1, "its replica has just begun", -1.0
+        if lease.eras != tuple(self._eras):
+            return 4, "the shared store has another primary, which may not have everything", -1.0
         if now > lease.ends:
             return 4, "the replica that followed it is gone", -1.0
         trust, reason, age = lease.trusted
@@ -455,7 +479,7 @@ class StoreIndex:
         renew_at = self._clock()
         while not self._halt.is_set():
             try:
-                due = self._clock() >= renew_at
+                due = self._clock() >= renew_at or self._looked != self._eras
                 self.renew(everything=due)
                 if due:
                     renew_at = self._clock() + self._settings.lease_seconds / 4

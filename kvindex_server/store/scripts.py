@@ -6,13 +6,29 @@ A partition's keys begin with its tag, which keeps them in one slot of a cluster
 - `q`: stream -> life and number of its last batch; what is written must fit both
 - `a`: the lives that count here, packed; of all others what is met is taken out
 - `s`, `v`: stream -> its description, and a word that no other state of them has ever had; in partition 0 only
-- `o`: stream -> when its lease ends (ms of the store's clock), its owner, its trust; in partition 0 only
+- `o`: stream -> when its lease ends (ms of the store's clock), its owner, the era in which the store was found to have
+  all that was sent ('-': none yet), its trust; in partition 0 only
 - `n`: the last life given; in partition 0 only
 
 A life is a number never given twice, also not by a store that lost its memory: it is at least the time in ms.
+
+An era is the time of one primary: a replica that takes over begins another one, and so does a server that starts. What
+was sent to the primary before may be missing then, so that nothing counts as known until each writer has looked.
 """
 
 from kvindex_server.store.client import Script
+
+_ERA = """
+local about = redis.call('INFO', 'replication')
+local era = string.sub(string.match(about, 'master_replid:(%w+)'), 1, 16)
+"""
+_PRIMARY = (
+    _ERA
+    + """
+-- It was a primary when this connection was made.
+if not string.find(about, 'role:master', 1, true) then return redis.error_reply('READONLY now a replica') end
+"""
+)
 
 OPEN = Script("""#!lua flags=allow-oom
 -- tag, stream, packed life or '', owner, lease in ms: a new life, in partition 0 only for who has the lease
@@ -30,7 +46,7 @@ if life == '' then
   local last = redis.call('GET', tag .. 'n')
   life = math.max(now, (tonumber(last) or 0) + 1)
   redis.call('SET', tag .. 'n', string.format('%.0f', life))
-  redis.call('HSET', tag .. 'o', name, string.format('%.0f %s ', now + tonumber(ARGV[5]), ARGV[4]))
+  redis.call('HSET', tag .. 'o', name, string.format('%.0f %s - ', now + tonumber(ARGV[5]), ARGV[4]))
   redis.call('HDEL', tag .. 's', name)
   redis.call('SET', tag .. 'v', string.format('%.0f:0', life))
 else
@@ -116,22 +132,23 @@ APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
 RELEASE = Script("#!lua flags=allow-oom\nlocal GROW = false" + _APPLY)
 """The same without what came to be held: what is gone must go from a full store too."""
 
-READ = Script("""#!lua flags=no-writes
+READ = Script(f"""#!lua flags=no-writes
 -- tag, known word or '-' when no descriptions are wanted, keys, '1' to end at the first block that nobody holds
+{_PRIMARY}
 local tag, known, keys, stop = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
 local word, streams = '', false
 if known ~= '-' then
-  word = redis.call('GET', tag .. 'v') or ''
+  word = era .. ' ' .. (redis.call('GET', tag .. 'v') or '')
   if word ~= known then
     streams = redis.call('HVALS', tag .. 's')
     stop = false
   end
 end
-local out = {}
+local out = {{}}
 local step, from = stop and 64 or 1024, 1
 while from <= #keys do
   local to = math.min(#keys, from + 8 * step - 1)
-  local names = {}
+  local names = {{}}
   for i = from, to, 8 do names[#names + 1] = tag .. 'b' .. string.sub(keys, i, i + 7) end
   local values = redis.call('MGET', unpack(names))
   for i = 1, #names do
@@ -141,7 +158,7 @@ while from <= #keys do
       out[#out + 1] = string.char(n % 256, math.floor(n / 256))
       out[#out + 1] = value
     elseif stop then
-      return {word, streams, table.concat(out)}
+      return {{word, streams, table.concat(out), era}}
     else
       out[#out + 1] = '\\0\\0'
     end
@@ -149,7 +166,7 @@ while from <= #keys do
   from = to + 1
   step = math.min(1024, step * 2)
 end
-return {word, streams, table.concat(out)}
+return {{word, streams, table.concat(out), era}}
 """)
 
 CLOSE = Script("""#!lua flags=allow-oom
@@ -165,9 +182,10 @@ redis.call('SET', tag .. 'v', ARGV[3] .. ':end')
 return 'OK'
 """)
 
-RENEW = Script("""#!lua flags=allow-oom
+RENEW = Script(f"""#!lua flags=allow-oom
 -- tag, owner, lease in ms or '', then per stream: name, life, number of the last batch or '', trust
-local tag, t, out = ARGV[1], redis.call('TIME'), {}
+{_ERA}
+local tag, t, out = ARGV[1], redis.call('TIME'), {{era}}
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 for i = 4, #ARGV, 4 do
   local was = redis.call('HGET', tag .. 'q', ARGV[i])
@@ -179,17 +197,22 @@ for i = 4, #ARGV, 4 do
     out[#out + 1] = 'OK'
     if ARGV[3] ~= '' then
       local ends = string.format('%.0f', now + tonumber(ARGV[3]))
-      redis.call('HSET', tag .. 'o', ARGV[i], ends .. ' ' .. ARGV[2] .. ' ' .. ARGV[i + 3])
+      local seen = era
+      if ARGV[i + 2] == '' then  -- not looked: what was found in another era is what is known
+        seen = string.match(redis.call('HGET', tag .. 'o', ARGV[i]) or '', '^%d+ %S+ (%S+) ') or '-'
+      end
+      redis.call('HSET', tag .. 'o', ARGV[i], ends .. ' ' .. ARGV[2] .. ' ' .. seen .. ' ' .. ARGV[i + 3])
     end
   end
 end
 return out
 """)
 
-LEASES = Script("""#!lua flags=no-writes
+LEASES = Script(f"""#!lua flags=no-writes
 -- tag: the store's time in ms, then stream and lease in turns
+{_PRIMARY}
 local t = redis.call('TIME')
-return {t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'o')}
+return {{t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'o')}}
 """)
 
 SWEEP = Script("""#!lua flags=allow-oom

@@ -52,6 +52,8 @@ class StoreStream:
         """The number under which the stream writes; 0 when it has to begin anew."""
         self.full = False
         """The store had no room for something that is held."""
+        self.looked: tuple[bytes, ...] = ()
+        """The eras of the partitions but the first in which they were found to have everything."""
         self._numbers: list[int] = []
         self._waiting: list[deque[bytes]] = []
         self._described = b""
@@ -154,6 +156,7 @@ class StoreStream:
             self.life = life
             self.full = False
             self.behind = True
+            self.looked = ()
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
             self._described = b""
