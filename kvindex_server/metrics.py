@@ -98,8 +98,9 @@ STORE = (
         "kvindex_store_events_total",
         "counter",
         ("model", "event"),
-        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`, changes of the primary "
-        "(`eras`); and what failed: `failed_reads`, `failed_writes`, `full` batches, streams of an `other_block_size`",
+        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`, changes of the "
+        "primary (`eras`); and what failed: `failed_reads`, `failed_writes`, `full` batches, streams of an "
+        "`other_block_size`",
     ),
 )
 
