@@ -16,9 +16,9 @@ valkey_server = pytest.importorskip("valkey_server")
 from slow_proxy import SlowProxy  # noqa: E402
 
 from kvindex_server._core import block_keys  # noqa: E402
-from kvindex_server.errors import FailedPrecondition  # noqa: E402
+from kvindex_server.errors import FailedPrecondition, Unavailable  # noqa: E402
 from kvindex_server.store import scripts  # noqa: E402
-from kvindex_server.store.client import Client, StoreAway  # noqa: E402
+from kvindex_server.store.client import Client, StoreAway, StoreFull  # noqa: E402
 from kvindex_server.store.index import StoreIndex  # noqa: E402
 from kvindex_server.store.writer import packed  # noqa: E402
 
@@ -340,8 +340,8 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         # fmt: off
         plain.execute_command(
             "ACL", "SETUSER", "kvindex", "on", ">secret", "~kvindex:*", "-@all", "+evalsha", "+script|load", "+scan",
-            "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+get", "+set",
-            "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+info", "+ping", "+select",
+            "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+exists", "+get",
+            "+set", "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+info", "+ping", "+select",
         )
         # fmt: on
         password = tmp_path / "password"
@@ -356,7 +356,13 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         settle(index)
         stream.apply([stored(tokens[:BLOCK])])
         settle(index)
-        assert index.sweep() == 2
+        assert index.place("pod", 0, keys, 10.0) == ("recorded", 0, 1)
+        stream.apply([stored(tokens[: 2 * BLOCK])])
+        settle(index)
+        assert index.placements["confirmed"] == 1
+        stream.apply([batch([as_map(Removed([2]))])])
+        settle(index)
+        assert index.sweep() == 1
         assert matches(index, keys) == {"pod": 1}
         password.write_text("other")
         with pytest.raises(StoreAway) as raised:
@@ -426,11 +432,83 @@ def test_a_primary_that_became_a_replica_answers_nothing(server: "valkey_server.
         assert index.counts["eras"] == 1
 
 
+def scores(index: StoreIndex, keys: bytes) -> list[tuple[int, int, float, int]]:
+    """(rank, matched, score, speculative) per pod."""
+    return [(rank, blocks, total, spec) for _, rank, blocks, total, _, spec in index.score(keys, [], [1.0])]
+
+
+def test_a_placement_counts_for_every_replica_until_its_time_is_over(server: "valkey_server.Valkey") -> None:
+    """By the store's own clock, and with nobody taking it out."""
+    writer, router, reader = (replica(server.address) for _ in range(3))
+    tokens, keys = tokens_of(1, 6)
+    stream = writer.add_stream("pod", 0)
+    with pytest.raises(Unavailable, match="no replica follows"):
+        waiting = replica(server.address)
+        waiting.add_stream("pod", 0)
+        waiting.place("pod", 0, keys, 1.0)
+    stream.apply([stored(tokens[: 2 * BLOCK])])
+    settle(writer)
+    started = time.monotonic()
+    assert router.place("pod", -1, keys[: 8 * 4], 1.0) == ("recorded", 0, 2)
+    assert scores(reader, keys) == [(0, 2, 4.0, 2)]
+    assert [each[4] for found in reader.holders(keys, []) for each in found] == [False, False, True, True]
+    stream.apply([stored(tokens[: 3 * BLOCK])])  # the engine has computed one of them
+    settle(writer)
+    assert scores(reader, keys) == [(0, 3, 4.0, 1)] or time.monotonic() - started > 0.9
+    time.sleep(max(0.0, started + 1.0 - time.monotonic()) + 0.2)
+    assert scores(reader, keys) == [(0, 3, 3.0, 0)]
+    assert list(server.client().scan_iter(match="*}[pw]*")) == []
+    assert router.place("nobody", 0, keys, 1.0)[0] == "no_pod"
+    assert router.place("pod", 1, keys, 1.0)[0] == "no_rank"
+
+
+def test_what_was_placed_on_a_dead_engine_is_gone(server: "valkey_server.Valkey") -> None:
+    """A new life ends it, and a router that has not heard of that life yet does not bring it back."""
+    writer, router = replica(server.address), replica(server.address)
+    _, keys = tokens_of(1, 4)
+    stream = writer.add_stream("pod", 0)
+    settle(writer)
+    router.place("pod", 0, keys, 100.0)
+    assert scores(router, keys) == [(0, 0, 4.0, 4)]
+    stream.clear()
+    settle(writer)
+    assert scores(router, keys) == []
+    real, lives = router._read, dict(router._table.lives)
+
+    def late(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
+        """Between its reading and its writing the engine restarts."""
+        answer = real(*arguments, **options)  # type: ignore[arg-type]
+        if router._table.lives == lives:
+            stream.clear()
+            settle(writer)
+        return answer
+
+    router._read = late  # type: ignore[method-assign]
+    assert router.place("pod", 0, keys, 100.0) == ("recorded", 0, 0)
+    assert router._table.lives != lives
+    assert scores(writer, keys) == [(0, 0, 4.0, 4)]  # on the engine that lives
+
+
+def test_placements_have_bounds(server: "valkey_server.Valkey") -> None:
+    """As many as the model may have, over all replicas, and refused whole; a store without room takes none."""
+    settings = StoreSettings.model_validate({"addresses": (server.address,)})
+    one, other = (StoreIndex(Client(settings), settings, "model", BLOCK, max_placements=8) for _ in range(2))
+    one.add_stream("pod", 0)
+    settle(one)
+    keys = [random.Random(at).randbytes(48) for at in range(2)]
+    assert one.place("pod", 0, keys[0], 100.0)[0] == "recorded"
+    assert other.place("pod", 0, keys[1], 100.0)[0] == "no_room"
+    assert other.placements["refused"] == 6
+    assert other.place("pod", 0, keys[0], 100.0)[0] == "recorded"  # once more needs no more room
+    assert (other.placements["recorded"], other.placements["renewed"]) == (0, 6)
+    server.client().config_set("maxmemory", 1024)
+    with pytest.raises(StoreFull):
+        one.place("pod", 0, keys[0], 100.0)
+
+
 def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:
-    """Placements and engine hashes: refused with the reason, instead of an answer that knows half."""
+    """Engine hashes: refused with the reason, instead of an answer that knows half."""
     index = replica(server.address)
-    with pytest.raises(FailedPrecondition, match="placements"):
-        index.place("pod", 0, b"", 1.0)
     with pytest.raises(FailedPrecondition, match="engine hashes"):
         index.holders_of_ints(b"", [])
     assert not index.add_stream("pod", 0).restore(b"")

@@ -13,10 +13,10 @@ import msgpack  # type: ignore[import-untyped]
 
 from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
 from kvindex_server.config import StoreSettings
-from kvindex_server.errors import FailedPrecondition
+from kvindex_server.errors import FailedPrecondition, Unavailable
 from kvindex_server.store import scripts
 from kvindex_server.store.client import Client, StoreAway
-from kvindex_server.store.writer import StoreStream
+from kvindex_server.store.writer import StoreStream, packed
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ SWEEP_ROUNDS = 8
 MAX_DELAY = 1.0
 MAX_READS = 4
 _DOUBT = (4, 1, 2, 3)
-NO_PLACEMENTS = dict.fromkeys(("blocks", "recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
+_FULL = 0
+"""A full-attention group, as a stream describes its groups; each takes so many bytes, the kind behind its number:"""
+_GROUP_BYTES, _KIND_AT = 9, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Table:
     word: bytes
     view: StoreView
     lives: dict[tuple[str, int], int]
+    full: dict[tuple[str, int], bytes]
+    """The numbers of each stream's full-attention groups."""
 
 
 class StoreIndex:
@@ -73,6 +77,7 @@ class StoreIndex:
         block_size: int = 0,
         seed: int = 1337,
         max_claims: int = 0,
+        max_placements: int = 1 << 20,
         *,
         trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
         gained: Callable[[str, int], None] = lambda _pod, _rank: None,
@@ -85,12 +90,14 @@ class StoreIndex:
         space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
         self._owner = os.urandom(8).hex()
+        self._max_placements = max_placements
+        self._placements: Counter[str] = Counter()
         self._trust_of = trust_of
         self._gained = gained
         self._clock = clock
         self._lock = threading.Lock()
         self._streams: tuple[StoreStream, ...] = ()
-        self._table = Table(b"-", StoreView([]), {})
+        self._table = Table(b"-", StoreView([]), {}, {})
         self._leases: dict[tuple[str, int], Lease] = {}
         # Of each partition, the era of the last answer; and those in which what was sent was last looked for.
         self._eras = [b""] * settings.partitions
@@ -141,17 +148,64 @@ class StoreIndex:
 
     @property
     def placements(self) -> dict[str, int]:
-        return dict(NO_PLACEMENTS)
+        """In blocks, as far as this replica has to do with them: what expires or is fenced, nobody counts."""
+        return {each: self._placements[each] for each in ("recorded", "renewed", "confirmed", "refused")}
 
     def learn_block_size(self, size: int) -> int:
         return self._own.learn_block_size(size)
 
     def sweep_placements(self) -> None:
-        """There are none."""
+        """The store forgets them by itself."""
 
     def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:
-        """FailedPrecondition: placements are not shared."""
-        raise FailedPrecondition("placements are not recorded while the index is kept in a shared store")
+        """As of the native index; every replica counts it from now on. StoreAway, StoreFull; Unavailable when no
+        replica has told the store of the pod yet."""
+        for _ in range(MAX_READS):
+            view, readings = self._read(keys if rank < 0 else b"", prefix=False)
+            table = self._table
+            ranks = sorted(of for name, of in table.lives if name == pod)
+            if not ranks:
+                if any(each.pod == pod and not each.closed for each in self._streams):
+                    raise Unavailable("no replica follows this pod yet")
+                return "no_pod", 0, 0
+            at = rank
+            if rank < 0:
+                found = view.score(keys, readings, self.block_size, [pod], [1.0])
+                at = found[0][1] if found else ranks[0]
+            if at not in ranks:
+                return "no_rank", 0, 0
+            answers = self._place(table, (pod, at), keys, seconds, guessed=rank < 0 and len(ranks) > 1)
+            if all(held >= 0 for held, _, _ in answers):
+                for what, blocks in (
+                    ("recorded", sum(each[1] for each in answers)),
+                    ("renewed", sum(each[2] for each in answers)),
+                ):
+                    self._placements[what] += blocks
+                return "recorded", at, sum(held for held, _, _ in answers)
+            if any(held == scripts.NO_ROOM for held, _, _ in answers):
+                self._placements["refused"] += len(keys) // 8
+                return "no_room", at, 0
+        raise StoreAway("the shared store changes too fast to be written")
+
+    def _place(
+        self, table: Table, stream: tuple[str, int], keys: _Bytes, seconds: float, *, guessed: bool
+    ) -> list[tuple[int, int, int]]:
+        """What each partition says of its part."""
+        ttl = max(1, int(seconds * 1000))
+        most = self._max_placements // len(self._tags)
+        life, full = packed(table.lives[stream]), table.full[stream]
+        calls = [
+            (tag, (life, ttl, int(guessed), full, most, part))
+            for tag, part in zip(self._tags, split_keys(keys, len(self._tags)), strict=True)
+            if part
+        ]
+        if not calls:
+            return [(0, 0, 0)]
+        answers = self._client.run_all(scripts.PLACE, calls)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return [(held, recorded, renewed) for held, recorded, renewed in answers]
 
     def add_stream(self, pod: str, rank: int) -> StoreStream:
         """A stream that this replica would write, once it has the lease."""
@@ -249,16 +303,18 @@ class StoreIndex:
 
     def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
         described = []
-        lives = {}
+        lives, full = {}, {}
         for each in streams:
             pod, rank, life, block_size, tiers, groups = msgpack.unpackb(each)
             if block_size and self._own.learn_block_size(block_size) != block_size:
                 self.counts["other_block_size"] += 1  # its blocks are others than those asked for
                 continue
             lives[pod, rank] = life
+            kinds = groups[_KIND_AT::_GROUP_BYTES]
+            full[pod, rank] = bytes(number for number, kind in enumerate(kinds) if kind == _FULL)
             described.append((pod, rank, life, groups, [self._own.tier_of(tier) for tier in tiers]))
         view = StoreView(described)
-        self._table = Table(word, view, lives)
+        self._table = Table(word, view, lives, full)
         return view
 
     # --- writing ---
@@ -321,6 +377,7 @@ class StoreIndex:
             failure: StoreAway | None = None
             for (stream, at, call), answer in zip(sent, answers, strict=True):
                 try:
+                    self._placements["confirmed"] += stream.confirmed(answer)
                     full = stream.settle(at, call, answer, self._client)
                     refused += full
                     self.counts["full" if full else "batches"] += 1

@@ -3,6 +3,9 @@
 A partition's keys begin with its tag, which keeps them in one slot of a cluster. Behind the tag:
 
 - `b` and a block's key, 8 bytes: its holders, each life u48, group u8, tiers u8
+- `p` and a block's key: its placements, each life u48, end u48 (ms of the store's clock), u8 1 when the rank is a
+  guess; the store drops it with the last end
+- `w`: there while there may be any placements; `c`: second -> how many placed blocks end in it
 - `q`: stream -> life and number of its last batch; what is written must fit both
 - `a`: the lives that count here, packed; of all others what is met is taken out
 - `s`, `v`: stream -> its description, and a word that no other state of them has ever had; in partition 0 only
@@ -76,6 +79,35 @@ local function counts(life)
 end
 local sub, byte, band, bor = string.sub, string.byte, bit.band, bit.bor
 local STEP = 11 * 512
+local placing, confirmed, of_pod = redis.call('EXISTS', tag .. 'w') == 1, 0, nil
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local function same_pod(life)  -- another rank of this stream's pod
+  if of_pod == nil then
+    local pod, streams = string.match(name, '^%d+ (.*)$'), redis.call('HGETALL', tag .. 'q')
+    of_pod = {}
+    for i = 1, #streams, 2 do
+      if string.match(streams[i], '^%d+ (.*)$') == pod then
+        of_pod[struct.pack('<I6', tonumber(string.match(streams[i + 1], '^(%d+):')))] = true
+      end
+    end
+  end
+  return of_pod[life]
+end
+local function confirm(key)  -- the engine has it: what was placed on it there, or guessed to be there, is over
+  local old = redis.call('GET', tag .. 'p' .. key)
+  if not old then return end
+  local rest = {}
+  for j = 1, #old, 13 do
+    local life = sub(old, j, j + 5)
+    if life == me or (byte(old, j + 12) == 1 and same_pod(life)) then
+      if struct.unpack('<I6', sub(old, j + 6, j + 11)) > now then confirmed = confirmed + 1 end
+    else rest[#rest + 1] = sub(old, j, j + 12) end
+  end
+  if #rest * 13 == #old then return end
+  if #rest == 0 then redis.call('UNLINK', tag .. 'p' .. key)
+  else redis.call('SET', tag .. 'p' .. key, table.concat(rest), 'KEEPTTL') end
+end
 for from = 1, #rows, STEP do
   local to = math.min(#rows, from + STEP - 1)
   local names, place = {}, {}
@@ -99,6 +131,8 @@ for from = 1, #rows, STEP do
       if life == me and byte(old, j + 6) == group then tiers = byte(old, j + 7)
       elseif counts(life) then rest[#rest + 1] = sub(old, j, j + 7) end
     end
+    -- What is gone without having been here was stored and removed between two batches.
+    if placing and (held > 0 or band(tiers, gone) ~= gone) then confirm(sub(rows, i, i + 7)) end
     tiers = bor(band(tiers, 255 - gone), held)
     if tiers > 0 then rest[#rest + 1] = me .. string.char(group, tiers) end
     local new = table.concat(rest)
@@ -123,7 +157,7 @@ if ARGV[6] ~= '' then
   redis.call('SET', tag .. 'v', ARGV[3] .. ':' .. ARGV[5])
 end
 redis.call('HSET', tag .. 'q', name, ARGV[3] .. ':' .. ARGV[5])
-return 'OK'
+return confirmed > 0 and 'OK ' .. confirmed or 'OK'
 """
 
 APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
@@ -145,12 +179,36 @@ if known ~= '-' then
   end
 end
 local out = {{}}
+local now
+if redis.call('EXISTS', tag .. 'w') == 1 then
+  local t = redis.call('TIME')
+  now = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function living(old)
+  local placed = {{}}
+  for j = 1, #old, 13 do
+    if struct.unpack('<I6', string.sub(old, j + 6, j + 11)) > now then
+      placed[#placed + 1] = string.sub(old, j, j + 5) .. '\\0\\0'
+    end
+  end
+  return table.concat(placed)
+end
 local step, from = stop and 64 or 1024, 1
 while from <= #keys do
   local to = math.min(#keys, from + 8 * step - 1)
   local names = {{}}
   for i = from, to, 8 do names[#names + 1] = tag .. 'b' .. string.sub(keys, i, i + 7) end
   local values = redis.call('MGET', unpack(names))
+  if now then
+    for i = 1, #names do names[i] = tag .. 'p' .. string.sub(keys, from + 8 * i - 8, from + 8 * i - 1) end
+    local placed = redis.call('MGET', unpack(names))
+    for i = 1, #names do
+      if placed[i] then
+        local value = (values[i] or '') .. living(placed[i])
+        values[i] = value ~= '' and value
+      end
+    end
+  end
   for i = 1, #names do
     local value = values[i]
     if value then
@@ -167,6 +225,74 @@ while from <= #keys do
   step = math.min(1024, step * 2)
 end
 return {{word, streams, table.concat(out), era}}
+""")
+
+LIFE_IS_OVER, NO_ROOM = -1, -2
+"""What PLACE says instead of a number."""
+
+PLACE = Script("""#!lua
+-- tag, packed life, ttl in ms, 1 when the rank is a guess, full-attention groups, most blocks placed at once, keys:
+-- how many the stream holds already, are placed anew, and were; or -1 when the life is over, -2 when they are too many
+local tag, me, keys = ARGV[1], ARGV[2], ARGV[7]
+local guessed, full, most = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+if redis.call('SISMEMBER', tag .. 'a', me) == 0 then return {-1, 0, 0} end
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local ends = now + tonumber(ARGV[3])
+local function held(value)
+  local missing = #full
+  for j = 1, #(value or ''), 8 do
+    local group = string.sub(value, j + 6, j + 6)
+    if string.sub(value, j, j + 5) == me and string.find(full, group, 1, true) then missing = missing - 1 end
+  end
+  return #full > 0 and missing == 0
+end
+local sets, holding, recorded, renewed = {}, 0, 0, 0
+for from = 1, #keys, 8 * 1024 do
+  local blocks, places = {}, {}
+  for i = from, math.min(#keys, from + 8 * 1024 - 1), 8 do
+    local key = string.sub(keys, i, i + 7)
+    blocks[#blocks + 1] = tag .. 'b' .. key
+    places[#places + 1] = tag .. 'p' .. key
+  end
+  local values, placed = redis.call('MGET', unpack(blocks)), redis.call('MGET', unpack(places))
+  for i = 1, #blocks do
+    if held(values[i]) then holding = holding + 1
+    else
+      local rest, last, guess, again = {}, ends, guessed, false
+      local mine = ends
+      for j = 1, #(placed[i] or ''), 13 do
+        local life, over = string.sub(placed[i], j, j + 5), struct.unpack('<I6', string.sub(placed[i], j + 6, j + 11))
+        if over > now then
+          last = math.max(last, over)
+          if life == me then
+            again, mine = true, math.max(ends, over)
+            guess = math.min(guess, string.byte(placed[i], j + 12))
+          else rest[#rest + 1] = string.sub(placed[i], j, j + 12) end
+        end
+      end
+      rest[#rest + 1] = me .. struct.pack('<I6', mine) .. string.char(guess)
+      sets[#sets + 1] = {places[i], table.concat(rest), last}
+      if again then renewed = renewed + 1 else recorded = recorded + 1 end
+    end
+  end
+end
+local counts, room = redis.call('HGETALL', tag .. 'c'), most - recorded
+for i = 1, #counts, 2 do
+  if tonumber(counts[i]) * 1000 + 1000 <= now then redis.call('HDEL', tag .. 'c', counts[i])
+  else room = room - tonumber(counts[i + 1]) end
+end
+if room < 0 then return {-2, 0, 0} end
+local last = math.max(ends, tonumber(redis.call('GET', tag .. 'w') or 0))
+for _, each in ipairs(sets) do
+  redis.call('SET', each[1], each[2], 'PXAT', string.format('%.0f', each[3]))
+end
+if #sets > 0 then
+  redis.call('SET', tag .. 'w', string.format('%.0f', last), 'PXAT', string.format('%.0f', last))
+  local second = string.format('%.0f', math.floor(ends / 1000))
+  redis.call('HSET', tag .. 'c', second, recorded + tonumber(redis.call('HGET', tag .. 'c', second) or 0))
+end
+return {holding, recorded, renewed}
 """)
 
 CLOSE = Script("""#!lua flags=allow-oom

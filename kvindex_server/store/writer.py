@@ -198,6 +198,11 @@ class StoreStream:
         number = self._numbers[at] + 1
         return tag, (self.name, self.life, packed(self.life), number, description, rows)
 
+    @staticmethod
+    def confirmed(answer: object) -> int:
+        """How many placed blocks a batch has confirmed."""
+        return int(answer[3:] or 0) if isinstance(answer, bytes) and answer.startswith(b"OK") else 0
+
     def settle(self, at: int, call: tuple[str, Sequence[Argument]], answer: object, client: Client) -> bool:
         """What became of a batch; True when it did not fit into the store. StoreAway."""
         refused = isinstance(answer, StoreFull)
@@ -206,7 +211,7 @@ class StoreStream:
             self.full = True
         if isinstance(answer, StoreAway):
             raise answer
-        if answer == b"OK":
+        if isinstance(answer, bytes) and answer.startswith(b"OK"):
             self._numbers[at] += 1
             if self._waiting[at]:
                 self._waiting[at].popleft()
