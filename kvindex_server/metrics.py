@@ -99,8 +99,8 @@ STORE = (
         "counter",
         ("model", "event"),
         "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`, changes of the "
-        "primary (`eras`); and what failed: `failed_reads`, `failed_writes`, `full` batches, streams of an "
-        "`other_block_size`",
+        "primary (`eras`), `answers` to other replicas; and what failed: `failed_reads`, `failed_writes`, `full` "
+        "batches, streams of an `other_block_size`",
     ),
 )
 

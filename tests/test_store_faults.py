@@ -16,7 +16,7 @@ valkey_server = pytest.importorskip("valkey_server")
 from slow_proxy import SlowProxy  # noqa: E402
 
 from kvindex_server._core import block_keys  # noqa: E402
-from kvindex_server.errors import FailedPrecondition, Unavailable  # noqa: E402
+from kvindex_server.errors import Unavailable  # noqa: E402
 from kvindex_server.store import scripts  # noqa: E402
 from kvindex_server.store.client import Client, StoreAway, StoreFull  # noqa: E402
 from kvindex_server.store.index import StoreIndex  # noqa: E402
@@ -337,13 +337,12 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
     """The rights that the documentation names suffice, and a wrong password is the store being away."""
     with valkey_server.valkey(tmp_path) as server:
         plain = server.client()
-        # fmt: off
-        plain.execute_command(
-            "ACL", "SETUSER", "kvindex", "on", ">secret", "~kvindex:*", "-@all", "+evalsha", "+script|load", "+scan",
-            "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+exists", "+get",
-            "+set", "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+info", "+ping", "+select",
+        rights = (
+            "on >secret ~kvindex:* -@all +evalsha +script|load +scan +client|setinfo +client|setname +hget +hset +hdel "
+            "+hvals +hgetall +hexists +exists +pexpire +get +set +mget +mset +unlink +sadd +srem +sismember +time "
+            "+info +ping +select"
         )
-        # fmt: on
+        plain.execute_command("ACL", "SETUSER", "kvindex", *rights.split())
         password = tmp_path / "password"
         password.write_text("secret\n")
         index = replica(server.address, username="kvindex", password_file=str(password))
@@ -363,6 +362,11 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         stream.apply([batch([as_map(Removed([2]))])])
         settle(index)
         assert index.sweep() == 1
+        asked = index._client
+        asked.run(scripts.ASK, index._tags[0], "number", b"question", 1000)
+        asked.run(scripts.ANSWER, index._tags[0], "number", "me", b"answer", 1000)
+        assert asked.run(scripts.ANSWERS, index._tags[0], "number") == [b"answer"]
+        asked.run(scripts.FORGET, index._tags[0], "number")
         assert matches(index, keys) == {"pod": 1}
         password.write_text("other")
         with pytest.raises(StoreAway) as raised:
@@ -506,12 +510,42 @@ def test_placements_have_bounds(server: "valkey_server.Valkey") -> None:
         one.place("pod", 0, keys[0], 100.0)
 
 
-def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:
-    """Engine hashes: refused with the reason, instead of an answer that knows half."""
-    index = replica(server.address)
-    with pytest.raises(FailedPrecondition, match="engine hashes"):
-        index.holders_of_ints(b"", [])
-    assert not index.add_stream("pod", 0).restore(b"")
+def test_engine_hashes_are_answered_by_all_replicas_or_not_at_all(server: "valkey_server.Valkey") -> None:
+    """Two replicas write, a third one asks: it gets both parts, and while one of the two is silent it gets an error."""
+    one, two, asker = (replica(server.address) for _ in range(3))
+    tokens, keys = tokens_of(1, 3)
+    streams = one.add_stream("one", 0), two.add_stream("two", 0)
+    for index, stream in zip((one, two), streams, strict=True):
+        stream.apply([stored(tokens)])
+        settle(index)
+    hashes = b"".join(each.to_bytes(8, "little") for each in (1, 2, 3, 4))
+    with pytest.raises(StoreAway, match="not every replica"):
+        asker.holders_of_ints(hashes, [])
+    one.start()
+    try:
+        with pytest.raises(StoreAway, match="not every replica"):
+            asker.holders_of_ints(hashes, [])
+        assert [len(found) for _, found in asker.holders_of_ints(hashes, ["one"])] == [1, 1, 1, 0]
+        two.start()
+        expected = [int.from_bytes(keys[at : at + 8], "little") for at in range(0, 24, 8)]
+        both = [("one", 0, 0, 0, False), ("two", 0, 0, 0, False)]
+        assert asker.holders_of_ints(hashes, []) == [*((key, both) for key in expected), (0, [])]
+        streams[0].clear()  # a new life: what was said under the old one does not count
+        eventually_empty = time.monotonic() + 10
+        while [len(found) for _, found in asker.holders_of_ints(hashes, [])] != [1, 1, 1, 0]:
+            assert time.monotonic() < eventually_empty
+        names = [each.to_bytes(32, "big") for each in (7, 8)]
+        streams[1].apply([batch([as_map(Stored(names, None, tokens[: 2 * BLOCK], BLOCK))])])
+        assert [found for _, found in asker.holders_of_bytes(names, [])] == [both[1:]] * 2
+        assert not list(server.client().scan_iter(match="*}[xy]*"))
+    finally:
+        one.stop()
+        two.stop()
+
+
+def test_a_saved_state_is_not_taken(server: "valkey_server.Valkey") -> None:
+    """Another replica may have overtaken what it says."""
+    assert not replica(server.address).add_stream("pod", 0).restore(b"")
 
 
 def test_a_missing_password_file_names_the_setting() -> None:

@@ -2,12 +2,13 @@
 
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from event_encoding import Removed, Stored, as_map, batch
-from oracle import ModelOracle
+from oracle import ModelOracle, normal
 from test_index_oracle import BLOCK, Fleet, token_bytes, words
 from test_placements import PlacingFleet
 
@@ -92,6 +93,35 @@ class SharedFleet(Fleet):
             {(p, r, other[t], g, s) for p, r, t, g, s in each} for each in own
         ]
         assert self.reader.block_size in (0, self.index.block_size)
+        self.ask_by_hashes()
+
+    def ask_by_hashes(self) -> None:
+        """By the engines' own names for the blocks, asked elsewhere: each replica answers for what it writes."""
+        named = {normal(value) for engine in self.engines for _, _, value in engine.oracle.counts}
+        numbers = [12345, *(each for each in named if isinstance(each, int))]
+        names = [b"unknown", *(each for each in named if isinstance(each, bytes))]
+        ends = threading.Event()
+
+        def look() -> None:
+            while not ends.wait(0.01):
+                self.index.renew()  # type: ignore[attr-defined]
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        try:
+            got = self.reader.holders_of_ints(words(numbers), []) + self.reader.holders_of_bytes(names, [])
+            of_one = self.reader.holders_of_ints(words(numbers), ["a:1"])
+        finally:
+            ends.set()
+            looking.join()
+        own = self.index.holders_of_ints(words(numbers), []) + self.index.holders_of_bytes(names, [])
+        assert [key for key, _ in got] == [key for key, _ in own]
+        tiers = self.reader.tiers
+        for value, (_, holders) in zip((*numbers, *names), got, strict=True):
+            told = {(pod, rank, tiers[bit], group, speculative) for pod, rank, bit, group, speculative in holders}
+            assert told == self.oracle.holders_of_hash(value)
+        for (_, holders), (_, of_pod) in zip(got, of_one, strict=False):
+            assert of_pod == [each for each in holders if each[0] == "a:1"]
 
 
 class SharedPlacingFleet(PlacingFleet, SharedFleet):

@@ -13,9 +13,10 @@ import msgpack  # type: ignore[import-untyped]
 
 from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
 from kvindex_server.config import StoreSettings
-from kvindex_server.errors import FailedPrecondition, Unavailable
+from kvindex_server.errors import Unavailable
 from kvindex_server.store import scripts
 from kvindex_server.store.client import Client, StoreAway
+from kvindex_server.store.questions import Questions
 from kvindex_server.store.writer import StoreStream, packed
 
 _log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class StoreIndex:
         self._trust_of = trust_of
         self._gained = gained
         self._clock = clock
+        self._questions = Questions(client, self._tags[0], self._own, self._owner, self._writing_lives)
         self._lock = threading.Lock()
         self._streams: tuple[StoreStream, ...] = ()
         self._table = Table(b"-", StoreView([]), {}, {})
@@ -176,16 +178,17 @@ class StoreIndex:
                 return "no_rank", 0, 0
             answers = self._place(table, (pod, at), keys, seconds, guessed=rank < 0 and len(ranks) > 1)
             if all(held >= 0 for held, _, _ in answers):
-                for what, blocks in (
-                    ("recorded", sum(each[1] for each in answers)),
-                    ("renewed", sum(each[2] for each in answers)),
-                ):
-                    self._placements[what] += blocks
-                return "recorded", at, sum(held for held, _, _ in answers)
+                held, recorded, renewed = (sum(column) for column in zip(*answers, strict=True))
+                self._count_placed(recorded=recorded, renewed=renewed)
+                return "recorded", at, held
             if any(held == scripts.NO_ROOM for held, _, _ in answers):
-                self._placements["refused"] += len(keys) // 8
+                self._count_placed(refused=len(keys) // 8)
                 return "no_room", at, 0
         raise StoreAway("the shared store changes too fast to be written")
+
+    def _count_placed(self, **blocks: int) -> None:
+        with self._lock:
+            self._placements.update(blocks)
 
     def _place(
         self, table: Table, stream: tuple[str, int], keys: _Bytes, seconds: float, *, guessed: bool
@@ -253,14 +256,21 @@ class StoreIndex:
     def holders_of_ints(
         self, hashes: _Bytes, pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
-        """FailedPrecondition: engines' hashes are not shared."""
-        raise FailedPrecondition("engine hashes cannot be asked for while the index is kept in a shared store")
+        """As of the native index, by asking every replica. StoreAway, also when one does not answer."""
+        return self._questions.ask(hashes, pods, self._counting)
 
     def holders_of_bytes(
         self, hashes: Sequence[_Bytes], pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
-        """FailedPrecondition: engines' hashes are not shared."""
-        return self.holders_of_ints(b"", pods)
+        """The same by byte strings."""
+        return self._questions.ask(list(hashes), pods, self._counting)
+
+    def _counting(self) -> dict[tuple[str, int], int]:
+        self._read(b"", prefix=True)
+        return self._table.lives
+
+    def _writing_lives(self) -> dict[tuple[str, int], int]:
+        return {(each.pod, each.rank): each.life for each in self._streams if each.life and not each.closed}
 
     # --- reading ---
 
@@ -377,7 +387,7 @@ class StoreIndex:
             failure: StoreAway | None = None
             for (stream, at, call), answer in zip(sent, answers, strict=True):
                 try:
-                    self._placements["confirmed"] += stream.confirmed(answer)
+                    self._count_placed(confirmed=stream.confirmed(answer))
                     full = stream.settle(at, call, answer, self._client)
                     refused += full
                     self.counts["full" if full else "batches"] += 1
@@ -417,7 +427,7 @@ class StoreIndex:
             self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
         self._read(b"", prefix=True, everywhere=True)
         now = self._clock()
-        time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
+        time_ms, leases, asked = self._client.run(scripts.LEASES, self._tags[0])
         found = {}
         for name, lease in zip(leases[::2], leases[1::2], strict=True):
             rank, pod = name.decode().split(" ", 1)
@@ -427,6 +437,7 @@ class StoreIndex:
             found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life, (era, *eras))
         self._leases = found
         self._heard_at = now
+        self.counts["answers"] += self._questions.answer(asked)
 
     def _trusted_here(self, stream: StoreStream) -> Trusted:
         if stream.blind:

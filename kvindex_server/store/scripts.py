@@ -12,6 +12,8 @@ A partition's keys begin with its tag, which keeps them in one slot of a cluster
 - `o`: stream -> when its lease ends (ms of the store's clock), its owner, the era in which the store was found to have
   all that was sent ('-': none yet), its trust; in partition 0 only
 - `n`: the last life given; in partition 0 only
+- `x`: number of a question -> when it ends (ms) and the question; `y` and the number: replica -> its answer; in
+  partition 0 only
 
 A life is a number never given twice, also not by a store that lost its memory: it is at least the time in ms.
 
@@ -335,10 +337,17 @@ return out
 """)
 
 LEASES = Script(f"""#!lua flags=no-writes
--- tag: the store's time in ms, then stream and lease in turns
+-- tag: the store's time in ms, then stream and lease in turns, then number of a question and question in turns
 {_PRIMARY}
 local t = redis.call('TIME')
-return {{t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'o')}}
+local now, asked, open = t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'x'), {{}}
+for i = 1, #asked, 2 do
+  if struct.unpack('<I6', asked[i + 1]) > now then
+    open[#open + 1] = asked[i]
+    open[#open + 1] = string.sub(asked[i + 1], 7)
+  end
+end
+return {{now, redis.call('HGETALL', ARGV[1] .. 'o'), open}}
 """)
 
 SWEEP = Script("""#!lua flags=allow-oom
@@ -358,4 +367,35 @@ for i = 2, #ARGV do
   end
 end
 return dead
+""")
+
+ASK = Script("""#!lua
+-- tag, number of the question, question, how long it stands in ms
+local name, t = ARGV[1] .. 'x', redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local asked = redis.call('HGETALL', name)
+for i = 1, #asked, 2 do  -- whoever asked is gone
+  if struct.unpack('<I6', asked[i + 1]) <= now then redis.call('HDEL', name, asked[i]) end
+end
+redis.call('HSET', name, ARGV[2], struct.pack('<I6', now + tonumber(ARGV[4])) .. ARGV[3])
+redis.call('PEXPIRE', name, ARGV[4])
+""")
+
+ANSWER = Script("""#!lua
+-- tag, number of the question, replica, its answer, how long it stands in ms
+if redis.call('HEXISTS', ARGV[1] .. 'x', ARGV[2]) == 0 then return end
+redis.call('HSET', ARGV[1] .. 'y' .. ARGV[2], ARGV[3], ARGV[4])
+redis.call('PEXPIRE', ARGV[1] .. 'y' .. ARGV[2], ARGV[5])
+""")
+
+ANSWERS = Script(f"""#!lua flags=no-writes
+-- tag, number of the question: what has been said
+{_PRIMARY}
+return redis.call('HVALS', ARGV[1] .. 'y' .. ARGV[2])
+""")
+
+FORGET = Script("""#!lua flags=allow-oom
+-- tag, number of a question that nobody waits for any more
+redis.call('HDEL', ARGV[1] .. 'x', ARGV[2])
+redis.call('UNLINK', ARGV[1] .. 'y' .. ARGV[2])
 """)
