@@ -14,15 +14,14 @@ import msgpack  # type: ignore[import-untyped]
 from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
 from kvindex_server.config import StoreSettings
 from kvindex_server.errors import Unavailable
-from kvindex_server.store import scripts
+from kvindex_server.store import leases, scripts
 from kvindex_server.store.client import Client, StoreAway
+from kvindex_server.store.leases import Trusted
+from kvindex_server.store.places import Places, Target
 from kvindex_server.store.questions import Questions
 from kvindex_server.store.writer import StoreStream, packed
 
 _log = logging.getLogger(__name__)
-
-Trusted = tuple[int, str, float]
-"""How far a stream is trusted: the value of a Trust, the reason, seconds since its last message (-1: none)."""
 
 _Bytes = bytes  # `bytes` is a property of the index
 
@@ -34,22 +33,9 @@ SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
 MAX_DELAY = 1.0
 MAX_READS = 4
-_DOUBT = (4, 1, 2, 3)
 _FULL = 0
 """A full-attention group, as a stream describes its groups; each takes so many bytes, the kind behind its number:"""
 _GROUP_BYTES, _KIND_AT = 9, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """What the replica that follows a stream has told, when that was heard, and when it ends (time.monotonic)."""
-
-    ends: float
-    told_at: float
-    trusted: Trusted
-    life: int
-    eras: tuple[bytes, ...]
-    """Of each partition, the one in which its store was found to have everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +77,7 @@ class StoreIndex:
         space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
         self._owner = os.urandom(8).hex()
-        self._max_placements = max_placements
-        self._placements: Counter[str] = Counter()
+        self._places = Places(client, self._tags, max_placements)
         self._trust_of = trust_of
         self._gained = gained
         self._clock = clock
@@ -100,7 +85,7 @@ class StoreIndex:
         self._lock = threading.Lock()
         self._streams: tuple[StoreStream, ...] = ()
         self._table = Table(b"-", StoreView([]), {}, {})
-        self._leases: dict[tuple[str, int], Lease] = {}
+        self._leases: leases.Leases = {}
         # Of each partition, the era of the last answer; and those in which what was sent was last looked for.
         self._eras = [b""] * settings.partitions
         self._looked: list[bytes] = []
@@ -150,8 +135,8 @@ class StoreIndex:
 
     @property
     def placements(self) -> dict[str, int]:
-        """In blocks, as far as this replica has to do with them: what expires or is fenced, nobody counts."""
-        return {each: self._placements[each] for each in ("recorded", "renewed", "confirmed", "refused")}
+        """See `Places.counts`: fewer than those of a native index."""
+        return self._places.counts
 
     def learn_block_size(self, size: int) -> int:
         return self._own.learn_block_size(size)
@@ -176,39 +161,11 @@ class StoreIndex:
                 at = found[0][1] if found else ranks[0]
             if at not in ranks:
                 return "no_rank", 0, 0
-            answers = self._place(table, (pod, at), keys, seconds, guessed=rank < 0 and len(ranks) > 1)
-            if all(held >= 0 for held, _, _ in answers):
-                held, recorded, renewed = (sum(column) for column in zip(*answers, strict=True))
-                self._count_placed(recorded=recorded, renewed=renewed)
-                return "recorded", at, held
-            if any(held == scripts.NO_ROOM for held, _, _ in answers):
-                self._count_placed(refused=len(keys) // 8)
-                return "no_room", at, 0
+            life, full = packed(table.lives[pod, at]), table.full[pod, at]
+            outcome, held = self._places.record(Target(life, full, rank < 0 and len(ranks) > 1), keys, seconds)
+            if outcome != "over":
+                return outcome, at, held
         raise StoreAway("the shared store changes too fast to be written")
-
-    def _count_placed(self, **blocks: int) -> None:
-        with self._lock:
-            self._placements.update(blocks)
-
-    def _place(
-        self, table: Table, stream: tuple[str, int], keys: _Bytes, seconds: float, *, guessed: bool
-    ) -> list[tuple[int, int, int]]:
-        """What each partition says of its part."""
-        ttl = max(1, int(seconds * 1000))
-        most = self._max_placements // len(self._tags)
-        life, full = packed(table.lives[stream]), table.full[stream]
-        calls = [
-            (tag, (life, ttl, int(guessed), full, most, part))
-            for tag, part in zip(self._tags, split_keys(keys, len(self._tags)), strict=True)
-            if part
-        ]
-        if not calls:
-            return [(0, 0, 0)]
-        answers = self._client.run_all(scripts.PLACE, calls)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return [(held, recorded, renewed) for held, recorded, renewed in answers]
 
     def add_stream(self, pod: str, rank: int) -> StoreStream:
         """A stream that this replica would write, once it has the lease."""
@@ -387,7 +344,7 @@ class StoreIndex:
             failure: StoreAway | None = None
             for (stream, at, call), answer in zip(sent, answers, strict=True):
                 try:
-                    self._count_placed(confirmed=stream.confirmed(answer))
+                    self._places.count(confirmed=stream.confirmed(answer))
                     full = stream.settle(at, call, answer, self._client)
                     refused += full
                     self.counts["full" if full else "batches"] += 1
@@ -427,15 +384,8 @@ class StoreIndex:
             self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
         self._read(b"", prefix=True, everywhere=True)
         now = self._clock()
-        time_ms, leases, asked = self._client.run(scripts.LEASES, self._tags[0])
-        found = {}
-        for name, lease in zip(leases[::2], leases[1::2], strict=True):
-            rank, pod = name.decode().split(" ", 1)
-            ends, _, era, told_trust = lease.split(b" ", 3)
-            trust, reason, age, life, *eras = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
-            left = (int(ends) - time_ms) / 1000
-            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life, (era, *eras))
-        self._leases = found
+        time_ms, told_leases, asked = self._client.run(scripts.LEASES, self._tags[0])
+        self._leases = leases.heard(time_ms, told_leases, now)
         self._heard_at = now
         self.counts["answers"] += self._questions.answer(asked)
 
@@ -455,20 +405,7 @@ class StoreIndex:
         now = self._clock()
         if self._heard_at is None or now - self._heard_at > self._settings.lease_seconds / 2:
             return 4, "the shared store does not answer", -1.0
-        leases = self._leases
-        ranks = [key for key in leases if key[0] == pod] if rank is None else [(pod, rank)]
-        trusted = [self._trusted(leases[key], self._table.lives.get(key), now) for key in ranks if key in leases]
-        return min(trusted, key=lambda each: _DOUBT.index(each[0]), default=(1, "no replica follows it", -1.0))
-
-    def _trusted(self, lease: Lease, life: int | None, now: float) -> Trusted:
-        if lease.life != life:  # what was told is of a life before
-            return 1, "its replica has just begun", -1.0
-        if lease.eras != tuple(self._eras):
-            return 4, "the shared store has another primary, which may not have everything", -1.0
-        if now > lease.ends:
-            return 4, "the replica that followed it is gone", -1.0
-        trust, reason, age = lease.trusted
-        return trust, reason, age + now - lease.told_at if age >= 0 else age
+        return leases.standing(self._leases, self._table.lives, self._eras, pod, rank, now)
 
     @property
     def reachable(self) -> bool:
