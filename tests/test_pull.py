@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ class Replica:
         self._reader.start()
         found = re.search(r"listening grpc=(\S+)", self._popen.stdout.readline())
         assert found is not None, self.log
+        self.port = int(found[1].rpartition(":")[2])
         self._channel = grpc.insecure_channel(found[1], [("grpc.max_receive_message_length", 64 * MIB)])
         self.read, self.admin = rpc.KVIndexStub(self._channel), rpc.KVIndexAdminStub(self._channel)
 
@@ -56,6 +58,13 @@ class Replica:
         assert self._popen.stderr is not None
         for line in self._popen.stderr:
             self.log.append(json.loads(line) if line.startswith("{") else {"event": line})
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process has in memory."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self._popen.pid}/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
 
     def events(self, event: str) -> list[dict[str, object]]:
         return [each for each in self.log if each["event"] == event]
@@ -264,6 +273,32 @@ def forwarded(listen: str, port: int) -> Iterator[None]:
         yield
     finally:
         proxy.close()
+
+
+def test_a_slow_puller_costs_the_sibling_no_memory(tmp_path: Path) -> None:
+    """Sent as fast as it is read: of a snapshot of 512 MiB nothing piles up while the other side stands still."""
+    size = 512 * MIB
+    with (tmp_path / f"{1:020d}.kvix").open("wb") as file:
+        file.truncate(size)  # what is in it does not matter to who sends it
+    with started(f"127.0.0.1:{free_port()}", directory=str(tmp_path), interval_seconds=3600) as replica:
+        proxy = CuttingProxy(replica.port, [])
+        channel = grpc.insecure_channel(proxy.address, [("grpc.max_receive_message_length", 4 * MIB)])
+        try:
+            before = replica.memory
+            request = pb.PullSnapshotRequest(id=f"{1:020d}")
+            call = rpc.KVIndexAdminStub(channel).PullSnapshot(request, timeout=60)
+            assert next(call).total == size
+            last, most = -1, 0
+            while proxy.passed[0] != last:  # until nothing moves any more
+                last = proxy.passed[0]
+                time.sleep(1.0)
+                most = max(most, replica.memory)
+            assert last < 64 * MIB
+            assert most - before < 64 * MIB
+            assert sum(len(each.data) for each in call) == size  # and it goes on when it is read
+        finally:
+            channel.close()
+            proxy.close()
 
 
 def test_a_name_without_addresses_is_a_cold_start(tmp_path: Path) -> None:
