@@ -96,6 +96,55 @@ def asking(settings: StoreSettings, plain: "redis.Redis") -> None:
             )
 
 
+def placing(settings: StoreSettings, plain: "redis.Redis") -> None:
+    """A router's decision for 512 blocks, a score while they are placed, and a question by the engines' names."""
+    own, shared, other = (
+        Index(BLOCK_SIZE),
+        *(StoreIndex(Client(settings), settings, "place", BLOCK_SIZE) for _ in range(2)),
+    )
+    messages, hashes, tokens = Chains(7).payloads(BLOCKS, 128)
+    streams = [index.add_stream(f"pod-{number}", 0) for index in (own, shared) for number in range(8)]
+    for stream in streams:
+        stream.apply(messages)
+    while not shared.flush():
+        pass
+    held = block_keys(pack(tokens), BLOCK_SIZE)
+    absent = block_keys(pack(Chains(99).tokens(BLOCKS)), BLOCK_SIZE)
+    names = b"".join(each.to_bytes(8, "little") for each in hashes)
+    shared.start()
+    assert own.holders_of_ints(names, []) == shared.holders_of_ints(names, []) == other.holders_of_ints(names, [])
+
+    def row(name: str, here: Callable[[], object], there: Callable[[], object], times: int) -> None:
+        inside = statistics.median(latency_us(here, times)[0] for _ in range(ROUNDS))
+        before = server_seconds(plain)
+        outside = statistics.median(latency_us(there, times)[0] for _ in range(ROUNDS))
+        spent = (server_seconds(plain) - before) / (times * ROUNDS) * 1e6
+        print(f"  {name}: in process {inside:6.1f}   store {outside:7.0f}   store's CPU {spent:6.0f}")
+
+    print(f"placements and engine hashes, {BLOCKS} blocks, 8 pods, µs: median of {ROUNDS} medians")
+    row("place", lambda: own.place("pod-0", 0, absent, 30.0), lambda: shared.place("pod-0", 0, absent, 30.0), 100)
+    row(
+        "score of held ones meanwhile",
+        lambda: own.score(held, [], WEIGHTS),
+        lambda: shared.score(held, [], WEIGHTS),
+        300,
+    )
+    row(
+        "score of placed ones",
+        lambda: own.score(absent, [], WEIGHTS),
+        lambda: shared.score(absent, [], WEIGHTS),
+        300,
+    )
+    row(
+        "by engine hash, asked where they are written",
+        lambda: own.holders_of_ints(names, []),
+        lambda: shared.holders_of_ints(names, []),
+        20,
+    )
+    row("by engine hash, asked elsewhere", lambda: None, lambda: other.holders_of_ints(names, []), 8)
+    shared.stop()
+
+
 def writing(settings: StoreSettings, plain: "redis.Redis") -> None:
     """Blocks stored per CPU second, in this process and in the store; and what a block takes there."""
     here: list[float] = []
@@ -152,6 +201,7 @@ def main() -> None:
         plain = redis.Redis(host, int(port))
         print(f"Valkey {plain.info('server').get('valkey_version', '?')}, redis-py {redis.__version__}")
         asking(settings, plain)
+        placing(settings, plain)
         writing(settings, plain)
 
 

@@ -391,8 +391,9 @@ class StoreView:
     """Answers over holders read from a shared store, by the same walk as `Index`; safe from many threads.
 
     A reading is what one partition said of its keys (`split_keys`), in their order: per key a count u16, then so many
-    holders of life u48, group u8 (its number in the stream), tiers u8 (a bit each, as the writer numbers them), all
-    little-endian. It may end early. Holders of a life that no stream has count for nothing. ValueError when malformed.
+    holders of life u48, group u8 (its number in the stream), tiers u8 (a bit each, as the writer numbers them; without
+    any it is a placement), all little-endian. It may end early. Holders of a life that no stream has count for nothing.
+    ValueError when malformed.
     """
 
     def __init__(self, streams: Sequence[tuple[str, int, int, bytes, Sequence[int]]]) -> None:

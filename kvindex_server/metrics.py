@@ -98,8 +98,9 @@ STORE = (
         "kvindex_store_events_total",
         "counter",
         ("model", "event"),
-        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`; and what failed: "
-        "`failed_reads`, `failed_writes`, `full` batches, streams of an `other_block_size`",
+        "What was done in the shared store: `reads`, `batches`, `lives` begun, dead holders `swept`, changes of the "
+        "primary (`eras`), `answers` to other replicas; and what failed: `failed_reads`, `failed_writes`, `full` "
+        "batches, streams of an `other_block_size`",
     ),
 )
 
@@ -571,11 +572,15 @@ def _add(families: dict[str, Metric], name: str, labels: Sequence[str], value: f
 
 
 def _add_placements(families: dict[str, Metric], model: str, placements: Mapping[str, int]) -> None:
-    _add(families, "kvindex_placement_blocks", (model,), placements["blocks"])
+    # An index in a shared store does not know all of them.
+    if "blocks" in placements:
+        _add(families, "kvindex_placement_blocks", (model,), placements["blocks"])
     for what in ("recorded", "renewed", "confirmed", "expired"):
-        _add(families, f"kvindex_placement_{what}_total", (model,), placements[what])
+        if what in placements:
+            _add(families, f"kvindex_placement_{what}_total", (model,), placements[what])
     for reason in ("fenced", "refused"):
-        _add(families, "kvindex_placement_dropped_total", (model, reason), placements[reason])
+        if reason in placements:
+            _add(families, "kvindex_placement_dropped_total", (model, reason), placements[reason])
 
 
 def _add_source(families: dict[str, Metric], source: SourceStatus) -> None:

@@ -1,10 +1,11 @@
 """A new replica takes over the index of a running one: PullSnapshot, served and called."""
 
+import contextlib
 import logging
-import tempfile
+import os
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import grpc
@@ -17,16 +18,26 @@ from kvindex_server.keeper import Keeper
 from kvindex_server.lookup import Check
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
+from kvindex_server.peers import CHUNK_BYTES, Peers
 from kvindex_server.snapshot import File, SavedStream
 
 _log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20
 MAX_ONLY = 1024
 METHOD = "/kvindex.v1.KVIndexAdmin/PullSnapshot"
 _TRY_AGAIN_SECONDS = 0.2
-_MAX_RESUMES = 1000
-_CONNECT_MS = 2_000
+_SILENT_SECONDS = 5.0
+"""After the first part of a snapshot; writing it may take long, reading it does not."""
+_LOST_SECONDS = 3.0
+"""Without a new byte: then the next peer is asked."""
+_LOST_ROUNDS = 2
+"""Of all peers, without a new byte: a start by replay is better than to wait for one that does not come back."""
+_BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,  # it drains, or was silent for too long
+    grpc.StatusCode.INTERNAL,  # a stream that was reset
+    grpc.StatusCode.UNKNOWN,
+)
 
 
 def arrival(keeper: Keeper, fleet: Fleet, guard: Guard) -> Arrival:
@@ -74,103 +85,169 @@ def _streams(keeper: Keeper, fleet: Fleet, request: pb.PullSnapshotRequest) -> I
         raise Unavailable("no snapshot can be written here; see the server's log") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """Where to ask, in this order, and how."""
+def fetch(peers: Peers, directory: Path) -> Path | None:
+    """A file in `directory` with the state of the first peer that has any; None when no peer has.
 
-    addresses: Sequence[str]
-    timeout: float
-    token_file: str = ""
-    ca_file: str = ""
-
-    def fetch(self, directory: Path) -> Path | None:
-        """A file in `directory` with the state of the first peer that has any; None when no peer has."""
-        ends = time.monotonic() + self.timeout
-        for address in self.addresses:
-            if time.monotonic() >= ends:
-                break
-            try:
-                path = self._fetch_from(address, directory, ends)
-            except (grpc.RpcError, OSError) as error:
-                reason = error.code().name if isinstance(error, grpc.RpcError) else error.strerror
-                _log.warning("peer gave no snapshot", extra={"fields": {"peer": address, "reason": reason}})
-                continue
-            if path is not None:
-                _log.info("snapshot pulled", extra={"fields": {"peer": address, "bytes": path.stat().st_size}})
-                return path
-        return None
-
-    def fetch_streams(
-        self, channel: grpc.Channel, only: Collection[tuple[str, str, int]], directory: Path
-    ) -> Iterator[SavedStream]:
-        """These streams as one peer has them now. grpc.RpcError, OSError, BadSnapshot when they cannot be had."""
-        names = [pb.StreamName(model=model, pod=pod, rank=rank) for model, pod, rank in only]
-        path = directory / "streams"
-        with path.open("wb") as out:
-            for chunk in rpc.KVIndexAdminStub(channel).PullSnapshot(
-                pb.PullSnapshotRequest(only=names), timeout=self.timeout, metadata=self.metadata()
-            ):
-                out.write(chunk.data)
-        file = File(path)
-        try:
-            for place in file.streams:
-                yield file.read(place)
-        finally:
-            file.close()
-            path.unlink()
-
-    def _fetch_from(self, address: str, directory: Path, ends: float) -> Path | None:
-        handle, name = tempfile.mkstemp(dir=directory, prefix=".", suffix=".part")
-        path = Path(name)
-        with self.channel(address) as channel, open(handle, "wb") as file:
-            stub = rpc.KVIndexAdminStub(channel)
-            known, total = "", -1
-            for _ in range(_MAX_RESUMES):
-                request = pb.PullSnapshotRequest(id=known, offset=file.tell() if known else 0)
-                try:
-                    for chunk in stub.PullSnapshot(
-                        request, timeout=max(0.001, ends - time.monotonic()), metadata=self.metadata()
-                    ):
-                        if chunk.id and chunk.id != known:
-                            file.seek(0)
-                            file.truncate()
-                            known = chunk.id
-                        total = chunk.total or total
-                        file.write(chunk.data)
-                except grpc.RpcError as error:
-                    if error.code() is grpc.StatusCode.NOT_FOUND and known:
-                        known = ""  # begin anew
-                    elif error.code() is not grpc.StatusCode.UNAVAILABLE or not known:
-                        path.unlink(missing_ok=True)
-                        raise
-                    time.sleep(_TRY_AGAIN_SECONDS)
-                    if time.monotonic() < ends:
-                        continue
-                if file.tell() == total:
-                    return path
+    A transfer that breaks is taken up where it ended, over a new connection. When its peer cannot be reached any more
+    the others are asked, and names are resolved anew: whoever took the place of a replica is at another address.
+    """
+    ends = time.monotonic() + peers.timeout
+    transfers: dict[str, Transfer] = {}
+    lost = 0
+    try:
+        while lost < _LOST_ROUNDS:
+            again, before = False, _here(transfers)
+            for address, name in peers.found():
                 if time.monotonic() >= ends:
                     break
-        path.unlink(missing_ok=True)
+                if address not in transfers:
+                    transfers[address] = Transfer(peers, address, name, directory)
+                transfer = transfers[address]
+                try:
+                    if transfer.run(ends):
+                        return transfer.keep()
+                    again = True
+                except (grpc.RpcError, OSError) as error:
+                    if _is_busy(error):
+                        again, lost = True, -1
+                    transfer.failed(error)
+            lost = 0 if _here(transfers) != before else lost + 1
+            if not again or time.monotonic() + _TRY_AGAIN_SECONDS >= ends:
+                return None
+            time.sleep(_TRY_AGAIN_SECONDS)
         return None
+    finally:
+        for each in transfers.values():
+            each.close()
 
-    def channel(self, address: str, name: str = "") -> grpc.Channel:
-        """A channel to a peer, whose certificate is for `name` when that is not what is dialled."""
-        options: list[tuple[str, int | str]] = [
-            ("grpc.max_receive_message_length", 4 * CHUNK_BYTES),
-            # A replica that starts, which may be this one, has its port open and does not answer yet.
-            ("grpc.min_reconnect_backoff_ms", _CONNECT_MS),
-        ]
-        if name and self.ca_file:
-            options.append(("grpc.ssl_target_name_override", name))
-        if not self.ca_file:
-            return grpc.insecure_channel(address, options)
-        credentials = grpc.ssl_channel_credentials(Path(self.ca_file).read_bytes())
-        return grpc.secure_channel(address, credentials, options)
 
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a call to a peer carries. OSError when the token cannot be read."""
-        if not self.token_file:
-            return ()
-        lines = Path(self.token_file).read_text(encoding="utf-8").splitlines()
-        token = next((line.strip() for line in lines if line.strip() and not line.startswith("#")), "")
-        return (("authorization", f"Bearer {token}"),)
+class Transfer:
+    """One peer's snapshot on its way, for as long as connections to it come and go."""
+
+    def __init__(self, peers: Peers, address: str, name: str, directory: Path) -> None:
+        self._peers = peers
+        self._address = address
+        self._name = name
+        self._path = directory / f".{os.urandom(8).hex()}.part"
+        self._file = self._path.open("wb")
+        self._id = ""
+        self._total = -1
+        self._resumed = 0
+        self._kept = False
+
+    def run(self, ends: float) -> bool:
+        """True when all of it is here; False when the peer was lost on the way. grpc.RpcError when it gives nothing."""
+        last, moved_at = self._file.tell(), time.monotonic()
+        while time.monotonic() < ends:
+            try:
+                self._take(ends)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND and self._id:
+                    # It has newer ones by now: what is here of the old one is of no use.
+                    self._restart("")
+                elif error.code() not in _BROKEN or not self._id:
+                    raise
+                else:
+                    self._resumed += 1
+                    self.failed(error)
+            if self._file.tell() == self._total:
+                return True
+            if self._file.tell() != last:
+                last, moved_at = self._file.tell(), time.monotonic()
+            elif time.monotonic() - moved_at > _LOST_SECONDS:
+                return False
+            time.sleep(_TRY_AGAIN_SECONDS)
+        return False
+
+    def _take(self, ends: float) -> None:
+        """What one connection brings."""
+        request = pb.PullSnapshotRequest(id=self._id, offset=self._file.tell())
+        with self._peers.channel(self._address, self._name) as channel:
+            call = rpc.KVIndexAdminStub(channel).PullSnapshot(
+                request, timeout=max(0.001, ends - time.monotonic()), metadata=self._peers.metadata()
+            )
+            for chunk in _lively(call):
+                if chunk.id and chunk.id != self._id:
+                    self._restart(chunk.id)
+                self._total = chunk.total or self._total
+                self._file.write(chunk.data)
+
+    def _restart(self, snapshot: str) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._id, self._total = snapshot, -1
+
+    @property
+    def here(self) -> int:
+        """Bytes so far."""
+        return self._file.tell()
+
+    def failed(self, error: Exception) -> None:
+        """Say so."""
+        fields = {
+            "peer": self._address,
+            "reason": error.code().name if isinstance(error, grpc.RpcError) else getattr(error, "strerror", ""),
+            "bytes": self._file.tell(),
+        }
+        what = "transfer of a snapshot broke" if self._id else "peer gave no snapshot"
+        _log.warning(what, extra={"fields": fields})
+
+    def keep(self) -> Path:
+        """The whole file."""
+        self._file.flush()
+        self._kept = True
+        fields = {"peer": self._address, "bytes": self._total, "resumed": self._resumed}
+        _log.info("snapshot pulled", extra={"fields": fields})
+        return self._path
+
+    def close(self) -> None:
+        """Leave nothing behind but what was kept."""
+        with contextlib.suppress(OSError):  # a full disk says so once more
+            self._file.close()
+        if not self._kept:
+            self._path.unlink(missing_ok=True)
+
+
+def _lively(call: grpc.Call) -> Iterator[pb.PullSnapshotChunk]:
+    """Its chunks; cancelled when none comes for long, as when the other machine is gone without a word."""
+    watch: threading.Timer | None = None
+    try:
+        for chunk in call:
+            if watch is not None:
+                watch.cancel()
+            yield chunk
+            watch = threading.Timer(_SILENT_SECONDS, call.cancel)
+            watch.daemon = True
+            watch.start()
+    finally:
+        if watch is not None:
+            watch.cancel()
+
+
+def _here(transfers: dict[str, Transfer]) -> list[int]:
+    return [each.here for each in transfers.values() if each.here]
+
+
+def _is_busy(error: Exception) -> bool:
+    """It serves others just now."""
+    return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def fetch_streams(
+    peers: Peers, channel: grpc.Channel, only: Collection[tuple[str, str, int]], directory: Path
+) -> Iterator[SavedStream]:
+    """These streams as one peer has them now. grpc.RpcError, OSError, BadSnapshot when they cannot be had."""
+    names = [pb.StreamName(model=model, pod=pod, rank=rank) for model, pod, rank in only]
+    path = directory / "streams"
+    with path.open("wb") as out:
+        for chunk in rpc.KVIndexAdminStub(channel).PullSnapshot(
+            pb.PullSnapshotRequest(only=names), timeout=peers.timeout, metadata=peers.metadata()
+        ):
+            out.write(chunk.data)
+    file = File(path)
+    try:
+        for place in file.streams:
+            yield file.read(place)
+    finally:
+        file.close()
+        path.unlink()

@@ -12,12 +12,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 
-from kvindex_server import admin, compat, health, interceptors, logs, query, reflection, service, web, wire
+from kvindex_server import admin, compat, health, interceptors, logs, pull, query, reflection, service, web, wire
 from kvindex_server._core import Index, TextCache
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, Role, TokenFile, TokenReview
 from kvindex_server.calls import CallLog
@@ -41,8 +41,8 @@ from kvindex_server.models import Model, Models
 from kvindex_server.page import routes as page
 from kvindex_server.page.fleet import FleetView
 from kvindex_server.page.prompt import MAX_TEXT_BYTES, PromptView
+from kvindex_server.peers import Peers
 from kvindex_server.pods import PodSpec
-from kvindex_server.pull import Peers
 from kvindex_server.rest import Calls
 from kvindex_server.shared import SharedFleet, Stores
 from kvindex_server.siblings import Siblings
@@ -216,7 +216,8 @@ class Server:
         kept = self._settings.snapshot
         if kept.peers:
             with _config_errors("snapshot"):
-                if (pulled := self._keeper.receive(_peers(self._settings).fetch)) is not None:
+                peers = replace(_peers(self._settings), own=self.admin_address)
+                if (pulled := self._keeper.receive(lambda place: pull.fetch(peers, place))) is not None:
                     return pulled
         with _config_errors("snapshot.directory"):
             return self._keeper.load()

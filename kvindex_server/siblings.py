@@ -2,10 +2,9 @@
 
 import logging
 import random
-import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from kvindex_server.lookup import Check
 from kvindex_server.marks import Mark
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
-from kvindex_server.pull import MAX_ONLY, Peers
+from kvindex_server.peers import Peers
+from kvindex_server.pull import MAX_ONLY, fetch_streams
 from kvindex_server.snapshot import BadSnapshot
 from kvindex_server.stream import Trust
 
@@ -53,32 +53,15 @@ class PeerState:
     """By how many at least they differ; None when nothing could be compared."""
 
 
-def resolve(address: str) -> Iterable[tuple[str, str]]:
-    """(address to dial, name) of every replica behind `host:port`. OSError when the name has no addresses."""
-    name, _, port = address.rpartition(":")
-    name = name.strip("[]")
-    for *_, found in socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM):
-        ip = str(found[0])
-        yield f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name
-
-
 class Siblings:
     """Asks every peer at an interval, on a thread of its own."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        peers: Peers,
-        instance: str,
-        interval: float,
-        resolve: Callable[[str], Iterable[tuple[str, str]]] = resolve,
-    ) -> None:
+    def __init__(self, fleet: Fleet, peers: Peers, instance: str, interval: float) -> None:
         """`instance` is what this replica answers to others, so that it knows itself behind a common name."""
         self._fleet = fleet
         self._peers = peers
         self._instance = instance
         self._interval = interval
-        self._resolve = resolve
         self._states: dict[str, PeerState] = {}
         self._repairs = {Repair.ADOPT: 0, Repair.DOUBT: 0}
         # After a repair a stream is left alone for a while, longer every time: one that does not help is not repeated
@@ -111,7 +94,7 @@ class Siblings:
         """One round with all peers."""
         states: dict[str, PeerState] = {}
         self._pauses = {name: (max(0, left - 1), after) for name, (left, after) in self._pauses.items()}
-        for address, name in self._addresses():
+        for address, name in self._peers.found():
             try:
                 state = self._compare_with(address, name)
             except (grpc.RpcError, OSError, BadSnapshot) as error:
@@ -121,15 +104,6 @@ class Siblings:
             if state is not None:
                 states[address] = state
         self._states = states
-
-    def _addresses(self) -> list[tuple[str, str]]:
-        found: dict[str, str] = {}
-        for address in self._peers.addresses:
-            try:
-                found |= dict(self._resolve(address))
-            except (OSError, ValueError) as error:  # a name that cannot be encoded is a ValueError
-                _log.warning("peers not found", extra={"fields": {"peer": address, "reason": str(error)}})
-        return list(found.items())
 
     def _compare_with(self, address: str, name: str) -> PeerState | None:
         """None when the peer is this replica itself."""
@@ -180,7 +154,7 @@ class Siblings:
         if not adopted:
             return
         with tempfile.TemporaryDirectory(prefix="kvindex-siblings-") as directory:
-            for saved in self._peers.fetch_streams(channel, list(adopted), Path(directory)):
+            for saved in fetch_streams(self._peers, channel, list(adopted), Path(directory)):
                 name = (saved.model, saved.pod, saved.rank)
                 if name in adopted:
                     self._fleet.adopt(saved, adopted[name])

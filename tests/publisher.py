@@ -10,11 +10,23 @@ import zmq
 END = b"\xff" * 8
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has right now."""
+def free_port(*others: str) -> int:
+    """A port of 127.0.0.1, and of these addresses too, that nobody has right now."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if all(_is_free(each, port) for each in others):
+                return port
+
+
+def _is_free(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+        return True
 
 
 class Publisher:

@@ -20,7 +20,7 @@ from kvindex_server import siblings
 from kvindex_server._core import Index
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
-from kvindex_server.pull import Peers
+from kvindex_server.peers import Peers, resolve
 from kvindex_server.snapshot import File, Writer
 
 
@@ -133,9 +133,9 @@ def test_two_that_are_sure_and_differ_ask_the_engine(pod: dict[str, object], tmp
 
 def test_a_name_stands_for_all_its_addresses_and_the_replica_itself_is_left_out(pod: dict[str, object]) -> None:
     """As behind a headless Service: the other one is compared, the own address is not, whatever it is called."""
-    listen, other_listen = f"127.0.0.1:{free_port()}", f"127.0.0.2:{free_port()}"
-    port = listen.rpartition(":")[2]
-    assert (listen, "localhost") in set(siblings.resolve(f"localhost:{port}"))
+    port = free_port()
+    listen, other_listen = f"127.0.0.1:{port}", f"127.0.0.2:{free_port('127.0.0.2')}"
+    assert (listen, "localhost") in set(resolve(f"localhost:{port}"))
     engine = engine_of(pod, seed=23)
     with running(engine):
         other = Replica(other_listen, [], [pod])
@@ -160,12 +160,13 @@ class Told:
 def test_a_peer_that_is_away_is_not_one_that_agrees() -> None:
     """It has no divergence, rather than none; a name without addresses is no peer."""
 
-    def resolve(address: str) -> list[tuple[str, str]]:
+    def by_rule(address: str) -> list[tuple[str, str]]:
         if address.startswith("gone"):
             raise OSError("no such name")
         return [(address, "")]
 
     away = f"127.0.0.1:{free_port()}"
-    made = siblings.Siblings(Told(), Peers([away, "gone:1"], timeout=1.0), "me", 1.0, resolve)  # type: ignore[arg-type]
+    peers = Peers([away, "gone:1"], timeout=1.0, resolve=by_rule)
+    made = siblings.Siblings(Told(), peers, "me", 1.0)  # type: ignore[arg-type]
     made.compare_now()
     assert made.states == [siblings.PeerState(away, 0, None)]

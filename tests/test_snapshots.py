@@ -18,7 +18,8 @@ from test_processes import EngineProcess, ServerProcess, agrees, blocks, engine_
 
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
-from kvindex_server.pull import Peers
+from kvindex_server.peers import Peers
+from kvindex_server.pull import fetch
 from kvindex_server.snapshot import File
 
 
@@ -170,7 +171,7 @@ def test_a_broken_transfer_is_taken_up_where_it_ended(pod: dict[str, object], tm
     port = sibling.add_insecure_port("127.0.0.1:0")
     sibling.start()
     try:
-        path = Peers([f"127.0.0.1:{port}"], timeout=20).fetch(tmp_path)
+        path = fetch(Peers([f"127.0.0.1:{port}"], timeout=20), tmp_path)
     finally:
         sibling.stop(0)
     assert path is not None and path.read_bytes() == data

@@ -16,9 +16,9 @@ valkey_server = pytest.importorskip("valkey_server")
 from slow_proxy import SlowProxy  # noqa: E402
 
 from kvindex_server._core import block_keys  # noqa: E402
-from kvindex_server.errors import FailedPrecondition  # noqa: E402
+from kvindex_server.errors import Unavailable  # noqa: E402
 from kvindex_server.store import scripts  # noqa: E402
-from kvindex_server.store.client import Client, StoreAway  # noqa: E402
+from kvindex_server.store.client import Client, StoreAway, StoreFull  # noqa: E402
 from kvindex_server.store.index import StoreIndex  # noqa: E402
 from kvindex_server.store.writer import packed  # noqa: E402
 
@@ -337,13 +337,12 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
     """The rights that the documentation names suffice, and a wrong password is the store being away."""
     with valkey_server.valkey(tmp_path) as server:
         plain = server.client()
-        # fmt: off
-        plain.execute_command(
-            "ACL", "SETUSER", "kvindex", "on", ">secret", "~kvindex:*", "-@all", "+evalsha", "+script|load", "+scan",
-            "+client|setinfo", "+client|setname", "+hget", "+hset", "+hdel", "+hvals", "+hgetall", "+get", "+set",
-            "+mget", "+mset", "+unlink", "+sadd", "+srem", "+sismember", "+time", "+ping", "+select",
+        rights = (
+            "on >secret ~kvindex:* -@all +evalsha +script|load +scan +client|setinfo +client|setname +hget +hset +hdel "
+            "+hvals +hgetall +hexists +exists +pexpire +get +set +mget +mset +unlink +sadd +srem +sismember +time "
+            "+info +ping +select"
         )
-        # fmt: on
+        plain.execute_command("ACL", "SETUSER", "kvindex", *rights.split())
         password = tmp_path / "password"
         password.write_text("secret\n")
         index = replica(server.address, username="kvindex", password_file=str(password))
@@ -356,7 +355,18 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         settle(index)
         stream.apply([stored(tokens[:BLOCK])])
         settle(index)
-        assert index.sweep() == 2
+        assert index.place("pod", 0, keys, 10.0) == ("recorded", 0, 1)
+        stream.apply([stored(tokens[: 2 * BLOCK])])
+        settle(index)
+        assert index.placements["confirmed"] == 1
+        stream.apply([batch([as_map(Removed([2]))])])
+        settle(index)
+        assert index.sweep() == 1
+        asked = index._client
+        asked.run(scripts.ASK, index._tags[0], "number", b"question", 1000)
+        asked.run(scripts.ANSWER, index._tags[0], "number", "me", b"answer", 1000)
+        assert asked.run(scripts.ANSWERS, index._tags[0], "number") == [b"answer"]
+        asked.run(scripts.FORGET, index._tags[0], "number")
         assert matches(index, keys) == {"pod": 1}
         password.write_text("other")
         with pytest.raises(StoreAway) as raised:
@@ -402,14 +412,140 @@ def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_
             sentinel.kill()
 
 
-def test_what_is_not_shared_is_refused(server: "valkey_server.Valkey") -> None:
-    """Placements and engine hashes: refused with the reason, instead of an answer that knows half."""
-    index = replica(server.address)
-    with pytest.raises(FailedPrecondition, match="placements"):
-        index.place("pod", 0, b"", 1.0)
-    with pytest.raises(FailedPrecondition, match="engine hashes"):
-        index.holders_of_ints(b"", [])
-    assert not index.add_stream("pod", 0).restore(b"")
+def test_a_primary_that_became_a_replica_answers_nothing(server: "valkey_server.Valkey", tmp_path: Path) -> None:
+    """Nobody closed the connection: what it has may be of any time, so that it is as good as away."""
+    with valkey_server.valkey(tmp_path) as other:
+        index = replica(server.address)
+        tokens, keys = tokens_of(1, 3)
+        index.add_stream("pod", 0).apply([stored(tokens)])
+        settle(index)
+        index.renew()
+        assert matches(index, keys) == {"pod": 3}
+        plain = server.client()
+        plain.execute_command("REPLICAOF", "127.0.0.1", other.port)
+        for ask in (lambda: matches(index, keys), index.renew):
+            with pytest.raises(StoreAway):
+                ask()
+        plain.execute_command("REPLICAOF", "NO", "ONE")
+        ends = time.monotonic() + 10
+        while index.standing("pod", 0)[0] != 3:
+            assert time.monotonic() < ends
+            settle(index)
+            index.renew()
+        assert matches(index, keys) == {"pod": 3}
+        assert index.counts["eras"] == 1
+
+
+def scores(index: StoreIndex, keys: bytes) -> list[tuple[int, int, float, int]]:
+    """(rank, matched, score, speculative) per pod."""
+    return [(rank, blocks, total, spec) for _, rank, blocks, total, _, spec in index.score(keys, [], [1.0])]
+
+
+def test_a_placement_counts_for_every_replica_until_its_time_is_over(server: "valkey_server.Valkey") -> None:
+    """By the store's own clock, and with nobody taking it out."""
+    writer, router, reader = (replica(server.address) for _ in range(3))
+    tokens, keys = tokens_of(1, 6)
+    stream = writer.add_stream("pod", 0)
+    with pytest.raises(Unavailable, match="no replica follows"):
+        waiting = replica(server.address)
+        waiting.add_stream("pod", 0)
+        waiting.place("pod", 0, keys, 1.0)
+    stream.apply([stored(tokens[: 2 * BLOCK])])
+    settle(writer)
+    started = time.monotonic()
+    assert router.place("pod", -1, keys[: 8 * 4], 1.0) == ("recorded", 0, 2)
+    assert scores(reader, keys) == [(0, 2, 4.0, 2)]
+    assert [each[4] for found in reader.holders(keys, []) for each in found] == [False, False, True, True]
+    stream.apply([stored(tokens[: 3 * BLOCK])])  # the engine has computed one of them
+    settle(writer)
+    assert scores(reader, keys) == [(0, 3, 4.0, 1)] or time.monotonic() - started > 0.9
+    time.sleep(max(0.0, started + 1.0 - time.monotonic()) + 0.2)
+    assert scores(reader, keys) == [(0, 3, 3.0, 0)]
+    assert list(server.client().scan_iter(match="*}[pw]*")) == []
+    assert router.place("nobody", 0, keys, 1.0)[0] == "no_pod"
+    assert router.place("pod", 1, keys, 1.0)[0] == "no_rank"
+
+
+def test_what_was_placed_on_a_dead_engine_is_gone(server: "valkey_server.Valkey") -> None:
+    """A new life ends it, and a router that has not heard of that life yet does not bring it back."""
+    writer, router = replica(server.address), replica(server.address)
+    _, keys = tokens_of(1, 4)
+    stream = writer.add_stream("pod", 0)
+    settle(writer)
+    router.place("pod", 0, keys, 100.0)
+    assert scores(router, keys) == [(0, 0, 4.0, 4)]
+    stream.clear()
+    settle(writer)
+    assert scores(router, keys) == []
+    real, lives = router._read, dict(router._table.lives)
+
+    def late(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
+        """Between its reading and its writing the engine restarts."""
+        answer = real(*arguments, **options)  # type: ignore[arg-type]
+        if router._table.lives == lives:
+            stream.clear()
+            settle(writer)
+        return answer
+
+    router._read = late  # type: ignore[method-assign]
+    assert router.place("pod", 0, keys, 100.0) == ("recorded", 0, 0)
+    assert router._table.lives != lives
+    assert scores(writer, keys) == [(0, 0, 4.0, 4)]  # on the engine that lives
+
+
+def test_placements_have_bounds(server: "valkey_server.Valkey") -> None:
+    """As many as the model may have, over all replicas, and refused whole; a store without room takes none."""
+    settings = StoreSettings.model_validate({"addresses": (server.address,)})
+    one, other = (StoreIndex(Client(settings), settings, "model", BLOCK, max_placements=8) for _ in range(2))
+    one.add_stream("pod", 0)
+    settle(one)
+    keys = [random.Random(at).randbytes(48) for at in range(2)]
+    assert one.place("pod", 0, keys[0], 100.0)[0] == "recorded"
+    assert other.place("pod", 0, keys[1], 100.0)[0] == "no_room"
+    assert other.placements["refused"] == 6
+    assert other.place("pod", 0, keys[0], 100.0)[0] == "recorded"  # once more needs no more room
+    assert (other.placements["recorded"], other.placements["renewed"]) == (0, 6)
+    server.client().config_set("maxmemory", 1024)
+    with pytest.raises(StoreFull):
+        one.place("pod", 0, keys[0], 100.0)
+
+
+def test_engine_hashes_are_answered_by_all_replicas_or_not_at_all(server: "valkey_server.Valkey") -> None:
+    """Two replicas write, a third one asks: it gets both parts, and while one of the two is silent it gets an error."""
+    one, two, asker = (replica(server.address) for _ in range(3))
+    tokens, keys = tokens_of(1, 3)
+    streams = one.add_stream("one", 0), two.add_stream("two", 0)
+    for index, stream in zip((one, two), streams, strict=True):
+        stream.apply([stored(tokens)])
+        settle(index)
+    hashes = b"".join(each.to_bytes(8, "little") for each in (1, 2, 3, 4))
+    with pytest.raises(StoreAway, match="not every replica"):
+        asker.holders_of_ints(hashes, [])
+    one.start()
+    try:
+        with pytest.raises(StoreAway, match="not every replica"):
+            asker.holders_of_ints(hashes, [])
+        assert [len(found) for _, found in asker.holders_of_ints(hashes, ["one"])] == [1, 1, 1, 0]
+        two.start()
+        expected = [int.from_bytes(keys[at : at + 8], "little") for at in range(0, 24, 8)]
+        both = [("one", 0, 0, 0, False), ("two", 0, 0, 0, False)]
+        assert asker.holders_of_ints(hashes, []) == [*((key, both) for key in expected), (0, [])]
+        streams[0].clear()  # a new life: what was said under the old one does not count
+        eventually_empty = time.monotonic() + 10
+        while [len(found) for _, found in asker.holders_of_ints(hashes, [])] != [1, 1, 1, 0]:
+            assert time.monotonic() < eventually_empty
+        names = [each.to_bytes(32, "big") for each in (7, 8)]
+        streams[1].apply([batch([as_map(Stored(names, None, tokens[: 2 * BLOCK], BLOCK))])])
+        assert [found for _, found in asker.holders_of_bytes(names, [])] == [both[1:]] * 2
+        assert not list(server.client().scan_iter(match="*}[xy]*"))
+    finally:
+        one.stop()
+        two.stop()
+
+
+def test_a_saved_state_is_not_taken(server: "valkey_server.Valkey") -> None:
+    """Another replica may have overtaken what it says."""
+    assert not replica(server.address).add_stream("pod", 0).restore(b"")
 
 
 def test_a_missing_password_file_names_the_setting() -> None:

@@ -1,13 +1,16 @@
 """The contract of the native index, kept by the index in a shared store with a real Valkey behind it."""
 
 import random
+import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from event_encoding import Removed, Stored, as_map, batch
-from oracle import ModelOracle
+from oracle import ModelOracle, normal
 from test_index_oracle import BLOCK, Fleet, token_bytes, words
+from test_placements import PlacingFleet
 
 from kvindex_server.config import StoreSettings
 
@@ -37,9 +40,35 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[valkey_server
 class SharedIndex(StoreIndex):
     """Asked only when everything is in the store."""
 
-    def _read(self, keys: bytes, *, prefix: bool):  # type: ignore[no-untyped-def]
+    def _read(self, keys: bytes, *, prefix: bool, everywhere: bool = False):  # type: ignore[no-untyped-def]
         assert self.flush()
-        return super()._read(keys, prefix=prefix)
+        return super()._read(keys, prefix=prefix, everywhere=everywhere)
+
+    def advance_clock(self, seconds: float) -> None:
+        """Every placement ends so much earlier: as if that time had passed in the store."""
+        passed = int(seconds * 1000)
+        store = self._client._redis
+        for tag in self._tags:
+            begin = tag.encode()
+            for name in store.scan_iter(match=begin.replace(b"{", b"\\{") + b"[pw]*"):
+                value = store.get(name)
+                left = store.pttl(name) - passed
+                if left <= 0:
+                    store.delete(name)
+                elif name == begin + b"w":
+                    store.set(name, int(value) - passed, px=left)
+                else:
+                    entries = [struct.unpack("<6s6sB", value[at : at + 13]) for at in range(0, len(value), 13)]
+                    earlier = [
+                        struct.pack(
+                            "<6s6sB", life, (int.from_bytes(end, "little") - passed).to_bytes(6, "little"), guess
+                        )
+                        for life, end, guess in entries
+                    ]
+                    store.set(name, b"".join(earlier), px=left)
+            for second, blocks in store.hgetall(tag + "c").items():
+                store.hdel(tag + "c", second)
+                store.hincrby(tag + "c", int(second) - passed // 1000, int(blocks))
 
 
 class SharedFleet(Fleet):
@@ -60,10 +89,64 @@ class SharedFleet(Fleet):
         got = self.reader.holders(keys, [])
         own = self.index.holders(keys, [])
         name, other = self.reader.tiers, self.index.tiers
-        assert [{(p, r, name[t], g) for p, r, t, g, _ in each} for each in got] == [
-            {(p, r, other[t], g) for p, r, t, g, _ in each} for each in own
+        assert [{(p, r, name[t], g, s) for p, r, t, g, s in each} for each in got] == [
+            {(p, r, other[t], g, s) for p, r, t, g, s in each} for each in own
         ]
         assert self.reader.block_size in (0, self.index.block_size)
+        self.ask_by_hashes()
+
+    def ask_by_hashes(self) -> None:
+        """By the engines' own names for the blocks, asked elsewhere: each replica answers for what it writes."""
+        named = {normal(value) for engine in self.engines for _, _, value in engine.oracle.counts}
+        numbers = [12345, *(each for each in named if isinstance(each, int))]
+        names = [b"unknown", *(each for each in named if isinstance(each, bytes))]
+        ends = threading.Event()
+
+        def look() -> None:
+            while not ends.wait(0.01):
+                self.index.renew()  # type: ignore[attr-defined]
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        try:
+            got = self.reader.holders_of_ints(words(numbers), []) + self.reader.holders_of_bytes(names, [])
+            of_one = self.reader.holders_of_ints(words(numbers), ["a:1"])
+        finally:
+            ends.set()
+            looking.join()
+        own = self.index.holders_of_ints(words(numbers), []) + self.index.holders_of_bytes(names, [])
+        assert [key for key, _ in got] == [key for key, _ in own]
+        tiers = self.reader.tiers
+        for value, (_, holders) in zip((*numbers, *names), got, strict=True):
+            told = {(pod, rank, tiers[bit], group, speculative) for pod, rank, bit, group, speculative in holders}
+            assert told == self.oracle.holders_of_hash(value)
+        for (_, holders), (_, of_pod) in zip(got, of_one, strict=False):
+            assert of_pod == [each for each in holders if each[0] == "a:1"]
+
+
+class SharedPlacingFleet(PlacingFleet, SharedFleet):
+    """And a router that records where it sends its prompts."""
+
+    def audit(self) -> None:
+        """What this replica knows of the counts; nobody counts what a store forgets."""
+        super(PlacingFleet, self).audit()
+        counts = self.index.placements
+        assert set(counts) == {"recorded", "renewed", "confirmed", "refused"}
+        for what, blocks in counts.items():
+            assert blocks == self.oracle.counts[what], what
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_placements_agree_with_the_oracle(server: "valkey_server.Valkey", seed: int, partitions: int) -> None:
+    """What routers record counts for every replica, until the engine's events or its time end it."""
+    settings = StoreSettings(addresses=(server.address,), partitions=partitions, batch_blocks=7)
+    fleet = SharedPlacingFleet(seed, settings, f"placed-{seed}-{partitions}")
+    for step in range(80):
+        fleet.step()
+        fleet.audit()
+        if step % 6 == 0:
+            fleet.read_elsewhere()
 
 
 @pytest.mark.parametrize("partitions", [1, 3])

@@ -61,6 +61,28 @@ class Asker:
         return score.matched_blocks, score.trust
 
 
+def places_and_names_are_shared(writer: rpc.KVIndexStub, other: rpc.KVIndexStub) -> None:
+    """What one replica is told by a router counts at the other, and either answers by the engine's names."""
+    longer = pb.Tokens(ids=[*TOKENS, *range(100, 100 + 2 * BLOCK)])
+    placed = other.RecordPlacement(
+        pb.RecordPlacementRequest(model="m", pod="pod-a", tokens=longer, ttl_seconds=1.0), timeout=5
+    )
+    ends = time.monotonic() + 1.0
+    assert placed.held_blocks == 5
+    for stub in (writer, other):
+        (score,) = stub.Score(pb.ScoreRequest(model="m", tokens=longer), timeout=5).scores
+        if time.monotonic() < ends - 0.1:
+            assert (score.matched_blocks, score.speculative_blocks) == (5, 2)
+    for stub in (writer, other):
+        asked = pb.GetPodsForBlocksRequest(model="m", engine_hashes=pb.EngineHashes(ints=[1, 5, 6]))
+        answer = stub.GetPodsForBlocks(asked, timeout=10)
+        assert [[each.pod for each in block.holders] for block in answer.blocks] == [["pod-a"], ["pod-a"], []]
+    time.sleep(max(0.0, ends - time.monotonic()) + 0.1)
+    for stub in (writer, other):
+        (score,) = stub.Score(pb.ScoreRequest(model="m", tokens=longer), timeout=5).scores
+        assert (score.matched_blocks, score.speculative_blocks) == (5, 0)
+
+
 def test_two_replicas_share_the_work(server: "valkey_server.Valkey") -> None:
     """One writes, both answer; kill -9 of the store and of the writer cost answers, and none is wrong."""
     publisher = Publisher()
@@ -74,6 +96,7 @@ def test_two_replicas_share_the_work(server: "valkey_server.Valkey") -> None:
     try:
         eventually(lambda: second.ask() == whole)
         assert 'kvindex_store_events_total{event="lives",model="m"}' not in two.scrape()[1]  # it writes nothing
+        places_and_names_are_shared(first.stub, second.stub)
         server.kill()
         eventually(lambda: second.ask() is grpc.StatusCode.UNAVAILABLE)
         eventually(lambda: two.scrape("/readyz")[0] == 503)

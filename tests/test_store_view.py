@@ -31,6 +31,21 @@ def test_a_holder_counts_only_in_its_streams_life() -> None:
     assert view.score(KEYS, [b""], 16, [], [1.0]) == []
 
 
+def test_a_holder_without_tiers_is_a_placement() -> None:
+    """It lengthens what its stream holds, counts apart, and means nothing in a dead life."""
+    view = StoreView([("a", 0, 7, FULL, [0]), ("cold", 1, 8, b"", [0])])
+    real, placed = holder(7), holder(7, tiers=0)
+    assert view.score(KEYS, [reading([real], [placed], [holder(8, tiers=0)])], 16, [], [1.0]) == [
+        ("a", 0, 1, 2.0, [1, 0, 0, 0, 0, 0, 0, 0], 1)
+    ]
+    assert view.score(KEYS, [reading([holder(8, tiers=0)], [holder(6, tiers=0)])], 16, [], [1.0]) == [
+        ("cold", 1, 0, 1.0, [0, 0, 0, 0, 0, 0, 0, 0], 1)
+    ]
+    found = view.holders(KEYS, [reading([real, placed], [holder(8, tiers=0)])], [])
+    assert found == [[("a", 0, 0, 0, False), ("a", 0, 0, 0, True)], [("cold", 1, 0, 0, True)], []]
+    assert view.holders(KEYS, [reading([holder(8, tiers=0)])], ["a"]) == [[], [], []]
+
+
 @pytest.mark.parametrize(
     "bad",
     [b"\1", b"\1\0", reading([holder(7)])[:-1], reading([holder(7)], [], [], []), b"\xff\xff" + holder(7)],

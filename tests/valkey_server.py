@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,4 +89,134 @@ def valkey(directory: Path, *options: str) -> Iterator[Valkey]:
         server.kill()
 
 
-__all__ = ["Valkey", "binary", "free_port", "valkey"]
+class Ensemble:
+    """A primary, a replica of it, and three sentinels of which two must agree that it is gone."""
+
+    service = "main"
+
+    def __init__(self, directory: Path, down_after_ms: int) -> None:
+        fast = ("--repl-diskless-sync-delay", "0")
+        self.primary = Valkey(directory, *fast)
+        self.replica = Valkey(directory, *fast, "--replicaof", "127.0.0.1", str(self.primary.port))
+        self.sentinels: list[str] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for number in range(3):
+            port = free_port()
+            config = directory / f"sentinel-{number}.conf"
+            config.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
+                f"sentinel monitor {self.service} 127.0.0.1 {self.primary.port} 2\n"
+                f"sentinel down-after-milliseconds {self.service} {down_after_ms}\n"
+                f"sentinel failover-timeout {self.service} 2000\n"
+            )
+            command = [str(binary()), str(config), "--sentinel"]
+            self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            self.sentinels.append(f"127.0.0.1:{port}")
+        _until(self._whole)
+
+    def cut_replication(self) -> None:
+        """From now on the replica gets nothing, and everybody else sees no difference."""
+        cut_replication(self.primary)
+
+    def promoted(self) -> None:
+        """Returns when the replica is the primary, and every sentinel says so."""
+        _until(lambda: all(self._told(each) == self.replica.port for each in self.sentinels))
+        _until(lambda: self.replica.client().info("replication")["role"] == "master")
+
+    def swap(self) -> None:
+        """The dead primary comes back, and is the replica of who took its place."""
+        self.primary.start()
+        self.primary, self.replica = self.replica, self.primary
+        _until(self._whole)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self.primary.kill()
+        self.replica.kill()
+
+    def _whole(self) -> bool:
+        about = self.replica.client().info("replication")
+        if about["role"] != "slave" or about["master_link_status"] != "up":
+            return False
+        for each in self.sentinels:
+            with redis.Redis(port=int(each.rpartition(":")[2]), protocol=2) as asked:
+                state = asked.sentinel_master(self.service)
+                if (state["num-slaves"], state["num-other-sentinels"]) != (1, 2) or state["is_sdown"]:
+                    return False
+        return True
+
+    def _told(self, sentinel: str) -> int:
+        with redis.Redis(port=int(sentinel.rpartition(":")[2]), protocol=2) as asked:
+            return int(asked.sentinel_get_master_addr_by_name(self.service)[1])
+
+
+class Cluster:
+    """Three primaries with a third of the slots each, and a replica of the first one, which may be killed."""
+
+    def __init__(self, directory: Path) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1500", "--repl-diskless-sync-delay", "0")
+        self._servers: list[Valkey] = []
+        for number in range(4):
+            (place := directory / str(number)).mkdir()
+            self._servers.append(Valkey(place, *options))
+        self.primary, *_, self.replica = self._servers
+        self.addresses = [each.address for each in self._servers]
+        first = self.primary.client()
+        bus = first.config_get("cluster-port")["cluster-port"]
+        slots = ((0, 5460), (5461, 10922), (10923, 16383))
+        for server, of_server in zip(self._servers, slots, strict=False):
+            server.client().execute_command("CLUSTER", "ADDSLOTSRANGE", *of_server)
+        for each in self._servers[1:]:
+            each.client().execute_command("CLUSTER", "MEET", "127.0.0.1", self.primary.port, bus)
+        name = first.execute_command("CLUSTER", "MYID")
+        _until(lambda: all(self._knows_all(each) for each in self._servers))
+        _until(lambda: self.replica.client().execute_command("CLUSTER", "REPLICATE", name) == b"OK")
+        _until(lambda: self.replica.client().info("replication").get("master_link_status") == "up")
+        _until(lambda: all(len(self._slots(each)[0]) == 4 for each in self._servers))  # with its replica
+
+    def cut_replication(self) -> None:
+        """From now on the replica gets nothing, and everybody else sees no difference."""
+        cut_replication(self.primary)
+
+    def close(self) -> None:
+        for each in self._servers:
+            each.kill()
+
+    def _knows_all(self, server: Valkey) -> bool:
+        about = server.client().execute_command("CLUSTER", "INFO")
+        return b"cluster_state:ok" in about and b"cluster_known_nodes:4" in about
+
+    def _slots(self, server: Valkey) -> list[list[object]]:
+        return sorted(server.client().execute_command("CLUSTER", "SLOTS"))
+
+
+def cut_replication(primary: Valkey) -> None:
+    """Its replicas cannot connect again, while all that they ask without a right of their own goes on."""
+    client = primary.client()
+    client.execute_command("ACL", "SETUSER", "default", "-psync", "-sync", "-replconf")
+    client.execute_command("CLIENT", "KILL", "TYPE", "replica")
+
+
+def _until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
+    ends = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if holds():
+                return
+        assert time.monotonic() < ends, "the servers did not get there"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def ensemble(directory: Path, down_after_ms: int = 1000) -> Iterator[Ensemble]:
+    """Servers and sentinels for the time of a test."""
+    made = Ensemble(directory, down_after_ms)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+__all__ = ["Cluster", "Ensemble", "Valkey", "binary", "ensemble", "free_port", "valkey"]

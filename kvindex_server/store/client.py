@@ -1,6 +1,8 @@
 """Connections to Valkey or Redis: single, sentinel or cluster; the only module that imports redis."""
 
 import hashlib
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,9 @@ from kvindex_server.config import ConfigError, StoreSettings
 from kvindex_server.errors import Unavailable
 
 Argument = bytes | str | int
+
+LOOK_SECONDS = 0.5
+"""Between two questions to a cluster where the slots are."""
 
 
 class StoreAway(Unavailable):
@@ -49,6 +54,9 @@ class Client:
         self._connection_lost = exceptions.ConnectionError
         self._timeout = exceptions.TimeoutError
         self._redis: Any = _connect(redis, settings)
+        self._cluster = settings.mode == "cluster"
+        self._looked_at = 0.0
+        self._looking = threading.Lock()
 
     def run(self, script: Script, tag: str, *arguments: Argument) -> Any:
         """The script's answer. StoreAway, StoreFull."""
@@ -89,9 +97,23 @@ class Client:
 
     def _send(self, script: Script, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[Any]:
         answers = self._once(script, calls)
+        late = any(isinstance(each, self._timeout) for each in answers)
         lost = isinstance(answers[0], self._connection_lost) and not isinstance(answers[0], self._timeout)
+        if self._cluster and (late or lost):
+            self._look_around()
         # A connection of the pool that died unnoticed; every script may run twice.
         return self._once(script, calls) if lost else answers
+
+    def _look_around(self) -> None:
+        """Ask the cluster who has which slots by now; without retries of its own the package does not get to it."""
+        with self._looking:
+            if time.monotonic() - self._looked_at < LOOK_SECONDS:
+                return
+            try:
+                self._redis.nodes_manager.initialize()
+            except self._away:
+                pass  # none of them answers
+            self._looked_at = time.monotonic()
 
     def _once(self, script: Script, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[Any]:
         try:

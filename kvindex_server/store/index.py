@@ -13,15 +13,15 @@ import msgpack  # type: ignore[import-untyped]
 
 from kvindex_server._core import Index, StoreView, block_keys, split_keys, xxh3_64
 from kvindex_server.config import StoreSettings
-from kvindex_server.errors import FailedPrecondition
-from kvindex_server.store import scripts
+from kvindex_server.errors import Unavailable
+from kvindex_server.store import leases, scripts
 from kvindex_server.store.client import Client, StoreAway
-from kvindex_server.store.writer import StoreStream
+from kvindex_server.store.leases import Trusted
+from kvindex_server.store.places import Places, Target
+from kvindex_server.store.questions import Questions
+from kvindex_server.store.writer import StoreStream, packed
 
 _log = logging.getLogger(__name__)
-
-Trusted = tuple[int, str, float]
-"""How far a stream is trusted: the value of a Trust, the reason, seconds since its last message (-1: none)."""
 
 _Bytes = bytes  # `bytes` is a property of the index
 
@@ -31,20 +31,11 @@ ROUND = 64
 """Batches sent at once."""
 SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
-MAX_DELAY = 5.0
+MAX_DELAY = 1.0
 MAX_READS = 4
-_DOUBT = (4, 1, 2, 3)
-NO_PLACEMENTS = dict.fromkeys(("blocks", "recorded", "renewed", "confirmed", "expired", "fenced", "refused"), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """What the replica that follows a stream has told, when that was heard, and when it ends (time.monotonic)."""
-
-    ends: float
-    told_at: float
-    trusted: Trusted
-    life: int
+_FULL = 0
+"""A full-attention group, as a stream describes its groups; each takes so many bytes, the kind behind its number:"""
+_GROUP_BYTES, _KIND_AT = 9, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +45,8 @@ class Table:
     word: bytes
     view: StoreView
     lives: dict[tuple[str, int], int]
+    full: dict[tuple[str, int], bytes]
+    """The numbers of each stream's full-attention groups."""
 
 
 class StoreIndex:
@@ -71,6 +64,7 @@ class StoreIndex:
         block_size: int = 0,
         seed: int = 1337,
         max_claims: int = 0,
+        max_placements: int = 1 << 20,
         *,
         trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
         gained: Callable[[str, int], None] = lambda _pod, _rank: None,
@@ -80,16 +74,21 @@ class StoreIndex:
         self._settings = settings
         self._own = Index(block_size, seed, max_claims)
         # The format's version is in it: replicas that write another one never meet these keys.
-        space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.1"
+        space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
         self._owner = os.urandom(8).hex()
+        self._places = Places(client, self._tags, max_placements)
         self._trust_of = trust_of
         self._gained = gained
         self._clock = clock
+        self._questions = Questions(client, self._tags[0], self._own, self._owner, self._writing_lives)
         self._lock = threading.Lock()
         self._streams: tuple[StoreStream, ...] = ()
-        self._table = Table(b"-", StoreView([]), {})
-        self._leases: dict[tuple[str, int], Lease] = {}
+        self._table = Table(b"-", StoreView([]), {}, {})
+        self._leases: leases.Leases = {}
+        # Of each partition, the era of the last answer; and those in which what was sent was last looked for.
+        self._eras = [b""] * settings.partitions
+        self._looked: list[bytes] = []
         self._writing = threading.Lock()
         self._dirty = threading.Event()
         self._halt = threading.Event()
@@ -136,17 +135,37 @@ class StoreIndex:
 
     @property
     def placements(self) -> dict[str, int]:
-        return dict(NO_PLACEMENTS)
+        """See `Places.counts`: fewer than those of a native index."""
+        return self._places.counts
 
     def learn_block_size(self, size: int) -> int:
         return self._own.learn_block_size(size)
 
     def sweep_placements(self) -> None:
-        """There are none."""
+        """The store forgets them by itself."""
 
     def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:
-        """FailedPrecondition: placements are not shared."""
-        raise FailedPrecondition("placements are not recorded while the index is kept in a shared store")
+        """As of the native index; every replica counts it from now on. StoreAway, StoreFull; Unavailable when no
+        replica has told the store of the pod yet."""
+        for _ in range(MAX_READS):
+            view, readings = self._read(keys if rank < 0 else b"", prefix=False)
+            table = self._table
+            ranks = sorted(of for name, of in table.lives if name == pod)
+            if not ranks:
+                if any(each.pod == pod and not each.closed for each in self._streams):
+                    raise Unavailable("no replica follows this pod yet")
+                return "no_pod", 0, 0
+            at = rank
+            if rank < 0:
+                found = view.score(keys, readings, self.block_size, [pod], [1.0])
+                at = found[0][1] if found else ranks[0]
+            if at not in ranks:
+                return "no_rank", 0, 0
+            life, full = packed(table.lives[pod, at]), table.full[pod, at]
+            outcome, held = self._places.record(Target(life, full, rank < 0 and len(ranks) > 1), keys, seconds)
+            if outcome != "over":
+                return outcome, at, held
+        raise StoreAway("the shared store changes too fast to be written")
 
     def add_stream(self, pod: str, rank: int) -> StoreStream:
         """A stream that this replica would write, once it has the lease."""
@@ -194,27 +213,32 @@ class StoreIndex:
     def holders_of_ints(
         self, hashes: _Bytes, pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
-        """FailedPrecondition: engines' hashes are not shared."""
-        raise FailedPrecondition("engine hashes cannot be asked for while the index is kept in a shared store")
+        """As of the native index, by asking every replica. StoreAway, also when one does not answer."""
+        return self._questions.ask(hashes, pods, self._counting)
 
     def holders_of_bytes(
         self, hashes: Sequence[_Bytes], pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
-        """FailedPrecondition: engines' hashes are not shared."""
-        return self.holders_of_ints(b"", pods)
+        """The same by byte strings."""
+        return self._questions.ask(list(hashes), pods, self._counting)
+
+    def _counting(self) -> dict[tuple[str, int], int]:
+        self._read(b"", prefix=True)
+        return self._table.lives
+
+    def _writing_lives(self) -> dict[tuple[str, int], int]:
+        return {(each.pod, each.rank): each.life for each in self._streams if each.life and not each.closed}
 
     # --- reading ---
 
-    def _read(self, keys: _Bytes, *, prefix: bool) -> tuple[StoreView, list[_Bytes]]:
+    def _read(self, keys: _Bytes, *, prefix: bool, everywhere: bool = False) -> tuple[StoreView, list[_Bytes]]:
+        """What the partitions of these keys say, or all of them: how it is laid out, and a reading of each."""
         split = split_keys(keys, len(self._tags))
+        asked = [at for at, of_partition in enumerate(split) if at == 0 or of_partition or everywhere]
         for _ in range(MAX_READS):
             word, view = self._table.word, self._table.view
             stop = prefix and view.prefix_only
-            calls = [
-                (tag, (word if at == 0 else b"-", of_partition, int(stop)))
-                for at, (tag, of_partition) in enumerate(zip(self._tags, split, strict=True))
-                if at == 0 or of_partition
-            ]
+            calls = [(self._tags[at], (word if at == 0 else b"-", split[at], int(stop))) for at in asked]
             if word == b"-":  # never read: any word is new
                 calls[0] = (self._tags[0], (b"none", split[0], 0))
             answers = self._client.run_all(scripts.READ, calls)
@@ -223,27 +247,41 @@ class StoreIndex:
                 if isinstance(answer, Exception):
                     self.counts["failed_reads"] += 1
                     raise answer
-            new_word, streams, _ = answers[0]
+            self._see(asked, answers)
+            new_word, streams, _, _ = answers[0]
             if streams is not None:
                 view = self._install(new_word, streams)
                 if stop and len(calls) > 1:
                     continue  # the other partitions may have ended too early
-            left = iter(answers)
-            return view, [next(left)[2] if at == 0 or part else b"" for at, part in enumerate(split)]
+            readings = [b""] * len(split)
+            for at, answer in zip(asked, answers, strict=True):
+                readings[at] = answer[2]
+            return view, readings
         raise StoreAway("the shared store changes too fast to be read")
+
+    def _see(self, asked: Sequence[int], answers: Sequence[Sequence[_Bytes]]) -> None:
+        """Before anybody judges what was read by what was told in another era."""
+        for at, (*_, era) in zip(asked, answers, strict=True):
+            if self._eras[at] != era:
+                if self._eras[at]:
+                    self.counts["eras"] += 1
+                    _log.warning("shared store has another primary, or was restarted")
+                self._eras[at] = era
 
     def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
         described = []
-        lives = {}
+        lives, full = {}, {}
         for each in streams:
             pod, rank, life, block_size, tiers, groups = msgpack.unpackb(each)
             if block_size and self._own.learn_block_size(block_size) != block_size:
                 self.counts["other_block_size"] += 1  # its blocks are others than those asked for
                 continue
             lives[pod, rank] = life
+            kinds = groups[_KIND_AT::_GROUP_BYTES]
+            full[pod, rank] = bytes(number for number, kind in enumerate(kinds) if kind == _FULL)
             described.append((pod, rank, life, groups, [self._own.tier_of(tier) for tier in tiers]))
         view = StoreView(described)
-        self._table = Table(word, view, lives)
+        self._table = Table(word, view, lives, full)
         return view
 
     # --- writing ---
@@ -273,6 +311,8 @@ class StoreIndex:
                 self._send_again_at = self._clock() + self._send_again_delay
             elif again:
                 self._send_again_delay = 1.0
+            if any(not each.life and not each.standby for each in self._streams):
+                self._dirty.set()  # the store has lost something: a new life begins in the next turn, and at once
             return all(each.idle or each.standby for each in self._streams)
 
     def _begin(self, stream: StoreStream, now: float) -> None:
@@ -304,6 +344,7 @@ class StoreIndex:
             failure: StoreAway | None = None
             for (stream, at, call), answer in zip(sent, answers, strict=True):
                 try:
+                    self._places.count(confirmed=stream.confirmed(answer))
                     full = stream.settle(at, call, answer, self._client)
                     refused += full
                     self.counts["full" if full else "batches"] += 1
@@ -320,34 +361,33 @@ class StoreIndex:
         with self._writing:
             trusted = {each: self._trusted_here(each) for each in self._streams if each.life and not each.closed}
             streams = [each for each, now in trusted.items() if everything or self._told.get(each.name) != now[:2]]
-            for at, tag in enumerate(self._tags):
+            eras = [b"-"] * len(self._tags)
+            for at, tag in reversed(list(enumerate(self._tags))):  # the first one is told what the others said
                 told: list[_Bytes | str | int] = []
                 for stream in streams:
                     # A batch on its way has a number that the store may or may not have seen.
                     number = stream.numbers[at] if stream.idle else ""
-                    told += [stream.name, stream.life, number, msgpack.packb([*trusted[stream], stream.life])]
+                    if at == 0 and stream.idle:
+                        stream.looked = tuple(eras[1:])
+                    trust = msgpack.packb([*trusted[stream], stream.life, *stream.looked])
+                    told += [stream.name, stream.life, number, trust]
                 if not told:
                     break
                 lease = self._lease_ms if at == 0 else ""
-                for stream, answer in zip(
-                    streams, self._client.run(scripts.RENEW, tag, self._owner, lease, *told), strict=True
-                ):
+                eras[at], *said = self._client.run(scripts.RENEW, tag, self._owner, lease, *told)
+                for stream, answer in zip(streams, said, strict=True):
                     if answer != b"OK":
                         stream.life = 0
                         self._dirty.set()
+            if everything:
+                self._looked = eras
             self._told |= {stream.name: trusted[stream][:2] for stream in streams if stream.life}
-        self._read(b"", prefix=True)
+        self._read(b"", prefix=True, everywhere=True)
         now = self._clock()
-        time_ms, leases = self._client.run(scripts.LEASES, self._tags[0])
-        found = {}
-        for name, lease in zip(leases[::2], leases[1::2], strict=True):
-            rank, pod = name.decode().split(" ", 1)
-            ends, _, told_trust = lease.split(b" ", 2)
-            trust, reason, age, life = msgpack.unpackb(told_trust) if told_trust else (1, "", -1.0, 0)
-            left = (int(ends) - time_ms) / 1000
-            found[pod, int(rank)] = Lease(now + left, now, (trust, reason, age), life)
-        self._leases = found
+        time_ms, told_leases, asked = self._client.run(scripts.LEASES, self._tags[0])
+        self._leases = leases.heard(time_ms, told_leases, now)
         self._heard_at = now
+        self.counts["answers"] += self._questions.answer(asked)
 
     def _trusted_here(self, stream: StoreStream) -> Trusted:
         if stream.blind:
@@ -365,18 +405,7 @@ class StoreIndex:
         now = self._clock()
         if self._heard_at is None or now - self._heard_at > self._settings.lease_seconds / 2:
             return 4, "the shared store does not answer", -1.0
-        leases = self._leases
-        ranks = [key for key in leases if key[0] == pod] if rank is None else [(pod, rank)]
-        trusted = [self._trusted(leases[key], self._table.lives.get(key), now) for key in ranks if key in leases]
-        return min(trusted, key=lambda each: _DOUBT.index(each[0]), default=(1, "no replica follows it", -1.0))
-
-    def _trusted(self, lease: Lease, life: int | None, now: float) -> Trusted:
-        if lease.life != life:  # what was told is of a life before
-            return 1, "its replica has just begun", -1.0
-        if now > lease.ends:
-            return 4, "the replica that followed it is gone", -1.0
-        trust, reason, age = lease.trusted
-        return trust, reason, age + now - lease.told_at if age >= 0 else age
+        return leases.standing(self._leases, self._table.lives, self._eras, pod, rank, now)
 
     @property
     def reachable(self) -> bool:
@@ -455,7 +484,7 @@ class StoreIndex:
         renew_at = self._clock()
         while not self._halt.is_set():
             try:
-                due = self._clock() >= renew_at
+                due = self._clock() >= renew_at or self._looked != self._eras
                 self.renew(everything=due)
                 if due:
                     renew_at = self._clock() + self._settings.lease_seconds / 4

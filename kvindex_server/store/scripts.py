@@ -3,16 +3,37 @@
 A partition's keys begin with its tag, which keeps them in one slot of a cluster. Behind the tag:
 
 - `b` and a block's key, 8 bytes: its holders, each life u48, group u8, tiers u8
+- `p` and a block's key: its placements, each life u48, end u48 (ms of the store's clock), u8 1 when the rank is a
+  guess; the store drops it with the last end
+- `w`: there while there may be any placements; `c`: second -> how many placed blocks end in it
 - `q`: stream -> life and number of its last batch; what is written must fit both
 - `a`: the lives that count here, packed; of all others what is met is taken out
 - `s`, `v`: stream -> its description, and a word that no other state of them has ever had; in partition 0 only
-- `o`: stream -> when its lease ends (ms of the store's clock), its owner, its trust; in partition 0 only
+- `o`: stream -> when its lease ends (ms of the store's clock), its owner, the era in which the store was found to have
+  all that was sent ('-': none yet), its trust; in partition 0 only
 - `n`: the last life given; in partition 0 only
+- `x`: number of a question -> when it ends (ms) and the question; `y` and the number: replica -> its answer; in
+  partition 0 only
 
 A life is a number never given twice, also not by a store that lost its memory: it is at least the time in ms.
+
+An era is the time of one primary: a replica that takes over begins another one, and so does a server that starts. What
+was sent to the primary before may be missing then, so that nothing counts as known until each writer has looked.
 """
 
 from kvindex_server.store.client import Script
+
+_ERA = """
+local about = redis.call('INFO', 'replication')
+local era = string.sub(string.match(about, 'master_replid:(%w+)'), 1, 16)
+"""
+_PRIMARY = (
+    _ERA
+    + """
+-- It was a primary when this connection was made.
+if not string.find(about, 'role:master', 1, true) then return redis.error_reply('READONLY now a replica') end
+"""
+)
 
 OPEN = Script("""#!lua flags=allow-oom
 -- tag, stream, packed life or '', owner, lease in ms: a new life, in partition 0 only for who has the lease
@@ -30,7 +51,7 @@ if life == '' then
   local last = redis.call('GET', tag .. 'n')
   life = math.max(now, (tonumber(last) or 0) + 1)
   redis.call('SET', tag .. 'n', string.format('%.0f', life))
-  redis.call('HSET', tag .. 'o', name, string.format('%.0f %s ', now + tonumber(ARGV[5]), ARGV[4]))
+  redis.call('HSET', tag .. 'o', name, string.format('%.0f %s - ', now + tonumber(ARGV[5]), ARGV[4]))
   redis.call('HDEL', tag .. 's', name)
   redis.call('SET', tag .. 'v', string.format('%.0f:0', life))
 else
@@ -60,6 +81,35 @@ local function counts(life)
 end
 local sub, byte, band, bor = string.sub, string.byte, bit.band, bit.bor
 local STEP = 11 * 512
+local placing, confirmed, of_pod = redis.call('EXISTS', tag .. 'w') == 1, 0, nil
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local function same_pod(life)  -- another rank of this stream's pod
+  if of_pod == nil then
+    local pod, streams = string.match(name, '^%d+ (.*)$'), redis.call('HGETALL', tag .. 'q')
+    of_pod = {}
+    for i = 1, #streams, 2 do
+      if string.match(streams[i], '^%d+ (.*)$') == pod then
+        of_pod[struct.pack('<I6', tonumber(string.match(streams[i + 1], '^(%d+):')))] = true
+      end
+    end
+  end
+  return of_pod[life]
+end
+local function confirm(key)  -- the engine has it: what was placed on it there, or guessed to be there, is over
+  local old = redis.call('GET', tag .. 'p' .. key)
+  if not old then return end
+  local rest = {}
+  for j = 1, #old, 13 do
+    local life = sub(old, j, j + 5)
+    if life == me or (byte(old, j + 12) == 1 and same_pod(life)) then
+      if struct.unpack('<I6', sub(old, j + 6, j + 11)) > now then confirmed = confirmed + 1 end
+    else rest[#rest + 1] = sub(old, j, j + 12) end
+  end
+  if #rest * 13 == #old then return end
+  if #rest == 0 then redis.call('UNLINK', tag .. 'p' .. key)
+  else redis.call('SET', tag .. 'p' .. key, table.concat(rest), 'KEEPTTL') end
+end
 for from = 1, #rows, STEP do
   local to = math.min(#rows, from + STEP - 1)
   local names, place = {}, {}
@@ -83,6 +133,8 @@ for from = 1, #rows, STEP do
       if life == me and byte(old, j + 6) == group then tiers = byte(old, j + 7)
       elseif counts(life) then rest[#rest + 1] = sub(old, j, j + 7) end
     end
+    -- What is gone without having been here was stored and removed between two batches.
+    if placing and (held > 0 or band(tiers, gone) ~= gone) then confirm(sub(rows, i, i + 7)) end
     tiers = bor(band(tiers, 255 - gone), held)
     if tiers > 0 then rest[#rest + 1] = me .. string.char(group, tiers) end
     local new = table.concat(rest)
@@ -107,7 +159,7 @@ if ARGV[6] ~= '' then
   redis.call('SET', tag .. 'v', ARGV[3] .. ':' .. ARGV[5])
 end
 redis.call('HSET', tag .. 'q', name, ARGV[3] .. ':' .. ARGV[5])
-return 'OK'
+return confirmed > 0 and 'OK ' .. confirmed or 'OK'
 """
 
 APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
@@ -116,24 +168,49 @@ APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
 RELEASE = Script("#!lua flags=allow-oom\nlocal GROW = false" + _APPLY)
 """The same without what came to be held: what is gone must go from a full store too."""
 
-READ = Script("""#!lua flags=no-writes
+READ = Script(f"""#!lua flags=no-writes
 -- tag, known word or '-' when no descriptions are wanted, keys, '1' to end at the first block that nobody holds
+{_PRIMARY}
 local tag, known, keys, stop = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
 local word, streams = '', false
 if known ~= '-' then
-  word = redis.call('GET', tag .. 'v') or ''
+  word = era .. ' ' .. (redis.call('GET', tag .. 'v') or '')
   if word ~= known then
     streams = redis.call('HVALS', tag .. 's')
     stop = false
   end
 end
-local out = {}
+local out = {{}}
+local now
+if redis.call('EXISTS', tag .. 'w') == 1 then
+  local t = redis.call('TIME')
+  now = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function living(old)
+  local placed = {{}}
+  for j = 1, #old, 13 do
+    if struct.unpack('<I6', string.sub(old, j + 6, j + 11)) > now then
+      placed[#placed + 1] = string.sub(old, j, j + 5) .. '\\0\\0'
+    end
+  end
+  return table.concat(placed)
+end
 local step, from = stop and 64 or 1024, 1
 while from <= #keys do
   local to = math.min(#keys, from + 8 * step - 1)
-  local names = {}
+  local names = {{}}
   for i = from, to, 8 do names[#names + 1] = tag .. 'b' .. string.sub(keys, i, i + 7) end
   local values = redis.call('MGET', unpack(names))
+  if now then
+    for i = 1, #names do names[i] = tag .. 'p' .. string.sub(keys, from + 8 * i - 8, from + 8 * i - 1) end
+    local placed = redis.call('MGET', unpack(names))
+    for i = 1, #names do
+      if placed[i] then
+        local value = (values[i] or '') .. living(placed[i])
+        values[i] = value ~= '' and value
+      end
+    end
+  end
   for i = 1, #names do
     local value = values[i]
     if value then
@@ -141,7 +218,7 @@ while from <= #keys do
       out[#out + 1] = string.char(n % 256, math.floor(n / 256))
       out[#out + 1] = value
     elseif stop then
-      return {word, streams, table.concat(out)}
+      return {{word, streams, table.concat(out), era}}
     else
       out[#out + 1] = '\\0\\0'
     end
@@ -149,7 +226,75 @@ while from <= #keys do
   from = to + 1
   step = math.min(1024, step * 2)
 end
-return {word, streams, table.concat(out)}
+return {{word, streams, table.concat(out), era}}
+""")
+
+LIFE_IS_OVER, NO_ROOM = -1, -2
+"""What PLACE says instead of a number."""
+
+PLACE = Script("""#!lua
+-- tag, packed life, ttl in ms, 1 when the rank is a guess, full-attention groups, most blocks placed at once, keys:
+-- how many the stream holds already, are placed anew, and were; or -1 when the life is over, -2 when they are too many
+local tag, me, keys = ARGV[1], ARGV[2], ARGV[7]
+local guessed, full, most = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+if redis.call('SISMEMBER', tag .. 'a', me) == 0 then return {-1, 0, 0} end
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local ends = now + tonumber(ARGV[3])
+local function held(value)
+  local missing = #full
+  for j = 1, #(value or ''), 8 do
+    local group = string.sub(value, j + 6, j + 6)
+    if string.sub(value, j, j + 5) == me and string.find(full, group, 1, true) then missing = missing - 1 end
+  end
+  return #full > 0 and missing == 0
+end
+local sets, holding, recorded, renewed = {}, 0, 0, 0
+for from = 1, #keys, 8 * 1024 do
+  local blocks, places = {}, {}
+  for i = from, math.min(#keys, from + 8 * 1024 - 1), 8 do
+    local key = string.sub(keys, i, i + 7)
+    blocks[#blocks + 1] = tag .. 'b' .. key
+    places[#places + 1] = tag .. 'p' .. key
+  end
+  local values, placed = redis.call('MGET', unpack(blocks)), redis.call('MGET', unpack(places))
+  for i = 1, #blocks do
+    if held(values[i]) then holding = holding + 1
+    else
+      local rest, last, guess, again = {}, ends, guessed, false
+      local mine = ends
+      for j = 1, #(placed[i] or ''), 13 do
+        local life, over = string.sub(placed[i], j, j + 5), struct.unpack('<I6', string.sub(placed[i], j + 6, j + 11))
+        if over > now then
+          last = math.max(last, over)
+          if life == me then
+            again, mine = true, math.max(ends, over)
+            guess = math.min(guess, string.byte(placed[i], j + 12))
+          else rest[#rest + 1] = string.sub(placed[i], j, j + 12) end
+        end
+      end
+      rest[#rest + 1] = me .. struct.pack('<I6', mine) .. string.char(guess)
+      sets[#sets + 1] = {places[i], table.concat(rest), last}
+      if again then renewed = renewed + 1 else recorded = recorded + 1 end
+    end
+  end
+end
+local counts, room = redis.call('HGETALL', tag .. 'c'), most - recorded
+for i = 1, #counts, 2 do
+  if tonumber(counts[i]) * 1000 + 1000 <= now then redis.call('HDEL', tag .. 'c', counts[i])
+  else room = room - tonumber(counts[i + 1]) end
+end
+if room < 0 then return {-2, 0, 0} end
+local last = math.max(ends, tonumber(redis.call('GET', tag .. 'w') or 0))
+for _, each in ipairs(sets) do
+  redis.call('SET', each[1], each[2], 'PXAT', string.format('%.0f', each[3]))
+end
+if #sets > 0 then
+  redis.call('SET', tag .. 'w', string.format('%.0f', last), 'PXAT', string.format('%.0f', last))
+  local second = string.format('%.0f', math.floor(ends / 1000))
+  redis.call('HSET', tag .. 'c', second, recorded + tonumber(redis.call('HGET', tag .. 'c', second) or 0))
+end
+return {holding, recorded, renewed}
 """)
 
 CLOSE = Script("""#!lua flags=allow-oom
@@ -165,9 +310,10 @@ redis.call('SET', tag .. 'v', ARGV[3] .. ':end')
 return 'OK'
 """)
 
-RENEW = Script("""#!lua flags=allow-oom
+RENEW = Script(f"""#!lua flags=allow-oom
 -- tag, owner, lease in ms or '', then per stream: name, life, number of the last batch or '', trust
-local tag, t, out = ARGV[1], redis.call('TIME'), {}
+{_ERA}
+local tag, t, out = ARGV[1], redis.call('TIME'), {{era}}
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 for i = 4, #ARGV, 4 do
   local was = redis.call('HGET', tag .. 'q', ARGV[i])
@@ -179,17 +325,29 @@ for i = 4, #ARGV, 4 do
     out[#out + 1] = 'OK'
     if ARGV[3] ~= '' then
       local ends = string.format('%.0f', now + tonumber(ARGV[3]))
-      redis.call('HSET', tag .. 'o', ARGV[i], ends .. ' ' .. ARGV[2] .. ' ' .. ARGV[i + 3])
+      local seen = era
+      if ARGV[i + 2] == '' then  -- not looked: what was found in another era is what is known
+        seen = string.match(redis.call('HGET', tag .. 'o', ARGV[i]) or '', '^%d+ %S+ (%S+) ') or '-'
+      end
+      redis.call('HSET', tag .. 'o', ARGV[i], ends .. ' ' .. ARGV[2] .. ' ' .. seen .. ' ' .. ARGV[i + 3])
     end
   end
 end
 return out
 """)
 
-LEASES = Script("""#!lua flags=no-writes
--- tag: the store's time in ms, then stream and lease in turns
+LEASES = Script(f"""#!lua flags=no-writes
+-- tag: the store's time in ms, then stream and lease in turns, then number of a question and question in turns
+{_PRIMARY}
 local t = redis.call('TIME')
-return {t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'o')}
+local now, asked, open = t[1] * 1000 + math.floor(t[2] / 1000), redis.call('HGETALL', ARGV[1] .. 'x'), {{}}
+for i = 1, #asked, 2 do
+  if struct.unpack('<I6', asked[i + 1]) > now then
+    open[#open + 1] = asked[i]
+    open[#open + 1] = string.sub(asked[i + 1], 7)
+  end
+end
+return {{now, redis.call('HGETALL', ARGV[1] .. 'o'), open}}
 """)
 
 SWEEP = Script("""#!lua flags=allow-oom
@@ -209,4 +367,35 @@ for i = 2, #ARGV do
   end
 end
 return dead
+""")
+
+ASK = Script("""#!lua
+-- tag, number of the question, question, how long it stands in ms
+local name, t = ARGV[1] .. 'x', redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local asked = redis.call('HGETALL', name)
+for i = 1, #asked, 2 do  -- whoever asked is gone
+  if struct.unpack('<I6', asked[i + 1]) <= now then redis.call('HDEL', name, asked[i]) end
+end
+redis.call('HSET', name, ARGV[2], struct.pack('<I6', now + tonumber(ARGV[4])) .. ARGV[3])
+redis.call('PEXPIRE', name, ARGV[4])
+""")
+
+ANSWER = Script("""#!lua
+-- tag, number of the question, replica, its answer, how long it stands in ms
+if redis.call('HEXISTS', ARGV[1] .. 'x', ARGV[2]) == 0 then return end
+redis.call('HSET', ARGV[1] .. 'y' .. ARGV[2], ARGV[3], ARGV[4])
+redis.call('PEXPIRE', ARGV[1] .. 'y' .. ARGV[2], ARGV[5])
+""")
+
+ANSWERS = Script(f"""#!lua flags=no-writes
+-- tag, number of the question: what has been said
+{_PRIMARY}
+return redis.call('HVALS', ARGV[1] .. 'y' .. ARGV[2])
+""")
+
+FORGET = Script("""#!lua flags=allow-oom
+-- tag, number of a question that nobody waits for any more
+redis.call('HDEL', ARGV[1] .. 'x', ARGV[2])
+redis.call('UNLINK', ARGV[1] .. 'y' .. ARGV[2])
 """)

@@ -52,6 +52,8 @@ class StoreStream:
         """The number under which the stream writes; 0 when it has to begin anew."""
         self.full = False
         """The store had no room for something that is held."""
+        self.looked: tuple[bytes, ...] = ()
+        """The eras of the partitions but the first in which they were found to have everything."""
         self._numbers: list[int] = []
         self._waiting: list[deque[bytes]] = []
         self._described = b""
@@ -164,6 +166,7 @@ class StoreStream:
             self.life = life
             self.full = False
             self.behind = True
+            self.looked = ()
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
             self._described = b""
@@ -205,6 +208,11 @@ class StoreStream:
         number = self._numbers[at] + 1
         return tag, (self.name, self.life, packed(self.life), number, description, rows)
 
+    @staticmethod
+    def confirmed(answer: object) -> int:
+        """How many placed blocks a batch has confirmed."""
+        return int(answer[3:] or 0) if isinstance(answer, bytes) and answer.startswith(b"OK") else 0
+
     def settle(self, at: int, call: tuple[str, Sequence[Argument]], answer: object, client: Client) -> bool:
         """What became of a batch; True when it did not fit into the store. StoreAway."""
         refused = isinstance(answer, StoreFull)
@@ -213,7 +221,7 @@ class StoreStream:
             self.full = True
         if isinstance(answer, StoreAway):
             raise answer
-        if answer == b"OK":
+        if isinstance(answer, bytes) and answer.startswith(b"OK"):
             self._numbers[at] += 1
             if self._waiting[at]:
                 self._waiting[at].popleft()

@@ -70,7 +70,7 @@ nb::list holders(const StoreView& self, nb::bytes keys, const std::vector<nb::by
   for (const auto& of_key : found) {
     nb::list entry;
     for (const Holder& each : of_key)
-      entry.append(nb::make_tuple(std::string(each.pod), each.rank, each.tier, each.group, false));
+      entry.append(nb::make_tuple(std::string(each.pod), each.rank, each.tier, each.group, each.speculative));
     out.append(entry);
   }
   return out;

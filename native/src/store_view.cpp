@@ -2,14 +2,19 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "changes.hpp"
+#include "lengthening.hpp"
+#include "placements.hpp"
 
 namespace kvindex {
 namespace {
 
 constexpr size_t kGroupBytes = 9, kHolderBytes = 8;
+// The store has left out those whose time is over; here they need to last for one query.
+constexpr uint64_t kOneQuery = uint64_t{3600} * 1'000'000'000;
 
 }  // namespace
 
@@ -24,7 +29,7 @@ StoreView::StoreView(const std::vector<StoredStream>& streams) {
     }
     const auto number = static_cast<uint32_t>(topology_.streams.size());
     topology_.pods[pod->second].streams.push_back(number);
-    Place place{{}, stream.tiers};
+    Place place{number, {}, stream.tiers};
     for (size_t at = 0; at + kGroupBytes <= stream.groups.size(); at += kGroupBytes) {
       const char* group = stream.groups.data() + at;
       Lane lane;
@@ -43,8 +48,9 @@ StoreView::StoreView(const std::vector<StoredStream>& streams) {
   topology_.settle();
 }
 
-template <typename Visit>
-bool StoreView::each(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, Visit visit) const {
+template <typename Visit, typename VisitPlaced>
+bool StoreView::each(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, Visit visit,
+                     VisitPlaced visit_placed) const {
   const auto partitions = static_cast<uint32_t>(readings.size());
   std::vector<Reading> left(readings);
   std::vector<bool> ended(partitions);
@@ -71,8 +77,13 @@ bool StoreView::each(const uint64_t* keys, size_t count, const std::vector<Readi
         place = found == of_life_.end() ? nullptr : &found->second;
         last_life = life;
       }
+      if (place == nullptr || keys[i] == 0) continue;
       const auto group = static_cast<uint8_t>(reading[6]);
-      if (place == nullptr || group >= place->lanes.size() || keys[i] == 0) continue;
+      if (reading[7] == 0) {
+        visit_placed(i, place->stream);
+        continue;
+      }
+      if (group >= place->lanes.size()) continue;
       uint8_t tiers = 0;
       for (uint32_t t = 0; t < kMaxTiers; ++t)
         if ((static_cast<uint8_t>(reading[7]) >> t & 1) != 0 && place->tiers[t] < kMaxTiers)
@@ -91,6 +102,24 @@ std::unique_ptr<Blocks> StoreView::borrow() {
   return blocks;
 }
 
+std::vector<Match> StoreView::lengthened(Walk& walk, std::vector<std::pair<uint32_t, uint64_t>>& placed,
+                                         const Blocks& blocks, const uint64_t* keys, size_t count,
+                                         uint32_t block_size) const {
+  Placements placements(std::numeric_limits<uint64_t>::max());
+  std::stable_sort(placed.begin(), placed.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<uint64_t> of_stream;
+  for (size_t i = 0; i < placed.size(); ++i) {
+    of_stream.push_back(placed[i].second);
+    if (i + 1 < placed.size() && placed[i + 1].first == placed[i].first) continue;
+    const uint32_t stream = placed[i].first;
+    placements.record({topology_.streams[stream].pod, stream}, 0, of_stream, kOneQuery, false);
+    of_stream.clear();
+  }
+  PromptKeys prompt(keys, count);
+  const Lengthening lengthening(placements, blocks, topology_, prompt);
+  return walk.finish(block_size, &lengthening);
+}
+
 bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, uint32_t block_size,
                       const Pods& pods, const std::vector<double>& weights, std::vector<Match>& matches) {
   struct Run {
@@ -100,6 +129,7 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
   Blocks& blocks = *borrowed;
   Blocks::Pen pen;
   std::vector<Run> runs(topology_.lanes.size() * kMaxTiers);  // by holder
+  std::vector<std::pair<uint32_t, uint64_t>> placed;          // stream, key
   std::vector<HolderId> seen;
   std::vector<Filled> filled;
   std::vector<Node> nodes(count);
@@ -118,7 +148,7 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
         filled.back().bits |= bits_from(nodes[i] % kSlots, 1);
       }
     };
-    well_formed = each(keys, count, readings, [&](size_t i, uint32_t lane, uint8_t tiers) {
+    const auto visit = [&](size_t i, uint32_t lane, uint8_t tiers) {
       for (uint32_t t = 0; t < kMaxTiers; ++t) {
         if ((tiers >> t & 1) == 0) continue;
         const HolderId holder = holder_id(lane, t);
@@ -132,12 +162,15 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
         }
         run.end = i + 1;
       }
-    });
+    };
+    well_formed =
+        each(keys, count, readings, visit, [&](size_t i, uint32_t stream) { placed.emplace_back(stream, keys[i]); });
     for (const HolderId holder : seen) lay(holder, runs[holder]);
     if (well_formed) {
       Walk walk(blocks, topology_, pods, weights);
       walk.advance(keys, count);
-      matches = walk.finish(block_size, nullptr);
+      matches =
+          placed.empty() ? walk.finish(block_size, nullptr) : lengthened(walk, placed, blocks, keys, count, block_size);
     }
     for (const auto& [chunk, holder, bits] : filled) blocks.release(chunk, bits, holder);
     blocks.lay_down(pen);
@@ -156,16 +189,21 @@ bool StoreView::holders(const uint64_t* keys, size_t count, const std::vector<Re
     if (pod != topology_.pod_of_name.end()) of_pod[pod->second] = true;
   }
   found.assign(count, {});
-  const bool well_formed = each(keys, count, readings, [&](size_t i, uint32_t lane, uint8_t tiers) {
+  const auto visit = [&](size_t i, uint32_t lane, uint8_t tiers) {
     const Lane& info = topology_.lanes[lane];
     const StreamPlace& stream = topology_.streams[info.stream];
     if (!of_pod[stream.pod]) return;
     for (uint32_t t = 0; t < kMaxTiers; ++t)
       if ((tiers >> t & 1) != 0) found[i].push_back({topology_.pods[stream.pod].name, stream.rank, t, info.group});
+  };
+  const bool well_formed = each(keys, count, readings, visit, [&](size_t i, uint32_t number) {
+    const StreamPlace& stream = topology_.streams[number];
+    if (of_pod[stream.pod]) found[i].push_back({topology_.pods[stream.pod].name, stream.rank, 0, 0, true});
   });
   for (auto& of_key : found)
     std::sort(of_key.begin(), of_key.end(), [](const Holder& a, const Holder& b) {
-      return std::tie(a.pod, a.rank, a.group, a.tier) < std::tie(b.pod, b.rank, b.group, b.tier);
+      return std::tie(a.pod, a.rank, a.group, a.tier, a.speculative) <
+             std::tie(b.pod, b.rank, b.group, b.tier, b.speculative);
     });
   return well_formed;
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "blocks.hpp"
@@ -28,7 +29,8 @@ struct StoredStream {
 };
 
 // What one reading of a partition said of the keys asked, in their order: per key a count u16 of holders, then each as
-// life u48, group u8, tiers u8. It may end early: the keys behind are held by nobody that could match.
+// life u48, group u8, tiers u8; without any tier it is a placement. It may end early: the keys behind are held by
+// nobody that could match.
 using Reading = std::string_view;
 
 class StoreView {
@@ -45,6 +47,7 @@ class StoreView {
 
  private:
   struct Place {
+    uint32_t stream = 0;
     std::vector<uint32_t> lanes;  // by group
     std::array<uint8_t, kMaxTiers> tiers;
   };
@@ -54,10 +57,15 @@ class StoreView {
     uint64_t bits;
   };
 
-  // Visits (number of the key, lane, tiers); false when a reading is malformed.
-  template <typename Visit>
-  bool each(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, Visit visit) const;
+  // Visits (number of the key, lane, tiers) and, for placements, (number of the key, stream); false when a reading is
+  // malformed.
+  template <typename Visit, typename VisitPlaced>
+  bool each(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, Visit visit,
+            VisitPlaced visit_placed) const;
   std::unique_ptr<Blocks> borrow();
+  // The walk's matches with placements, each (stream, key).
+  std::vector<Match> lengthened(Walk& walk, std::vector<std::pair<uint32_t, uint64_t>>& placed, const Blocks& blocks,
+                                const uint64_t* keys, size_t count, uint32_t block_size) const;
 
   std::deque<std::string> names_;
   Topology topology_;
