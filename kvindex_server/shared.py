@@ -38,6 +38,7 @@ class Stores:
             block_size,
             self._settings.hash_seed,
             self._settings.limits.max_claims_per_model,
+            max_removals=self._settings.limits.remembered_removals,
             trust_of=lambda pod, rank: self._trust(model, pod, rank),
             gained=lambda pod, rank: self._gained(model, pod, rank),
         )

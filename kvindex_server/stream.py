@@ -58,6 +58,8 @@ class StreamStatus:
     trust: Trust = Trust.COLD
     trust_reason: str = "nothing heard"
     trust_cause: Cause = Cause.NOTHING_HEARD
+    stale_since: float = 0.0
+    """Seconds since 1970, of this host's clock; 0 when not STALE."""
     endpoint: str = ""
     replay_endpoint: str = ""
     topic: str = ""

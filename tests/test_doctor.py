@@ -503,17 +503,17 @@ def test_explain_says_where_each_match_ends(running: Running) -> None:
     running.publish("d", stored(0, 1))
     found = running.explain(pods=["a", "b", "c", "d", "x"])
     assert {pod: pb.MatchEnd.Name(each.end).removeprefix("MATCH_END_") for pod, each in found.items()} == {
-        "a": "UNKNOWN_KEY",
+        "a": "NEVER_STORED",
         "b": "REMOVED",
         "c": "NOTHING_HEARD",
-        "d": "ELSEWHERE",
+        "d": "NEVER_STORED",
         "x": "NOT_REGISTERED",
     }
     assert [(each.tier, each.blocks) for each in found["a"].runs] == [("gpu", 6), ("cpu", 2)]
     assert found["a"].score.matched_blocks == 8
     assert (found["b"].score.matched_blocks, found["b"].score.trust) == (2, pb.TRUST_EXACT)
-    assert "block 2 is not held, but block 3 behind it is" in found["b"].why
-    assert "block 1 is held by a, b;" in found["d"].why
+    assert "block 2 was removed from gpu by message 1 (2025-11-24 16:00:00Z)" in found["b"].why
+    assert found["d"].why == "block 1 is held by a, b; here it was never stored since the engine's first event"
     whole = running.explain(tokens=pb.Tokens(ids=TOKENS[:32]), pods=["a"])
     assert whole["a"].end == pb.MATCH_END_WHOLE_PROMPT
 
@@ -616,7 +616,7 @@ class OnePod:
 def explained(index: Index) -> PodExplanation:
     lookup = Lookup(Models([Model(MODEL, index)]), OnePod(), {"gpu": 1.0, "cpu": 0.8}, Metrics())
     query = Query(MODEL, "tokens", tokens=struct.pack(f"<{len(TOKENS)}I", *TOKENS))
-    (found,) = Explainer(lookup).explain(query, lambda: None).pods
+    (found,) = Explainer(lookup, lambda _model: []).explain(query, lambda: None).pods
     return found
 
 
@@ -640,7 +640,12 @@ def test_a_block_that_a_window_alone_holds() -> None:
                 stored(0, 3, group=1, kind="sliding_window", window=8),
                 Removed([102], group=0),
             )
-        ]
+        ],
+        7,
     )
     found = explained(index)
-    assert (found.end, found.why) == (End.OTHER_GROUP, "block 2 is held in KV-cache group 1 only")
+    assert (found.end, found.why) == (
+        End.OTHER_GROUP,
+        "block 2 is held in KV-cache group 1 only; "
+        "block 2 was removed from gpu by message 7 (2025-11-24 16:00:00Z), by the engine's clock",
+    )
