@@ -2,8 +2,8 @@
 
 import http.client
 import json
-import time
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -137,9 +137,10 @@ void test_removals_are_remembered() {
   // More leave at once than the ring takes: it remembers as many, and says that these are not all.
   stream->clear(Left::kDoubted);
   uint64_t told = 0;
-  for (size_t block = 0; block < 10; ++block)
-    for (const Removals::Found& each : remembered(*index, key_of(1, block)).found[0])
-      told += each.left == Left::kDoubted;
+  for (size_t block = 0; block < 10; ++block) {
+    const Remembered of = remembered(*index, key_of(1, block));
+    for (const Removals::Found& each : of.found[0]) told += each.left == Left::kDoubted;
+  }
   CHECK(told == 8);
   CHECK(remembered(*index, key_of(1, 0)).memory.from.sequence == 15);
   stream->clear(Left::kRestarted);
