@@ -84,6 +84,7 @@ class Checkup:
             seed=model.index.seed,
             coverage=self._fleet.coverage(model.name),
             streams=streams,
+            dialects=self._fleet.dialects(model.name),
             specs=specs,
             loras=model.loras,
             aliases=model.aliases,

@@ -1,6 +1,7 @@
 """What is known of one event stream: its state, how far it is trusted and why, its counters."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Message = tuple[int, bytes, int]
@@ -45,6 +46,25 @@ class Cause(enum.StrEnum):
     CONNECTION_LOST = "connection_lost"
     STORE = "store"
     DIVERGED = "diverged"
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an engine writes its events, seen in a sample of its messages of this life."""
+
+    pod: str
+    rank: int
+    looked: int
+    """Messages of the sample."""
+    traits: Sequence[str]
+    """What was seen at least once, by the core's names."""
+    shortest: int
+    longest: int
+    """Of a BlockStored sent as an array, its tag counted; 0 when there was none."""
+    odd_tag: str
+    """The first tag that nobody knows; empty when there was none."""
+    root: tuple[int | bytes, Sequence[int]] | None
+    """A first block of plain text: the engine's hash and its tokens."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.pods import PodSpec
 from kvindex_server.reach import ACCEPTED, NO_ANSWER, reach
 from kvindex_server.server import Server
-from kvindex_server.stream import LAG_BOUNDS, Cause, StreamState, StreamStatus, Trust
+from kvindex_server.stream import LAG_BOUNDS, Cause, Dialect, StreamState, StreamStatus, Trust
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
 
@@ -71,6 +71,7 @@ SILENT: dict[str, Any] = {
     "lag_buckets": [0] * (len(LAG_BOUNDS) + 1),
 }
 SPEC = PodSpec("a:8000", "m", "tcp://a:5557", "tcp://a:5558")
+DIALECT = Dialect("a:8000", 0, 10, ["array_batch", "map_events", "unsigned_hashes"], 0, 0, "", None)
 WELL = Facts(
     model="m",
     block_size=16,
@@ -78,6 +79,7 @@ WELL = Facts(
     coverage=1.0,
     streams=(stream(),),
     specs={"a:8000": SPEC},
+    dialects=(DIALECT,),
     loras=("adapter",),
     tokenizer=("native", "", True),
     candidates=("a:8000",),
@@ -210,6 +212,21 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         "behind",
     ),
     "late": (with_stream(lag_seconds=1.5), "lag", Status.WARN, "1.5 s"),
+    "unknown event": (
+        replace(
+            with_stream(decode_errors={"unknown_event": 1}),
+            dialects=(replace(DIALECT, odd_tag="BlockPondered"),),
+        ),
+        "event_encoding",
+        Status.FAIL,
+        "'BlockPondered'",
+    ),
+    "two forms": (
+        replace(WELL, dialects=(replace(DIALECT, traits=["unsigned_hashes", "bytes_32"]),)),
+        "hash_version",
+        Status.FAIL,
+        "unsigned ints and 32 bytes",
+    ),
     "unreadable": (with_stream(decode_errors={"bad_batch": 2}), "decode_errors", Status.FAIL, "bad_batch 2"),
     "limit": (with_stream(dropped={"orphan_limit": 5}), "dropped", Status.WARN, "orphan_limit 5"),
     "stale": (
@@ -267,9 +284,20 @@ def test_findings_of_one_check_are_bounded() -> None:
 
 
 def test_what_cannot_be_judged_is_skipped() -> None:
-    found = examine(replace(WELL, probe=None, candidates=(), tokenizer=None, streams=(stream(**SILENT),)))
+    silent = replace(WELL, streams=(stream(**SILENT),), dialects=())
+    found = examine(replace(silent, probe=None, candidates=(), tokenizer=None))
     skipped = {each.name for each in found if each.status is Status.SKIP}
-    assert skipped == {"candidates", "tokens_agree", "chat_template", "lora", "salt", "probe", "clock_skew"}
+    assert skipped == {
+        "event_encoding",
+        "hash_version",
+        "candidates",
+        "tokens_agree",
+        "chat_template",
+        "lora",
+        "salt",
+        "probe",
+        "clock_skew",
+    }
 
 
 def test_statuses_and_ends_are_those_of_the_proto() -> None:

@@ -125,6 +125,10 @@ class StoreStream:
         return self._native.unresolved
 
     @property
+    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+        return self._native.dialect
+
+    @property
     def closed(self) -> bool:
         return self._gone
 

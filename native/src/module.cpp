@@ -14,6 +14,7 @@
 #include "drain.hpp"
 #include "index.hpp"
 #include "module_blocks.hpp"
+#include "module_dialect.hpp"
 #include "module_removals.hpp"
 #include "module_score.hpp"
 #include "module_store.hpp"
@@ -310,6 +311,15 @@ NB_MODULE(_core, m) {
                    [](const BoundStream& self) {
                      nb::gil_scoped_release release;
                      return self.stream->unresolved();
+                   })
+      .def_prop_ro("dialect",
+                   [](const BoundStream& self) {
+                     Dialect dialect;
+                     {
+                       nb::gil_scoped_release release;
+                       dialect = self.stream->dialect();
+                     }
+                     return told(dialect);
                    })
       .def(
           "follow_changes", [](BoundStream& self, uint64_t limit) { self.stream->follow_changes(limit); },

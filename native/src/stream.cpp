@@ -52,6 +52,8 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
   // An engine's time may be anything; one that no calendar has is as good as none.
   const bool is_time = batch.timestamp() > 0 && batch.timestamp() < kLatest;
   removals_.message(sequence, is_time ? batch.timestamp() : 0);
+  bool looked = dialect_.due();
+  if (looked) dialect_.look(data, size);
   for (;;) {
     Reason reason;
     const auto next = batch.next(event_, reason);
@@ -60,7 +62,11 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
       case Batch::Next::kEnd:
         if (batch.has_rank() && batch.rank() != rank) applied.count(Reason::kRankMismatch);
         return;
-      case Batch::Next::kSkipped: applied.count(reason); continue;
+      case Batch::Next::kSkipped:
+        applied.count(reason);
+        if (!looked && dialect_.odd_due()) dialect_.look(data, size);
+        looked = true;
+        continue;
       case Batch::Next::kEvent: break;
     }
     ++applied.events;
@@ -866,7 +872,10 @@ uint64_t Stream::clear(Left left) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     removals_.drop(std::chrono::duration<double>(now).count());
     dropped = drop_all(left);
-    if (left != Left::kDoubted) removals_.restart();
+    if (left != Left::kDoubted) {
+      removals_.restart();
+      dialect_.reset();
+    }
   }
   index_->held().epoch().collect();
   return dropped;
@@ -924,6 +933,11 @@ uint64_t Stream::orphans() const {
 uint64_t Stream::unresolved() const {
   std::lock_guard lock(mutex_);
   return unresolved_;
+}
+
+Dialect Stream::dialect() const {
+  std::lock_guard lock(mutex_);
+  return dialect_;
 }
 
 bool Stream::closed() const {

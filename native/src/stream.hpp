@@ -15,6 +15,7 @@
 #include "blocks.hpp"
 #include "changes.hpp"
 #include "claims.hpp"
+#include "dialect.hpp"
 #include "events.hpp"
 #include "index.hpp"
 #include "removals.hpp"
@@ -74,6 +75,7 @@ class Stream {
   uint64_t find(uint64_t hash, std::vector<Holding>& out) const;
   // Under read_lock.
   const Removals& removals() const { return removals_; }
+  Dialect dialect() const;
 
  private:
   // A claim that is more than "held once, under this node": it stands here, and its reference says so.
@@ -208,6 +210,7 @@ class Stream {
   bool closed_ = false;
   std::unique_ptr<Changes> changes_;  // when they are followed
   Removals removals_;
+  Dialect dialect_;
   std::vector<Book> books_;
   std::vector<Special> specials_;
   std::vector<uint32_t> free_specials_;
