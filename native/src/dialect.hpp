@@ -42,7 +42,10 @@ const char* name_of(Trait trait);
 class Dialect {
  public:
   // Whether the next message is one of the sample: the first ones, then one of so many.
-  bool due() { return seen_++ < kFirst || seen_ % kEvery == 0; }
+  bool due() {
+    ++seen_;
+    return seen_ <= kFirst || seen_ % kEvery == 0;
+  }
   // Something in a message was not understood: such messages are looked at too, up to a limit.
   bool odd_due() { return odd_++ < kOdd; }
   void look(const uint8_t* data, size_t size);

@@ -26,6 +26,7 @@ void Removals::drop_oldest_run() {
   const Run& oldest = runs_.at(runs_.begin());
   forgot({oldest.sequence, oldest.time}, oldest.earlier);
   runs_.drop_before(runs_.begin() + 1);
+  runs_.prefetch(runs_.begin() + 4);  // written long ago, too
   keys_.drop_before(runs_.size() > 0 ? runs_.at(runs_.begin()).first : open_.first);
 }
 

@@ -27,6 +27,8 @@ class Ring {
   const T& at(uint64_t position) const { return slots_[position & (size_ - 1)]; }
   T& at(uint64_t position) { return slots_[position & (size_ - 1)]; }
 
+  void prefetch(uint64_t position) const { __builtin_prefetch(&slots_[position & (size_ - 1)]); }
+
   bool full() const { return end_ - begin_ == size_; }
   // Makes room for more; false when it is as large as it may be, and something has to go first.
   bool grow() {
