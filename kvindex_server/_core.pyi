@@ -38,6 +38,7 @@ class Index:
         max_claims: int = 0,
         max_placements: int = 1048576,
         max_bytes: int = 0,
+        max_removals: int = 16384,  # remembered of each stream, rounded up to a power of two; 0 = none
     ) -> None: ...  # max_claims and max_bytes: 0 means no limit
     @property
     def block_size(self) -> int: ...
@@ -100,6 +101,39 @@ class Index:
     def holders_of_bytes(
         self, hashes: Sequence[_Bytes], pods: Sequence[str]
     ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]: ...
+    def removals(
+        self, pod: str, keys: _Bytes
+    ) -> list[
+        tuple[
+            int,
+            str,
+            int | None,
+            float,
+            tuple[int | None, float] | None,
+            int,
+            list[list[tuple[int, int, Left, int | None, float, bool]]],
+        ]
+    ]:
+        """What each rank of a pod remembers of blocks that left it.
+
+        (rank, reach, sequence, time, cleared, unnamed, found). `reach` says from where on every block that left is
+        remembered: "off" none is, "nothing" no message came yet, "start" from the life's first message, "restored" from
+        the first after a saved state, "full" from behind a message, as older ones gave way; sequence and time are that
+        message's. `cleared`: (sequence, time) of the life's last AllBlocksCleared. `unnamed`: blocks of this life that
+        left before anyone had told their tokens. `found`: per key, latest first, how it left each (group, tier):
+        (group, tier bit, how, sequence, time, earlier), `earlier` in a life before. Sequences are None and times 0 when
+        not told; times are seconds since 1970 of the engine's clock for REMOVED and CLEARED, else of this host's.
+        """
+
+class Left(enum.Enum):
+    """How a block left: by the engine's event, or dropped here."""
+
+    REMOVED = 0
+    CLEARED = 1
+    RESTARTED = 2  # the engine was found to be another one
+    REQUESTED = 3
+    REBUILT = 4  # to be built anew from a replay or a sibling
+    DOUBTED = 5  # after a hole; the engine may hold it still
 
 class Applied:
     """What one `Stream.apply` did; counters of this call only."""
@@ -168,7 +202,9 @@ class Drained:
 class Stream:
     """One (pod, rank). Calls to one stream come from one thread at a time; readers are free."""
 
-    def apply(self, payloads: Sequence[bytes]) -> Applied: ...
+    def apply(self, payloads: Sequence[bytes], first_sequence: int | None = None) -> Applied:
+        """In sequence; the number of the first one only matters to what is told of removals."""
+
     def snapshot(self) -> bytes: ...  # the whole state
     def restore(self, snapshot: bytes) -> bool: ...  # into an unused stream; False when it does not fit
     def drain(
@@ -188,7 +224,9 @@ class Stream:
         sockets has a message. Ends at once when something was dropped or all was cleared.
         """
 
-    def clear(self) -> int: ...  # drops all claims (a fence); returns how many
+    def clear(self, left: Left = Left.REQUESTED) -> int:
+        """Drop all claims (a fence); returns how many. All but Left.DOUBTED begin another life of the stream."""
+
     def touch(self) -> None: ...  # what is known of the stream beside its claims has changed
     def close(self) -> int: ...  # the same, and the stream is gone from answers
     def follow_changes(self, limit: int) -> None:
@@ -214,6 +252,14 @@ class Stream:
     def orphans(self) -> int: ...  # blocks waiting for their parent
     @property
     def unresolved(self) -> int: ...  # claims whose key is not known
+    @property
+    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+        """How the engine writes its events, seen in a sample of its messages.
+
+        (messages looked at, names of what was seen at least once, shortest and longest BlockStored array or 0, first
+        unknown tag, a plain block at token 0 as (engine hash, tokens)).
+        """
+
     @property
     def closed(self) -> bool: ...
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvindex_server._core import Applied, Stream
+from kvindex_server._core import Applied, Left, Stream
 from kvindex_server.stream import LAG_BOUNDS, Cause, Message, StreamStatus, Trust
 
 # A batch or event nobody could read may have been a removal: a claim may be wrong from then on.
@@ -44,8 +44,8 @@ class Applier:
         """Single numbers that only the stream's own thread changes; all else is changed under the lock."""
 
     def apply(self, run: Sequence[Message]) -> tuple[list[str], list[str], bool]:
-        """Take messages in; why claims may be wrong now, why some may be missing, and whether all were cleared."""
-        applied = self._stream.apply([payload for _, payload, _ in run])
+        """Take messages in, in a row; why claims may be wrong now, why some may be missing, if all were cleared."""
+        applied = self._stream.apply([payload for _, payload, _ in run], run[0][0] if run else None)
         lags = [max(0.0, self._wall() - applied.timestamp)] if applied.timestamp > 0 else []
         return self.count(applied, len(run), lags)
 
@@ -55,9 +55,9 @@ class Applier:
         unsound = [each for each in _UNSOUND if each in reasons]
         return unsound, [each for each in _INCOMPLETE if each in reasons], bool(applied.clears)
 
-    def clear(self) -> int:
-        """Drop every claim; returns how many there were."""
-        return self._stream.clear()
+    def clear(self, left: Left) -> int:
+        """Drop every claim, and remember why; returns how many there were."""
+        return self._stream.clear(left)
 
     def believe(self, trust: Trust, cause: Cause, reason: str) -> None:
         """How far the claims can be believed from now on."""

@@ -40,7 +40,7 @@ class Checkup:
         self._fleet = fleet
         self._models = models
         self._lookup = lookup
-        self._explainer = Explainer(lookup)
+        self._explainer = Explainer(lookup, fleet.statuses)
 
     def examine(self, query: CheckQuery, check: Check) -> list[doctor.Finding]:
         """Findings of the model asked for, or of every model. An unknown model is a finding, too."""
@@ -84,6 +84,7 @@ class Checkup:
             seed=model.index.seed,
             coverage=self._fleet.coverage(model.name),
             streams=streams,
+            dialects=self._fleet.dialects(model.name),
             specs=specs,
             loras=model.loras,
             aliases=model.aliases,

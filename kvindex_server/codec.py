@@ -312,6 +312,23 @@ def encode_explanation(explanation: Explanation) -> bytes:
         fill_score(pod.score, each.score, prompt.block_size)
         for tier, blocks in each.runs:
             pod.runs.add(tier=tier, blocks=blocks)
+        for departure, tier in each.left:
+            pod.left.add(
+                how=kvindex_pb2.BlockLeft.ValueType(departure.how.value + 1),
+                tier=tier,
+                group=departure.group,
+                sequence=departure.at.sequence,
+                time=departure.at.time,
+                earlier_life=departure.earlier,
+            )
+        if each.memory is not None:
+            since = each.memory.since
+            pod.remembered.reach = kvindex_pb2.RemovalReach.ValueType(each.memory.reach)
+            if since.sequence is not None:
+                pod.remembered.sequence = since.sequence
+            pod.remembered.time = since.time
+        if each.stale_since:
+            pod.stale_since = each.stale_since
     return response.SerializeToString()
 
 

@@ -268,6 +268,12 @@ class LimitSettings(_Section):
     max_index_bytes: Integer = Field(
         default=0, ge=0, description="Bytes of a model's index above which new claims are refused; 0 = unlimited"
     )
+    remembered_removals: Integer = Field(
+        default=16_384,
+        ge=0,
+        le=2**24,
+        description="Removed blocks remembered per stream, for Explain: 12 bytes each; a power of two, 0 = none",
+    )
     max_registered_pods: Integer = Field(default=4096, ge=1, description="Pods registered at once")
 
 

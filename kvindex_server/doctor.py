@@ -4,8 +4,9 @@ import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvindex_server import dialects
 from kvindex_server.pods import PodSpec
-from kvindex_server.stream import LAG_BOUNDS, Cause, StreamState, StreamStatus, Trust
+from kvindex_server.stream import LAG_BOUNDS, Cause, Dialect, StreamState, StreamStatus, Trust
 
 NO_SALT = "no salt"
 """Among `Probe.other_contexts`: the same prompt without its salt."""
@@ -64,6 +65,7 @@ class Facts:
     coverage: float
     streams: Sequence[StreamStatus]
     specs: Mapping[str, PodSpec]
+    dialects: Sequence[Dialect] = ()
     loras: Sequence[str] = ()
     aliases: Sequence[str] = ()
     tokenizer: tuple[str, str, bool] | None = None  # mode, reason, has a chat template
@@ -293,6 +295,43 @@ def _seed(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def _event_encoding(facts: Facts) -> Iterator[Finding]:
+    for dialect in facts.dialects:
+        spec = facts.specs.get(dialect.pod)
+        for fails, evidence, remedy in dialects.odd(dialect, spec.engine if spec is not None else ""):
+            yield Finding(Status.FAIL if fails else Status.WARN, evidence, remedy, dialect.pod, dialect.rank)
+    heard = [each for each in facts.dialects if each.looked]
+    if not heard:
+        yield Finding(Status.SKIP, "no event has been seen yet")
+    yield _pass(f"{dialects.by_kind(heard, dialects.encoding)}; seen in {sum(each.looked for each in heard)} messages")
+
+
+def _hash_version(facts: Facts) -> Iterator[Finding]:
+    heard = [each for each in facts.dialects if dialects.hash_form(each)]
+    for dialect in heard:
+        if dialects.mixes_forms(dialect):
+            yield Finding(
+                Status.FAIL,
+                f"the engine names its blocks in several ways: {dialects.hash_form(dialect)}",
+                "A block stored under one form and removed under another stays here. Set one "
+                "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES for the engine and its connectors, then ClearPod.",
+                dialect.pod,
+                dialect.rank,
+            )
+    if not heard:
+        yield Finding(Status.SKIP, "no stored block has been seen yet")
+        return
+    kinds = dialects.by_kind(heard, dialects.hash_version)
+    if dialects.disagree(heard):
+        yield Finding(
+            Status.WARN,
+            f"the pods name equal blocks differently: {kinds}",
+            "Scores do not depend on it; GetPodsForBlocks by engine hash does, and engines that fetch blocks from each "
+            "other. Run every pod with one release, one prefix_caching_hash_algo and one PYTHONHASHSEED.",
+        )
+    yield _pass(f"{kinds}; block keys here are computed from tokens and depend on none of it")
+
+
 def _engine_hashes(facts: Facts) -> Iterator[Finding]:
     waiting = [each for each in facts.streams if each.unresolved or each.orphans]
     for stream in waiting:
@@ -519,15 +558,18 @@ def _lag(facts: Facts) -> Iterator[Finding]:
 
 
 def _decode_errors(facts: Facts) -> Iterator[Finding]:
+    told = {(each.pod, each.rank): dialects.explained(each) for each in facts.dialects}
     for stream in facts.streams:
-        if stream.decode_errors:
+        own_check = told.get((stream.pod, stream.rank), ())
+        errors = {reason: count for reason, count in stream.decode_errors.items() if reason not in own_check}
+        if errors:
             yield _of(
                 stream,
                 Status.FAIL,
-                "not understood: " + _counts(stream.decode_errors),
+                "not understood: " + _counts(errors),
                 "Is this an events port of a supported engine release? Keep a sample: kvindex capture.",
             )
-    yield _pass("every message and event was understood")
+    yield _pass("every message and event was understood, but for what event_encoding tells")
 
 
 def _dropped(facts: Facts) -> Iterator[Finding]:
@@ -592,6 +634,8 @@ CHECKS: Mapping[str, Callable[[Facts], Iterator[Finding]]] = {
     "topic": _topic,
     "block_size": _block_size,
     "hash_seed": _seed,
+    "event_encoding": _event_encoding,
+    "hash_version": _hash_version,
     "engine_hashes": _engine_hashes,
     "replay": _replay,
     "rank_ports": _ranks,

@@ -12,7 +12,7 @@ from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
-from kvindex_server.stream import StreamStatus, Trust
+from kvindex_server.stream import Dialect, StreamStatus, Trust
 from kvindex_server.subscriber import Subscriber
 
 _log = logging.getLogger(__name__)
@@ -171,6 +171,11 @@ class Fleet:
             if name is None or of_model == name
             for status in subscriber.statuses()
         ]
+
+    def dialects(self, model: str) -> list[Dialect]:
+        """One per stream of a model (its real name) that is followed here."""
+        followed = [each for (of_model, _), each in self._subscribers.items() if of_model == model]
+        return [dialect for each in followed for dialect in each.dialects()]
 
     def pods(self, model: str) -> list[str]:
         """The pods of a model (its real name), in order of registration."""

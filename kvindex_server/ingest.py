@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvindex_server._core import Drained, Order, Outcome, Stream, xxh3_64
+from kvindex_server._core import Drained, Left, Order, Outcome, Stream, xxh3_64
 from kvindex_server.applier import Applier
 from kvindex_server.marks import EVERY, Mark, Marks, until_next
 from kvindex_server.rearm import Aim, Rearm, Verdict
@@ -61,11 +61,14 @@ class Ingest:
         """Handed to the core, which moves it on with every message it applies from the socket itself."""
         self.marks = Marks()
         """What was held after certain messages; to be read from any thread."""
+        self._wall = wall
         self._lost_at: float | None = None
+        self._lost_wall = 0.0
         self._tried = False
         # Why claims may be wrong, beside what is believed of them; and what could mend it.
         self._doubt = ""
         self._doubt_cause = Cause.GAP
+        self._doubted_at = 0.0
         self._rearm: Rearm | None = None
         self._probing = False
         self._unfillable: int | None = None
@@ -103,6 +106,7 @@ class Ingest:
         self._applier.believe(saved.trust, saved.cause, saved.reason)
         self._verify = saved.last_sequence
         self._stranger = "restored from a snapshot, and the engine is being asked whether it is the same"
+        self._date_doubt()
         if self._ask_replay is None:
             self._doubt_identity("restored from a snapshot, and no replay endpoint tells what came since")
 
@@ -207,7 +211,8 @@ class Ingest:
     def connection(self, up: bool) -> None:
         """The connection to the engine came up or was lost."""
         if not up:
-            self._lost_at = self._lost_at or self._clock()
+            if self._lost_at is None:
+                self._lost_at, self._lost_wall = self._clock(), self._wall()
             # Another engine may answer next; if it is the same one, its replay brings these again.
             self._forget_buffer()
             return
@@ -221,6 +226,7 @@ class Ingest:
                 self._doubt_identity("connection was lost, and no replay endpoint tells who came back")
             else:
                 self._stranger = "connection was lost, and the engine is being asked whether it is the same"
+                self._date_doubt()
                 self._applier.touch()
         if self._ask_replay is not None and (was_lost or (last is None and not self._syncing)):
             self._sync()  # a question under way may have died with the old engine
@@ -231,7 +237,7 @@ class Ingest:
 
     def resync(self) -> None:
         """Drop every claim and begin again, as after an operator's ClearPod."""
-        self._restart("cleared by request", count=False)
+        self._restart("cleared by request", count=False, left=Left.REQUESTED)
         self._clearing = False
         if self._ask_replay is not None:
             self._sync()
@@ -250,7 +256,7 @@ class Ingest:
         busy = self._syncing or self._lost_at is not None or self._ask_replay is None
         if busy or epoch != self._counters.epoch or self.status().trust is Trust.EXACT:
             return False
-        self._restart("replaced by a sibling's state", count=False)
+        self._restart("replaced by a sibling's state", count=False, left=Left.REBUILT)
         self.resume(saved)
         return True
 
@@ -294,6 +300,7 @@ class Ingest:
         if self._clearing:
             status.trust, status.trust_cause, status.trust_reason = Trust.COLD, Cause.RESTARTED, "being cleared"
         elif doubt:
+            status.stale_since = self._doubted_at
             status.trust, status.trust_reason = Trust.STALE, doubt
             status.trust_cause = self._doubt_cause if self._doubt else Cause.CONNECTION_LOST
         elif self._behind and status.trust is Trust.EXACT:
@@ -311,6 +318,7 @@ class Ingest:
             if status.trust in (Trust.EXACT, Trust.PARTIAL):
                 status.trust, status.trust_cause = Trust.STALE, Cause.CONNECTION_LOST
                 status.trust_reason = f"connection lost for over {self._bounds.disconnect_grace:g} s"
+                status.stale_since = self._lost_wall
         return status
 
     # --- order ---
@@ -358,8 +366,8 @@ class Ingest:
         missing = sequence - last - 1
         self._doubt_claims(f"{missing} messages missing before sequence {sequence}, {why}", Aim.REBUILD, last + 1)
 
-    def _restart(self, why: str, *, count: bool = True) -> None:
-        self._applier.clear()
+    def _restart(self, why: str, *, count: bool = True, left: Left = Left.RESTARTED) -> None:
+        self._applier.clear(left)
         self.order.restarted()
         self.marks.clear()
         self._asked_last = None
@@ -371,9 +379,10 @@ class Ingest:
         self._believe(Trust.COLD, Cause.RESTARTED, why)
 
     def _another_life(self, why: str, *, count: bool = True) -> None:
+        """Begin anew; `count` when the engine is another one, else it is only not known what the claims are worth."""
         # What waits may be the dead engine's; the living one's comes with the replay.
         self._forget_buffer()
-        self._restart(why, count=count)
+        self._restart(why, count=count, left=Left.RESTARTED if count else Left.REBUILT)
         self._sync()
 
     # --- repair ---
@@ -524,6 +533,7 @@ class Ingest:
         last = first if last is None else last
         hopeless = bool(self._doubt) and self._rearm is None
         self._doubt = reason
+        self._date_doubt()
         self._doubt_cause = Cause.UNREADABLE if aim is Aim.COMPARE else cause
         if hopeless or first == self._unfillable:
             self._rearm = None
@@ -539,15 +549,20 @@ class Ingest:
     def _doubt_identity(self, reason: str) -> None:
         """The claims may be those of an engine that is gone."""
         self._stranger = reason
+        self._date_doubt()
         if self._rearm is None and self._verify is not None:
             self._rearm = self._new_rearm(Aim.VERIFY, self._verify, self._verify)
         self._applier.touch()
         self._drop_doubtful(reason)
 
+    def _date_doubt(self) -> None:
+        self._doubted_at = self._doubted_at or self._wall()
+
     def _drop_doubtful(self, reason: str) -> None:
         if self._bounds.drop_on_gap:
-            self._applier.clear()
+            self._applier.clear(Left.DOUBTED)
             self._doubt = self._stranger = ""
+            self._doubted_at = 0.0
             self._applier.believe(Trust.PARTIAL, Cause.CLAIMS_DROPPED, f"claims dropped: {reason}")
 
     def _new_rearm(self, aim: Aim, first: int, last: int, *, start: int | None = None) -> Rearm | None:
@@ -584,6 +599,8 @@ class Ingest:
         """The engine is the one that was followed before the connection was lost."""
         self._verify = None
         self._stranger = ""
+        if not self._doubt:
+            self._doubted_at = 0.0
         self._applier.touch()
         if self._rearm is not None and self._rearm.aim is Aim.VERIFY:
             self._rearm = None
@@ -623,6 +640,7 @@ class Ingest:
     def _believe(self, trust: Trust, cause: Cause, reason: str) -> None:
         """All that is held is known to be so much to be trusted; whatever was in doubt is gone."""
         self._doubt = self._stranger = ""
+        self._doubted_at = 0.0
         self._rearm = None
         self._probing = False
         self._applier.believe(trust, cause, reason)

@@ -159,7 +159,7 @@ class Server:
 
     def _page_routes(self, gate: Gate, guard: Guard, lookup: Lookup) -> web.Routes:
         settings = self._settings
-        box = PromptView(lookup, settings.limits) if settings.page.prompt else None
+        box = PromptView(lookup, settings.limits, self.fleet.statuses) if settings.page.prompt else None
         how = "off" if box is None else "token" if gate.asks(Role.READ) else "open"
         fleet = FleetView(self.fleet.statuses, self._sizes, self.metrics, how)
         return page.routes(fleet, box, self._calls(guard))
@@ -423,6 +423,7 @@ def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Mode
             limits.max_claims_per_model,
             placement.max_blocks,
             limits.max_index_bytes,
+            limits.remembered_removals,
         )
 
     make_index = in_process if stores is None else stores.make

@@ -1,6 +1,7 @@
 """What is known of one event stream: its state, how far it is trusted and why, its counters."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Message = tuple[int, bytes, int]
@@ -47,6 +48,25 @@ class Cause(enum.StrEnum):
     DIVERGED = "diverged"
 
 
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an engine writes its events, seen in a sample of its messages of this life."""
+
+    pod: str
+    rank: int
+    looked: int
+    """Messages of the sample."""
+    traits: Sequence[str]
+    """What was seen at least once, by the core's names."""
+    shortest: int
+    longest: int
+    """Of a BlockStored sent as an array, its tag counted; 0 when there was none."""
+    odd_tag: str
+    """The first tag that nobody knows; empty when there was none."""
+    root: tuple[int | bytes, Sequence[int]] | None
+    """A first block of plain text: the engine's hash and its tokens."""
+
+
 @dataclass
 class StreamStatus:
     """What is known of one (pod, rank) for answers, lists and metrics."""
@@ -58,6 +78,8 @@ class StreamStatus:
     trust: Trust = Trust.COLD
     trust_reason: str = "nothing heard"
     trust_cause: Cause = Cause.NOTHING_HEARD
+    stale_since: float = 0.0
+    """Seconds since 1970, of this host's clock; 0 when not STALE."""
     endpoint: str = ""
     replay_endpoint: str = ""
     topic: str = ""

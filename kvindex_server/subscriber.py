@@ -13,7 +13,7 @@ from kvindex_server.divergence import Side
 from kvindex_server.ingest import Bounds, Ingest
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
-from kvindex_server.stream import StreamStatus
+from kvindex_server.stream import Dialect, StreamStatus
 
 _log = logging.getLogger(__name__)
 _names = itertools.count()
@@ -108,6 +108,10 @@ class Subscriber:
         """One per rank."""
         tiers = self._index.tiers
         return [rank.status(tiers) for rank in self._ranks]
+
+    def dialects(self) -> list[Dialect]:
+        """How each rank's engine writes its events."""
+        return [Dialect(self.spec.pod, rank, *each.stream.dialect) for rank, each in enumerate(self._ranks)]
 
     def status(self, rank: int) -> StreamStatus:
         """Trust, state and counters of one rank, without its block counts."""

@@ -27,7 +27,7 @@ from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.pods import PodSpec
 from kvindex_server.reach import ACCEPTED, NO_ANSWER, reach
 from kvindex_server.server import Server
-from kvindex_server.stream import LAG_BOUNDS, Cause, StreamState, StreamStatus, Trust
+from kvindex_server.stream import LAG_BOUNDS, Cause, Dialect, StreamState, StreamStatus, Trust
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
 
@@ -71,6 +71,7 @@ SILENT: dict[str, Any] = {
     "lag_buckets": [0] * (len(LAG_BOUNDS) + 1),
 }
 SPEC = PodSpec("a:8000", "m", "tcp://a:5557", "tcp://a:5558")
+DIALECT = Dialect("a:8000", 0, 10, ["array_batch", "map_events", "unsigned_hashes"], 0, 0, "", None)
 WELL = Facts(
     model="m",
     block_size=16,
@@ -78,6 +79,7 @@ WELL = Facts(
     coverage=1.0,
     streams=(stream(),),
     specs={"a:8000": SPEC},
+    dialects=(DIALECT,),
     loras=("adapter",),
     tokenizer=("native", "", True),
     candidates=("a:8000",),
@@ -210,6 +212,21 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         "behind",
     ),
     "late": (with_stream(lag_seconds=1.5), "lag", Status.WARN, "1.5 s"),
+    "unknown event": (
+        replace(
+            with_stream(decode_errors={"unknown_event": 1}),
+            dialects=(replace(DIALECT, odd_tag="BlockPondered"),),
+        ),
+        "event_encoding",
+        Status.FAIL,
+        "'BlockPondered'",
+    ),
+    "two forms": (
+        replace(WELL, dialects=(replace(DIALECT, traits=["unsigned_hashes", "bytes_32"]),)),
+        "hash_version",
+        Status.FAIL,
+        "unsigned ints and 32 bytes",
+    ),
     "unreadable": (with_stream(decode_errors={"bad_batch": 2}), "decode_errors", Status.FAIL, "bad_batch 2"),
     "limit": (with_stream(dropped={"orphan_limit": 5}), "dropped", Status.WARN, "orphan_limit 5"),
     "stale": (
@@ -267,9 +284,20 @@ def test_findings_of_one_check_are_bounded() -> None:
 
 
 def test_what_cannot_be_judged_is_skipped() -> None:
-    found = examine(replace(WELL, probe=None, candidates=(), tokenizer=None, streams=(stream(**SILENT),)))
+    silent = replace(WELL, streams=(stream(**SILENT),), dialects=())
+    found = examine(replace(silent, probe=None, candidates=(), tokenizer=None))
     skipped = {each.name for each in found if each.status is Status.SKIP}
-    assert skipped == {"candidates", "tokens_agree", "chat_template", "lora", "salt", "probe", "clock_skew"}
+    assert skipped == {
+        "event_encoding",
+        "hash_version",
+        "candidates",
+        "tokens_agree",
+        "chat_template",
+        "lora",
+        "salt",
+        "probe",
+        "clock_skew",
+    }
 
 
 def test_statuses_and_ends_are_those_of_the_proto() -> None:
@@ -503,17 +531,17 @@ def test_explain_says_where_each_match_ends(running: Running) -> None:
     running.publish("d", stored(0, 1))
     found = running.explain(pods=["a", "b", "c", "d", "x"])
     assert {pod: pb.MatchEnd.Name(each.end).removeprefix("MATCH_END_") for pod, each in found.items()} == {
-        "a": "UNKNOWN_KEY",
+        "a": "NEVER_STORED",
         "b": "REMOVED",
         "c": "NOTHING_HEARD",
-        "d": "ELSEWHERE",
+        "d": "NEVER_STORED",
         "x": "NOT_REGISTERED",
     }
     assert [(each.tier, each.blocks) for each in found["a"].runs] == [("gpu", 6), ("cpu", 2)]
     assert found["a"].score.matched_blocks == 8
     assert (found["b"].score.matched_blocks, found["b"].score.trust) == (2, pb.TRUST_EXACT)
-    assert "block 2 is not held, but block 3 behind it is" in found["b"].why
-    assert "block 1 is held by a, b;" in found["d"].why
+    assert "block 2 was removed from gpu by message 1 (2025-11-24 16:00:00Z)" in found["b"].why
+    assert found["d"].why == "block 1 is held by a, b; here it was never stored since the engine's first event"
     whole = running.explain(tokens=pb.Tokens(ids=TOKENS[:32]), pods=["a"])
     assert whole["a"].end == pb.MATCH_END_WHOLE_PROMPT
 
@@ -616,7 +644,7 @@ class OnePod:
 def explained(index: Index) -> PodExplanation:
     lookup = Lookup(Models([Model(MODEL, index)]), OnePod(), {"gpu": 1.0, "cpu": 0.8}, Metrics())
     query = Query(MODEL, "tokens", tokens=struct.pack(f"<{len(TOKENS)}I", *TOKENS))
-    (found,) = Explainer(lookup).explain(query, lambda: None).pods
+    (found,) = Explainer(lookup, lambda _model: []).explain(query, lambda: None).pods
     return found
 
 
@@ -640,7 +668,12 @@ def test_a_block_that_a_window_alone_holds() -> None:
                 stored(0, 3, group=1, kind="sliding_window", window=8),
                 Removed([102], group=0),
             )
-        ]
+        ],
+        7,
     )
     found = explained(index)
-    assert (found.end, found.why) == (End.OTHER_GROUP, "block 2 is held in KV-cache group 1 only")
+    assert (found.end, found.why) == (
+        End.OTHER_GROUP,
+        "block 2 is held in KV-cache group 1 only; "
+        "block 2 was removed from gpu by message 7 (2025-11-24 16:00:00Z), by the engine's clock",
+    )

@@ -244,7 +244,7 @@ def test_explain_says_where_the_match_ends(site: Site) -> None:
     longer = [*site.tokens[: site.blocks * 4], 1, 2, 3, 4]
     done = kvindex("explain", *site.server, "--model", "m", "--tokens", ",".join(map(str, longer)))
     assert done.code == 0
-    assert f"a: UNKNOWN_KEY: no pod holds block {site.blocks}: never stored, or removed everywhere" in done.out
+    assert f"a: NEVER_STORED: no pod holds block {site.blocks}; here it was never stored" in done.out
 
 
 def test_check_fails_by_exit_code_with_a_remedy(site: Site) -> None:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,16 @@ def test_each_match_says_why_it_ends(shown: Server) -> None:
     total, hole = answer["total_blocks"], answer["total_blocks"] // 3
     assert (pods[WHOLE]["end"], pods[WHOLE]["why"]) == ("WHOLE_PROMPT", f"all {total} blocks are held")
     assert pods[HOLED]["end"] == "REMOVED"
-    assert pods[HOLED]["why"].startswith(f"block {hole} is not held, but block {hole + 1} behind it is")
-    assert pods[SPLIT]["end"] == "ELSEWHERE" and WHOLE in pods[SPLIT]["why"]
+    assert pods[HOLED]["why"].startswith(f"block {hole} was removed from gpu by message 1 (20")
+    (left,) = pods[HOLED]["left"]
+    told = (left["how"], left["tier"], left["group"], left["sequence"], left["earlier"])
+    assert told == ("REMOVED", "gpu", 0, "1", False)
+    assert abs(left["time"] - time.time()) < 600
+    assert pods[WHOLE]["left"] == pods[SPLIT]["left"] == []
+    assert pods[SPLIT]["end"] == "NEVER_STORED" and WHOLE in pods[SPLIT]["why"]
     assert pods[PLACED]["end"] == "NOTHING_HEARD"
     assert {each["end"] for each in answer["pods"] if each["trust"] == "STALE"} == {"ELSEWHERE"}
-    assert all("the stream is STALE: " in each["why"] for each in answer["pods"] if each["trust"] == "STALE")
+    assert all("the stream is STALE since 20" in each["why"] for each in answer["pods"] if each["trust"] == "STALE")
     asked = Query(MODEL, "prompt", text=PROMPT)
     prompt = shown._direct._lookup.prompt(asked, lambda: None)
     tokens, keys = memoryview(prompt.tokens).cast("I"), memoryview(prompt.keys).cast("Q")

@@ -155,9 +155,12 @@ def test_prompt_box_shows_blocks(page: Any) -> None:
     )
     assert cells(PLACED, ".placed") == total
     assert f"{total} of {total} blocks" in page.locator("#pods li").nth(0).inner_text()
-    assert page.locator("#match-legend span").count() == 6
+    assert page.locator("#match-legend span").count() == 7
     why = row(HOLED).locator(".why").inner_text()
-    assert why.startswith(f"block {total // 3} is not held, but block {total // 3 + 1} behind it is")
+    assert why.startswith(f"block {total // 3} was removed from gpu by message 1 (20")
+    title = row(HOLED).locator("svg rect.gone title").text_content()
+    assert re.match(r"removed from gpu, .+, message 1$", title)
+    assert page.locator("#pods rect.gone").count() == 1
     assert not page.locator("#shown-keys").is_visible()
     page.click("#lookup summary")
     assert re.match(r"0x[0-9a-f]{16} 0x", page.locator("#shown-keys").inner_text())

@@ -10,9 +10,9 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from kvindex_server import wire
+from kvindex_server.engine_hashes import block_hash, none_hash, wire_hash
 from kvindex_server.simulate.engine import Engine
 from kvindex_server.simulate.events import Cleared, Encoding, Event, Removed, Stored, encode_batch
-from kvindex_server.simulate.hashing import block_hash, none_hash, wire_hash
 from kvindex_server.simulate.pod import SimulatedPod
 from kvindex_server.simulate.publisher import Publisher
 from kvindex_server.simulate.workload import Shape, Traffic, Workload, by_session

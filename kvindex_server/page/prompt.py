@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Literal, Protocol
 
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.explain import Explainer, PodExplanation, tokens_of
+from kvindex_server.explain import Explainer, PodExplanation, Streams, tokens_of
 from kvindex_server.lookup import BlocksQuery, Check, Located, Lookup, ScoreQuery
 from kvindex_server.rest import Fields
 from kvindex_server.score import PodScore
@@ -27,9 +27,9 @@ class Limits(Protocol):
 class PromptView:
     """Answers `/api/score`. Nothing of the prompt is kept or logged; its first token ids and keys are sent back."""
 
-    def __init__(self, lookup: Lookup, limits: Limits) -> None:
+    def __init__(self, lookup: Lookup, limits: Limits, streams: Streams) -> None:
         self._lookup = lookup
-        self._explainer = Explainer(lookup)
+        self._explainer = Explainer(lookup, streams)
         self._max_bytes = min(MAX_TEXT_BYTES, limits.max_prompt_bytes)
 
     def shown(self, fields: Fields, check: Check) -> Mapping[str, object]:
@@ -102,6 +102,18 @@ def _pod(score: PodScore, held: Sequence[str], explained: PodExplanation | None)
         "trust": score.trust.name,
         "end": explained.end.name if explained else "",
         "why": explained.why if explained else "",
+        # How the block behind the match left, latest first; seconds since 1970, 0 when not told.
+        "left": [
+            {
+                "how": each.how.name,
+                "tier": tier,
+                "group": each.group,
+                "sequence": None if each.at.sequence is None else str(each.at.sequence),
+                "time": each.at.time,
+                "earlier": each.earlier,
+            }
+            for each, tier in (explained.left if explained else ())
+        ],
         # Runs of equal blocks from the first on: [where, how many].
         "runs": [[where, sum(1 for _ in run)] for where, run in groupby(held)],
     }

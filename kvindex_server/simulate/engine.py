@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvindex_server.engine_hashes import block_hash, none_hash, wire_hash
 from kvindex_server.simulate.events import Cleared, Event, Stored
-from kvindex_server.simulate.hashing import block_hash, none_hash, wire_hash
 from kvindex_server.simulate.pool import Block, Pool
 
 VOCABULARY = 32_000

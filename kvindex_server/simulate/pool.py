@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvindex_server.engine_hashes import wire_hash
 from kvindex_server.simulate.events import Removed
-from kvindex_server.simulate.hashing import wire_hash
 
 
 @dataclass(slots=True, eq=False)

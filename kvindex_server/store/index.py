@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -66,13 +67,14 @@ class StoreIndex:
         max_claims: int = 0,
         max_placements: int = 1 << 20,
         *,
+        max_removals: int = 0,
         trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
         gained: Callable[[str, int], None] = lambda _pod, _rank: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._settings = settings
-        self._own = Index(block_size, seed, max_claims)
+        self._own = Index(block_size, seed, max_claims, max_removals=max_removals)
         # The format's version is in it: replicas that write another one never meet these keys.
         space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
@@ -166,6 +168,10 @@ class StoreIndex:
             if outcome != "over":
                 return outcome, at, held
         raise StoreAway("the shared store changes too fast to be written")
+
+    def removals(self, pod: str, keys: _Bytes) -> list[Any]:
+        """As of a native index, of the streams that this replica follows; the store keeps nothing of them."""
+        return self._own.removals(pod, keys)
 
     def add_stream(self, pod: str, rank: int) -> StoreStream:
         """A stream that this replica would write, once it has the lease."""

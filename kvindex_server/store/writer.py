@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgpack  # type: ignore[import-untyped]
 
-from kvindex_server._core import Applied, Drained, Index, Order, ZeroMq
+from kvindex_server._core import Applied, Drained, Index, Left, Order, ZeroMq
 from kvindex_server.store import scripts
 from kvindex_server.store.client import Argument, Client, StoreAway, StoreFull
 
@@ -61,10 +61,10 @@ class StoreStream:
 
     # --- as of a native stream ---
 
-    def apply(self, payloads: Sequence[bytes]) -> Applied:
+    def apply(self, payloads: Sequence[bytes], first_sequence: int | None = None) -> Applied:
         """Take events in; they are in the store a moment later."""
         with self._lock:
-            applied = self._native.apply(payloads)
+            applied = self._native.apply(payloads, first_sequence)
         self._dirty()
         return applied
 
@@ -86,10 +86,10 @@ class StoreStream:
             self._dirty()
         return drained
 
-    def clear(self) -> int:
+    def clear(self, left: Left = Left.REQUESTED) -> int:
         """Drop all claims; returns how many. The store is told by a new life, however many they are."""
         with self._lock:
-            dropped = self._native.clear()
+            dropped = self._native.clear(left)
             self._asking = max(self._asking - 1, min(self._asking, 1))
         self._dirty()
         return dropped
@@ -135,6 +135,10 @@ class StoreStream:
     @property
     def unresolved(self) -> int:
         return self._native.unresolved
+
+    @property
+    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+        return self._native.dialect
 
     @property
     def closed(self) -> bool:

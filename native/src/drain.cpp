@@ -149,7 +149,7 @@ Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Or
     }
     const uint64_t sequence = frames.sequence();
     if (drained.messages++ == 0) drained.first = sequence;
-    stream.apply(frames.payload(), frames.payload_size(), rank, drained.applied);
+    stream.apply(frames.payload(), frames.payload_size(), rank, drained.applied, sequence);
     order.applied(sequence, xxh3_64(frames.payload(), frames.payload_size()));
   }
   tell();

@@ -9,11 +9,13 @@
 
 namespace kvindex {
 
-Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes)
+Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes,
+             uint64_t max_removals)
     : block_size_(block_size),
       seed_(seed),
       max_claims_(max_claims),
       max_bytes_(max_bytes),
+      max_removals_(max_removals),
       placements_(max_placements) {
   auto* first = new Topology;
   first->lanes.emplace_back();
@@ -366,6 +368,24 @@ std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(c
   }
   for (auto& each : result) order(each.second);
   return result;
+}
+
+std::vector<Remembered> Index::removals(const std::string& pod, const uint64_t* keys, size_t count) const {
+  std::vector<std::pair<uint32_t, std::shared_ptr<Stream>>> streams;
+  {
+    std::lock_guard lock(topology_mutex_);
+    const Topology& topology = *topology_.load();
+    for (const Rank& each : ranks_of(topology, pod))
+      if (auto stream = stream_objects_[each.place.stream].lock()) streams.emplace_back(each.rank, std::move(stream));
+  }
+  std::vector<Remembered> all;
+  for (const auto& [rank, stream] : streams) {
+    const auto lock = stream->read_lock();
+    Remembered& of = all.emplace_back(Remembered{rank, stream->removals().memory(), {}});
+    of.found.resize(count);
+    for (size_t i = 0; i < count; ++i) stream->removals().find(keys[i], of.found[i]);
+  }
+  return all;
 }
 
 }  // namespace kvindex

@@ -13,6 +13,7 @@
 #include "blocks.hpp"
 #include "keys.hpp"
 #include "placements.hpp"
+#include "removals.hpp"
 #include "topology.hpp"
 #include "walk.hpp"
 
@@ -35,13 +36,23 @@ struct Placed {
   size_t held = 0;    // blocks that need none: the rank holds them
 };
 
+// What one rank remembers of blocks that left it.
+struct Remembered {
+  uint32_t rank;
+  Removals::Memory memory;
+  std::vector<std::vector<Removals::Found>> found;  // per key asked for
+};
+
 class PromptKeys;
 class Stream;
 
 class Index : public std::enable_shared_from_this<Index> {
  public:
-  // Limits of 0 mean none.
-  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes = 0);
+  static constexpr uint64_t kRemovals = 16384;
+
+  // Limits of 0 mean none, but for `max_removals`: so many removals are remembered of each stream.
+  Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes = 0,
+        uint64_t max_removals = kRemovals);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
@@ -71,8 +82,11 @@ class Index : public std::enable_shared_from_this<Index> {
   // By engine hash: (key or 0, holders).
   std::vector<std::pair<uint64_t, std::vector<Holder>>> holders_of_hashes(const std::vector<uint64_t>& hashes,
                                                                           const Pods& pods) const;
+  // How each of these keys left each rank of a pod.
+  std::vector<Remembered> removals(const std::string& pod, const uint64_t* keys, size_t count) const;
 
   // --- for streams ---
+  uint64_t max_removals() const { return max_removals_; }
   Blocks& held() { return blocks_; }
   // The canonical block size: `size` becomes it when none is known. Returns the size in force.
   uint32_t learn_block_size(uint32_t size);
@@ -98,7 +112,7 @@ class Index : public std::enable_shared_from_this<Index> {
 
   std::atomic<uint32_t> block_size_;
   const uint64_t seed_;
-  const uint64_t max_claims_, max_bytes_;
+  const uint64_t max_claims_, max_bytes_, max_removals_;
   std::atomic<uint64_t> claims_{0};
   Placements placements_;
 

@@ -14,6 +14,8 @@
 #include "drain.hpp"
 #include "index.hpp"
 #include "module_blocks.hpp"
+#include "module_dialect.hpp"
+#include "module_removals.hpp"
 #include "module_score.hpp"
 #include "module_store.hpp"
 #include "module_text.hpp"
@@ -224,21 +226,26 @@ NB_MODULE(_core, m) {
         return frames;
       });
 
+  bind_left(m);
   nb::class_<BoundStream>(m, "Stream")
       .def(
           "apply",
-          [](BoundStream& self, const std::vector<nb::bytes>& payloads) {
+          [](BoundStream& self, const std::vector<nb::bytes>& payloads, const nb::object& first_sequence) {
+            uint64_t sequence = first_sequence.is_none() ? Removals::kNoSequence : nb::cast<uint64_t>(first_sequence);
             std::vector<std::pair<const uint8_t*, size_t>> views;
             views.reserve(payloads.size());
             for (const nb::bytes& each : payloads)
               views.emplace_back(reinterpret_cast<const uint8_t*>(each.c_str()), each.size());
             Applied applied;
             nb::gil_scoped_release release;
-            for (const auto& [data, size] : views) self.stream->apply(data, size, self.rank, applied);
+            for (const auto& [data, size] : views) {
+              self.stream->apply(data, size, self.rank, applied, sequence);
+              if (sequence != Removals::kNoSequence) ++sequence;
+            }
             self.standing->touch();
             return applied;
           },
-          nb::arg("payloads"))
+          nb::arg("payloads"), nb::arg("first_sequence") = nb::none())
       .def("snapshot",
            [](const BoundStream& self) {
              std::string out;
@@ -271,12 +278,12 @@ NB_MODULE(_core, m) {
           nb::arg("others"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear",
-          [](BoundStream& self) {
-            const uint64_t claims = self.stream->clear();
+          [](BoundStream& self, Left left) {
+            const uint64_t claims = self.stream->clear(left);
             self.standing->touch();
             return claims;
           },
-          nb::call_guard<nb::gil_scoped_release>())
+          nb::arg("left") = Left::kRequested, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "close",
           [](BoundStream& self) {
@@ -309,6 +316,15 @@ NB_MODULE(_core, m) {
                      nb::gil_scoped_release release;
                      return self.stream->unresolved();
                    })
+      .def_prop_ro("dialect",
+                   [](const BoundStream& self) {
+                     Dialect dialect;
+                     {
+                       nb::gil_scoped_release release;
+                       dialect = self.stream->dialect();
+                     }
+                     return told(dialect);
+                   })
       .def(
           "follow_changes", [](BoundStream& self, uint64_t limit) { self.stream->follow_changes(limit); },
           nb::arg("limit"), nb::call_guard<nb::gil_scoped_release>())
@@ -333,14 +349,16 @@ NB_MODULE(_core, m) {
         return self.stream->closed();
       });
 
-  nb::class_<Index>(m, "Index")
+  nb::class_<Index> index(m, "Index");
+  index
       .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements,
-                       uint64_t max_bytes) {
+                       uint64_t max_bytes, uint64_t max_removals) {
              return std::shared_ptr<Index>(
-                 std::make_shared<BoundIndex>(block_size, seed, max_claims, max_placements, max_bytes));
+                 std::make_shared<BoundIndex>(block_size, seed, max_claims, max_placements, max_bytes, max_removals));
            }),
            nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0,
-           nb::arg("max_placements") = uint64_t{1} << 20, nb::arg("max_bytes") = 0)
+           nb::arg("max_placements") = uint64_t{1} << 20, nb::arg("max_bytes") = 0,
+           nb::arg("max_removals") = Index::kRemovals)
       .def_prop_ro("block_size", &Index::block_size)
       .def_prop_ro("seed", &Index::seed)
       .def_prop_ro("blocks", &Index::blocks)
@@ -451,6 +469,7 @@ NB_MODULE(_core, m) {
           },
           nb::arg("hashes"), nb::arg("pods"));
 
+  bind_removals(index);
   bind_score(m);
   bind_blocks(m);
   bind_store(m);

@@ -1,6 +1,7 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "keys.hpp"
@@ -18,23 +19,28 @@ bool kind_of(std::string_view name, bool has_window, GroupKind& kind) {
   return kind = GroupKind::kUnknown, false;
 }
 
+constexpr double kLatest = 253402300800;  // the year 10000
+
 }  // namespace
 
 Stream::Stream(std::shared_ptr<Index> index, uint32_t pod, uint32_t number)
-    : index_(std::move(index)), pod_(pod), number_(number) {}
+    : index_(std::move(index)),
+      pod_(pod),
+      number_(number),
+      removals_(index_->held().accounted(), index_->max_removals()) {}
 
 Stream::~Stream() { close(); }
 
-void Stream::apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied) {
+void Stream::apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence) {
   {
     std::lock_guard lock(mutex_);
     const auto pin = index_->held().epoch().pin();
-    apply_batch(data, size, rank, applied);
+    apply_batch(data, size, rank, applied, sequence);
   }
   index_->held().epoch().collect();
 }
 
-void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied) {
+void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence) {
   Batch batch;
   if (!batch.open(data, size)) {
     applied.count(Reason::kBadBatch);
@@ -43,6 +49,11 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
   ++applied.messages;
   if (batch.timestamp() > 0) applied.timestamp = batch.timestamp();
   if (closed_) return;
+  // An engine's time may be anything; one that no calendar has is as good as none.
+  const bool is_time = batch.timestamp() > 0 && batch.timestamp() < kLatest;
+  removals_.message(sequence, is_time ? batch.timestamp() : 0);
+  bool looked = dialect_.due();
+  if (looked) dialect_.look(data, size);
   for (;;) {
     Reason reason;
     const auto next = batch.next(event_, reason);
@@ -51,7 +62,11 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
       case Batch::Next::kEnd:
         if (batch.has_rank() && batch.rank() != rank) applied.count(Reason::kRankMismatch);
         return;
-      case Batch::Next::kSkipped: applied.count(reason); continue;
+      case Batch::Next::kSkipped:
+        applied.count(reason);
+        if (!looked && dialect_.odd_due()) dialect_.look(data, size);
+        looked = true;
+        continue;
       case Batch::Next::kEvent: break;
     }
     ++applied.events;
@@ -60,7 +75,7 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
       case Tag::kRemoved: remove(event_, applied); break;
       case Tag::kCleared:
         ++applied.clears;
-        drop_all();
+        drop_all(Left::kCleared);
         break;
     }
   }
@@ -197,6 +212,7 @@ void Stream::remove_gathered(Applied& applied) {
   }
   for (const Node node : nodes_) blocks.prefetch_key(blocks.key_of(node));
   uint64_t gone = 0;
+  removals_.open(groups_[book.group].index, book.tier, Left::kRemoved);
   for (const uint64_t hash : removed_) {
     uint32_t* ref = book.claims.find(hash);
     if (ref == nullptr) {
@@ -212,6 +228,7 @@ void Stream::remove_gathered(Applied& applied) {
       ++gone;
     }
   }
+  removals_.close();
   index_->unclaim(gone);
   removed_.clear();
   removed_from_ = nullptr;
@@ -398,6 +415,7 @@ void Stream::erase_claim(Book& book, uint64_t hash, uint32_t ref) {
       release(claim, book.group, book.tier);
     } else {
       --unresolved_;
+      removals_.unnamed();
     }
   }
   book.claims.erase(hash);
@@ -445,12 +463,15 @@ void Stream::note_released(uint64_t key, uint8_t group, uint8_t tier) {
 void Stream::release_key(uint64_t key, uint8_t group, uint8_t tier) {
   if (!shared_.empty() && unshare(key, group, tier)) return;
   note_released(key, group, tier);
+  removals_.note(key);
   if (const Node node = index_->held().find(key)) index_->held().release(node, holder_of(group, tier));
 }
 
 void Stream::release_node(Node node, uint8_t group, uint8_t tier) {
-  if (!shared_.empty() && unshare(index_->held().key_of(node), group, tier)) return;
-  note_released(index_->held().key_of(node), group, tier);
+  const uint64_t key = index_->held().key_of(node);
+  if (!shared_.empty() && unshare(key, group, tier)) return;
+  note_released(key, group, tier);
+  removals_.note(key);
   index_->held().release(node, holder_of(group, tier));
 }
 
@@ -756,7 +777,7 @@ void Stream::adopt(uint64_t parent, uint64_t parent_key) {
 
 // --- leaving ---
 
-uint64_t Stream::drop_all() {
+uint64_t Stream::drop_all(std::optional<Left> left) {
   if (changes_ != nullptr) changes_->dropped();
   std::vector<uint32_t> lanes;
   lanes.reserve(groups_.size());
@@ -765,14 +786,37 @@ uint64_t Stream::drop_all() {
   index_->placements().drop({pod_, number_});
   const uint64_t dropped = size();
   Blocks& blocks = index_->held();
+  // What cannot be remembered anyway is not looked at: a fence costs what its blocks cost.
+  const uint64_t capacity = left ? removals_.capacity() : 0;
+  uint64_t noted = 0;
+  bool more = false;
+  const auto note = [&](uint64_t key) {
+    if (noted == capacity) {
+      more = true;
+    } else {
+      ++noted;
+      removals_.note(key);
+    }
+  };
+  const auto open = [&](uint8_t group, uint8_t tier) {
+    if (left) removals_.open(groups_[group].index, tier, *left);
+  };
   const auto release_of_key = [&](uint64_t key, HolderId holder) {
     if (const Node node = blocks.find(key)) blocks.release(node, holder);
   };
   for (const auto& [hash, part] : parts_)
-    for (const auto& [holder, held] : part.held)
-      release_of_key(part.key, holder_of(static_cast<uint8_t>(holder >> 8), static_cast<uint8_t>(holder)));
+    for (const auto& [holder, held] : part.held) {
+      const auto group = static_cast<uint8_t>(holder >> 8), tier = static_cast<uint8_t>(holder);
+      if (held == parts_of(static_cast<uint32_t>(part.tokens.size()))) {
+        open(group, tier);
+        note(part.key);
+        removals_.close();
+      }
+      release_of_key(part.key, holder_of(group, tier));
+    }
   for (const Book& book : books_) {
     const HolderId holder = holder_of(book.group, book.tier);
+    open(book.group, book.tier);
     std::vector<Node> nodes;
     nodes.reserve(book.claims.size());
     book.claims.each([&](uint32_t ref) {
@@ -780,10 +824,18 @@ uint64_t Stream::drop_all() {
       const Special& claim = specials_[ref & ~kSpecial];
       if (claim.node != 0) nodes.push_back(claim.node);
       if (claim.wide)
-        for (const uint64_t key : spans_.at(claim.key).keys) release_of_key(key, holder);
+        for (const uint64_t key : spans_.at(claim.key).keys) {
+          note(key);
+          release_of_key(key, holder);
+        }
     });
     // Chunk by chunk, which is far cheaper than block by block.
     std::sort(nodes.begin(), nodes.end());
+    const size_t noting = std::min<uint64_t>(nodes.size(), capacity - noted);
+    for (size_t i = 0; i < noting; ++i) removals_.note(blocks.key_of(nodes[i]));
+    noted += noting;
+    more = more || noting < nodes.size();
+    removals_.close();
     for (size_t i = 0; i < nodes.size();) {
       const uint32_t chunk = nodes[i] / kSlots;
       uint64_t bits = 0;
@@ -791,6 +843,8 @@ uint64_t Stream::drop_all() {
       blocks.release(chunk, bits, holder);
     }
   }
+  if (left && more) removals_.lose();
+  if (left == Left::kCleared) removals_.cleared();
   blocks.lay_down(pen_);
   index_->free_lanes(lanes);
   index_->unclaim(dropped);
@@ -810,12 +864,18 @@ uint64_t Stream::drop_all() {
   return dropped;
 }
 
-uint64_t Stream::clear() {
+uint64_t Stream::clear(Left left) {
   uint64_t dropped;
   {
     std::lock_guard lock(mutex_);
     const auto pin = index_->held().epoch().pin();
-    dropped = drop_all();
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    removals_.drop(std::chrono::duration<double>(now).count());
+    dropped = drop_all(left);
+    if (left != Left::kDoubted) {
+      removals_.restart();
+      dialect_.reset();
+    }
   }
   index_->held().epoch().collect();
   return dropped;
@@ -828,7 +888,8 @@ uint64_t Stream::close() {
     if (closed_) return 0;
     closed_ = true;
     const auto pin = index_->held().epoch().pin();
-    dropped = drop_all();
+    dropped = drop_all(std::nullopt);
+    removals_.reset();
   }
   index_->close_stream(number_);
   return dropped;
@@ -872,6 +933,11 @@ uint64_t Stream::orphans() const {
 uint64_t Stream::unresolved() const {
   std::lock_guard lock(mutex_);
   return unresolved_;
+}
+
+Dialect Stream::dialect() const {
+  std::lock_guard lock(mutex_);
+  return dialect_;
 }
 
 bool Stream::closed() const {

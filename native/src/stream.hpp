@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -15,8 +16,10 @@
 #include "blocks.hpp"
 #include "changes.hpp"
 #include "claims.hpp"
+#include "dialect.hpp"
 #include "events.hpp"
 #include "index.hpp"
+#include "removals.hpp"
 
 namespace kvindex {
 
@@ -39,8 +42,11 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
-  void apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied);
-  uint64_t clear();
+  // `sequence`: the message's number in its stream, when known; only what is told of removals depends on it.
+  void apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied,
+             uint64_t sequence = Removals::kNoSequence);
+  // Drops every claim. All but kDoubted begin another life: its sequences are counted anew.
+  uint64_t clear(Left left = Left::kRequested);
   uint64_t close();
 
   // Appends the whole state; see stream_snapshot.cpp. Holds back this stream's writer, and nobody else.
@@ -72,6 +78,9 @@ class Stream {
   std::unique_lock<std::mutex> read_lock() const { return std::unique_lock(mutex_); }
   // Under read_lock: the lanes that hold this engine hash; returns its key, 0 when unknown.
   uint64_t find(uint64_t hash, std::vector<Holding>& out) const;
+  // Under read_lock.
+  const Removals& removals() const { return removals_; }
+  Dialect dialect() const;
 
  private:
   // A claim that is more than "held once, under this node": it stands here, and its reference says so.
@@ -135,11 +144,12 @@ class Stream {
   bool read_orphans(Reader& in);
   bool read_book(Reader& in, uint8_t group, uint8_t tier);
 
-  void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied);
+  void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence);
   void store(const Event& event, Applied& applied);
   void remove(const Event& event, Applied& applied);
   void remove_gathered(Applied& applied);
-  uint64_t drop_all();
+  // All claims go; how they leave is remembered, unless it is of no use to anyone.
+  uint64_t drop_all(std::optional<Left> left);
   uint64_t size() const;
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
   uint32_t tier_of(std::string_view medium);
@@ -204,6 +214,8 @@ class Stream {
   mutable std::mutex mutex_;
   bool closed_ = false;
   std::unique_ptr<Changes> changes_;  // when they are followed
+  Removals removals_;
+  Dialect dialect_;
   std::vector<Book> books_;
   std::vector<Special> specials_;
   std::vector<uint32_t> free_specials_;

@@ -173,7 +173,8 @@ bool Stream::restore(std::string_view bytes) {
   {
     const auto pin = index_->held().epoch().pin();
     restored = read(bytes);
-    if (!restored) drop_all();
+    if (!restored) drop_all(std::nullopt);
+    removals_.restored();
   }
   index_->held().epoch().collect();
   return restored;

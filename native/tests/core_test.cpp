@@ -108,6 +108,84 @@ void test_copies_are_counted() {
   CHECK(matched(*index, 1, 2) == 1);
 }
 
+uint64_t key_of(uint64_t chain, size_t block) {
+  const auto tokens = tokens_of(chain, block + 1);
+  std::vector<uint64_t> keys(block + 1);
+  block_keys(tokens.data(), 0, keys.size(), kBlock, 0, 1337, {}, keys.data());
+  return keys[block];
+}
+
+Remembered remembered(const Index& index, uint64_t key) { return index.removals("pod", &key, 1).at(0); }
+
+void apply_at(Stream& stream, const std::string& payload, uint64_t sequence) {
+  Applied applied;
+  stream.apply(reinterpret_cast<const uint8_t*>(payload.data()), payload.size(), 0, applied, sequence);
+}
+
+void test_removals_are_remembered() {
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20, 0, 8);
+  auto stream = index->add_stream("pod", 0);
+  CHECK(remembered(*index, key_of(1, 0)).memory.reach == Removals::Reach::kNothing);
+  apply_at(*stream, stored(1, 0, 20), 5);
+  for (uint64_t block = 20; block > 10; --block) apply_at(*stream, removed(1, block - 1), 25 - block + 1);
+  // One run remains: as many as an eighth of the keys.
+  const Remembered last = remembered(*index, key_of(1, 10));
+  CHECK(last.memory.reach == Removals::Reach::kFull && last.memory.from.sequence == 14);
+  CHECK(last.found[0].size() == 1 && last.found[0][0].at.sequence == 15 && last.found[0][0].left == Left::kRemoved);
+  CHECK(remembered(*index, key_of(1, 19)).found[0].empty());
+  CHECK(remembered(*index, key_of(1, 3)).found[0].empty());
+  // More leave at once than the ring takes: it remembers as many, and says that these are not all.
+  stream->clear(Left::kDoubted);
+  uint64_t told = 0;
+  for (size_t block = 0; block < 10; ++block) {
+    const Remembered of = remembered(*index, key_of(1, block));
+    for (const Removals::Found& each : of.found[0]) told += each.left == Left::kDoubted;
+  }
+  CHECK(told == 8);
+  CHECK(remembered(*index, key_of(1, 0)).memory.from.sequence == 15);
+  stream->clear(Left::kRestarted);
+  apply_at(*stream, stored(2, 0, 1), 0);
+  CHECK(remembered(*index, key_of(2, 0)).memory.reach == Removals::Reach::kStart);
+  std::string state;
+  stream->snapshot(state);
+  auto other = index->add_stream("pod", 1);
+  CHECK(other->restore(state));
+  apply_at(*other, removed(2, 0), 1);
+  const uint64_t key = key_of(2, 0);
+  const auto both = index->removals("pod", &key, 1);
+  CHECK(both.size() == 2 && both[0].found[0].empty() && both[1].found[0].size() == 1);
+  CHECK(both[1].memory.reach == Removals::Reach::kRestored && both[1].memory.from.sequence == 1);
+  stream->close();
+  CHECK(index->removals("pod", &key, 1).size() == 1);
+}
+
+void test_removals_are_read_beside_writers() {
+  auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20, 0, 64);
+  auto stream = index->add_stream("pod", 0);
+  const uint64_t keys[] = {key_of(1, 0), key_of(1, 1)};
+  std::atomic<bool> stop{false};
+  std::atomic<uint64_t> read{0};
+  std::thread reader([&] {
+    while (!stop) {
+      for (const Remembered& each : index->removals("pod", keys, 2))
+        for (const auto& found : each.found) {
+          CHECK(found.size() <= 1);
+          for (const Removals::Found& one : found) CHECK(one.left != Left::kRemoved || one.at.sequence % 3 != 0);
+          ++read;
+        }
+    }
+  });
+  uint64_t sequence = 0;
+  while (sequence < 6000 || read < 100) {
+    apply_at(*stream, stored(1, 0, 2), sequence++);
+    apply_at(*stream, removed(1, 1), sequence++);
+    apply_at(*stream, removed(1, 0), sequence++);
+    if (sequence % 600 == 0) stream->clear(sequence % 1200 == 0 ? Left::kRestarted : Left::kDoubted);
+  }
+  stop = true;
+  reader.join();
+}
+
 void test_hostile_bytes() {
   auto index = std::make_shared<Index>(0, 1337, 0, 1 << 20);
   auto stream = index->add_stream("pod", 0);
@@ -177,6 +255,8 @@ int main() {
   test_holes_heal();
   test_orphans_in_any_order();
   test_copies_are_counted();
+  test_removals_are_remembered();
+  test_removals_are_read_beside_writers();
   test_hostile_bytes();
   test_concurrency();
   std::printf("%d passed, 0 failed\n", checks);

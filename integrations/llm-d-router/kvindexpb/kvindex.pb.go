@@ -214,7 +214,8 @@ const (
 	MatchEnd_MATCH_END_NOT_REGISTERED MatchEnd = 4
 	// Nothing is known of the pod's cache.
 	MatchEnd_MATCH_END_NOTHING_HEARD MatchEnd = 5
-	// The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept.
+	// The rank held the next block and the engine has removed it: `left` says when. Without `left` that is only known
+	// because the rank holds later blocks of this prompt, and when it was is no longer remembered.
 	MatchEnd_MATCH_END_REMOVED MatchEnd = 6
 	// Another rank of the pod holds the next block; a match counts on one rank only.
 	MatchEnd_MATCH_END_OTHER_RANK MatchEnd = 7
@@ -222,10 +223,17 @@ const (
 	MatchEnd_MATCH_END_OTHER_GROUP MatchEnd = 8
 	// The pod holds more of the same tokens under another LoRA adapter or without the salt.
 	MatchEnd_MATCH_END_OTHER_CONTEXT MatchEnd = 9
-	// Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept.
+	// Other pods hold the next block, this one does not: never stored there, or gone since before `remembered`.
 	MatchEnd_MATCH_END_ELSEWHERE MatchEnd = 10
-	// No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept.
+	// No pod holds the next block: never stored, or gone since before `remembered`.
 	MatchEnd_MATCH_END_UNKNOWN_KEY MatchEnd = 11
+	// The rank held the next block when the engine cleared all of them: `left` says when.
+	MatchEnd_MATCH_END_CLEARED MatchEnd = 12
+	// The server dropped what it knew of the pod, the next block with it: `left` says when and why.
+	MatchEnd_MATCH_END_DROPPED MatchEnd = 13
+	// The stream is EXACT, every block that left it is remembered, and the next one never came: since the engine's first
+	// event, or since all blocks were last cleared.
+	MatchEnd_MATCH_END_NEVER_STORED MatchEnd = 14
 )
 
 // Enum value maps for MatchEnd.
@@ -243,6 +251,9 @@ var (
 		9:  "MATCH_END_OTHER_CONTEXT",
 		10: "MATCH_END_ELSEWHERE",
 		11: "MATCH_END_UNKNOWN_KEY",
+		12: "MATCH_END_CLEARED",
+		13: "MATCH_END_DROPPED",
+		14: "MATCH_END_NEVER_STORED",
 	}
 	MatchEnd_value = map[string]int32{
 		"MATCH_END_UNSPECIFIED":    0,
@@ -257,6 +268,9 @@ var (
 		"MATCH_END_OTHER_CONTEXT":  9,
 		"MATCH_END_ELSEWHERE":      10,
 		"MATCH_END_UNKNOWN_KEY":    11,
+		"MATCH_END_CLEARED":        12,
+		"MATCH_END_DROPPED":        13,
+		"MATCH_END_NEVER_STORED":   14,
 	}
 )
 
@@ -285,6 +299,136 @@ func (x MatchEnd) Number() protoreflect.EnumNumber {
 // Deprecated: Use MatchEnd.Descriptor instead.
 func (MatchEnd) EnumDescriptor() ([]byte, []int) {
 	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{3}
+}
+
+// How a block left a rank.
+type BlockLeft int32
+
+const (
+	BlockLeft_BLOCK_LEFT_UNSPECIFIED BlockLeft = 0
+	// By the engine's event.
+	BlockLeft_BLOCK_LEFT_REMOVED BlockLeft = 1
+	BlockLeft_BLOCK_LEFT_CLEARED BlockLeft = 2
+	// Dropped by the server, as the engine was found to be another one.
+	BlockLeft_BLOCK_LEFT_RESTARTED BlockLeft = 3
+	// Dropped by the server, by ClearPod or because a saved state did not fit.
+	BlockLeft_BLOCK_LEFT_REQUESTED BlockLeft = 4
+	// Dropped by the server, to be built anew from a replay or a sibling.
+	BlockLeft_BLOCK_LEFT_REBUILT BlockLeft = 5
+	// Dropped by the server after a hole (stream.on_gap); the engine may hold it still.
+	BlockLeft_BLOCK_LEFT_DOUBTED BlockLeft = 6
+)
+
+// Enum value maps for BlockLeft.
+var (
+	BlockLeft_name = map[int32]string{
+		0: "BLOCK_LEFT_UNSPECIFIED",
+		1: "BLOCK_LEFT_REMOVED",
+		2: "BLOCK_LEFT_CLEARED",
+		3: "BLOCK_LEFT_RESTARTED",
+		4: "BLOCK_LEFT_REQUESTED",
+		5: "BLOCK_LEFT_REBUILT",
+		6: "BLOCK_LEFT_DOUBTED",
+	}
+	BlockLeft_value = map[string]int32{
+		"BLOCK_LEFT_UNSPECIFIED": 0,
+		"BLOCK_LEFT_REMOVED":     1,
+		"BLOCK_LEFT_CLEARED":     2,
+		"BLOCK_LEFT_RESTARTED":   3,
+		"BLOCK_LEFT_REQUESTED":   4,
+		"BLOCK_LEFT_REBUILT":     5,
+		"BLOCK_LEFT_DOUBTED":     6,
+	}
+)
+
+func (x BlockLeft) Enum() *BlockLeft {
+	p := new(BlockLeft)
+	*p = x
+	return p
+}
+
+func (x BlockLeft) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (BlockLeft) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvindex_v1_kvindex_proto_enumTypes[4].Descriptor()
+}
+
+func (BlockLeft) Type() protoreflect.EnumType {
+	return &file_kvindex_v1_kvindex_proto_enumTypes[4]
+}
+
+func (x BlockLeft) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use BlockLeft.Descriptor instead.
+func (BlockLeft) EnumDescriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{4}
+}
+
+type RemovalReach int32
+
+const (
+	RemovalReach_REMOVAL_REACH_UNSPECIFIED RemovalReach = 0
+	// Nothing is remembered: limits.remembered_removals is 0.
+	RemovalReach_REMOVAL_REACH_OFF RemovalReach = 1
+	// No message has been applied yet.
+	RemovalReach_REMOVAL_REACH_NOTHING RemovalReach = 2
+	// From the first message of the stream's present life on.
+	RemovalReach_REMOVAL_REACH_START RemovalReach = 3
+	// From the first message after a saved state was restored.
+	RemovalReach_REMOVAL_REACH_RESTORED RemovalReach = 4
+	// From behind a message, as older ones had to give way.
+	RemovalReach_REMOVAL_REACH_FULL RemovalReach = 5
+)
+
+// Enum value maps for RemovalReach.
+var (
+	RemovalReach_name = map[int32]string{
+		0: "REMOVAL_REACH_UNSPECIFIED",
+		1: "REMOVAL_REACH_OFF",
+		2: "REMOVAL_REACH_NOTHING",
+		3: "REMOVAL_REACH_START",
+		4: "REMOVAL_REACH_RESTORED",
+		5: "REMOVAL_REACH_FULL",
+	}
+	RemovalReach_value = map[string]int32{
+		"REMOVAL_REACH_UNSPECIFIED": 0,
+		"REMOVAL_REACH_OFF":         1,
+		"REMOVAL_REACH_NOTHING":     2,
+		"REMOVAL_REACH_START":       3,
+		"REMOVAL_REACH_RESTORED":    4,
+		"REMOVAL_REACH_FULL":        5,
+	}
+)
+
+func (x RemovalReach) Enum() *RemovalReach {
+	p := new(RemovalReach)
+	*p = x
+	return p
+}
+
+func (x RemovalReach) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RemovalReach) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvindex_v1_kvindex_proto_enumTypes[5].Descriptor()
+}
+
+func (RemovalReach) Type() protoreflect.EnumType {
+	return &file_kvindex_v1_kvindex_proto_enumTypes[5]
+}
+
+func (x RemovalReach) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RemovalReach.Descriptor instead.
+func (RemovalReach) EnumDescriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{5}
 }
 
 type Tokens struct {
@@ -3390,6 +3534,158 @@ func (*ExplainRequest_Tokens) isExplainRequest_Input() {}
 
 func (*ExplainRequest_Keys) isExplainRequest_Input() {}
 
+type BlockDeparture struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	How   BlockLeft              `protobuf:"varint,1,opt,name=how,proto3,enum=kvindex.v1.BlockLeft" json:"how,omitempty"`
+	Tier  string                 `protobuf:"bytes,2,opt,name=tier,proto3" json:"tier,omitempty"`
+	// KV-cache group of a hybrid model.
+	Group uint32 `protobuf:"varint,3,opt,name=group,proto3" json:"group,omitempty"`
+	// Of the engine's message; of the last one before, when the server dropped it. Absent when not known.
+	Sequence *uint64 `protobuf:"varint,4,opt,name=sequence,proto3,oneof" json:"sequence,omitempty"`
+	// Seconds since 1970: of the engine's clock when its event says so, of the server's when the server dropped it; 0
+	// when not told.
+	Time float64 `protobuf:"fixed64,5,opt,name=time,proto3" json:"time,omitempty"`
+	// In a life of the engine before the present one, whose sequences were others.
+	EarlierLife   bool `protobuf:"varint,6,opt,name=earlier_life,json=earlierLife,proto3" json:"earlier_life,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockDeparture) Reset() {
+	*x = BlockDeparture{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockDeparture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockDeparture) ProtoMessage() {}
+
+func (x *BlockDeparture) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockDeparture.ProtoReflect.Descriptor instead.
+func (*BlockDeparture) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *BlockDeparture) GetHow() BlockLeft {
+	if x != nil {
+		return x.How
+	}
+	return BlockLeft_BLOCK_LEFT_UNSPECIFIED
+}
+
+func (x *BlockDeparture) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *BlockDeparture) GetGroup() uint32 {
+	if x != nil {
+		return x.Group
+	}
+	return 0
+}
+
+func (x *BlockDeparture) GetSequence() uint64 {
+	if x != nil && x.Sequence != nil {
+		return *x.Sequence
+	}
+	return 0
+}
+
+func (x *BlockDeparture) GetTime() float64 {
+	if x != nil {
+		return x.Time
+	}
+	return 0
+}
+
+func (x *BlockDeparture) GetEarlierLife() bool {
+	if x != nil {
+		return x.EarlierLife
+	}
+	return false
+}
+
+// From where on every block that left a rank is remembered, by this process.
+type RemovalMemory struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Reach RemovalReach           `protobuf:"varint,1,opt,name=reach,proto3,enum=kvindex.v1.RemovalReach" json:"reach,omitempty"`
+	// The message that `reach` speaks of. Absent when not known.
+	Sequence *uint64 `protobuf:"varint,2,opt,name=sequence,proto3,oneof" json:"sequence,omitempty"`
+	// Its time by the engine's clock, seconds since 1970; 0 when not told.
+	Time          float64 `protobuf:"fixed64,3,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemovalMemory) Reset() {
+	*x = RemovalMemory{}
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemovalMemory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemovalMemory) ProtoMessage() {}
+
+func (x *RemovalMemory) ProtoReflect() protoreflect.Message {
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemovalMemory.ProtoReflect.Descriptor instead.
+func (*RemovalMemory) Descriptor() ([]byte, []int) {
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *RemovalMemory) GetReach() RemovalReach {
+	if x != nil {
+		return x.Reach
+	}
+	return RemovalReach_REMOVAL_REACH_UNSPECIFIED
+}
+
+func (x *RemovalMemory) GetSequence() uint64 {
+	if x != nil && x.Sequence != nil {
+		return *x.Sequence
+	}
+	return 0
+}
+
+func (x *RemovalMemory) GetTime() float64 {
+	if x != nil {
+		return x.Time
+	}
+	return 0
+}
+
 // Consecutive matched blocks on one tier.
 type TierRun struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3401,7 +3697,7 @@ type TierRun struct {
 
 func (x *TierRun) Reset() {
 	*x = TierRun{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3413,7 +3709,7 @@ func (x *TierRun) String() string {
 func (*TierRun) ProtoMessage() {}
 
 func (x *TierRun) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[38]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3426,7 +3722,7 @@ func (x *TierRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TierRun.ProtoReflect.Descriptor instead.
 func (*TierRun) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{38}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *TierRun) GetTier() string {
@@ -3450,14 +3746,20 @@ type PodExplanation struct {
 	// The same in words, with what is known around it.
 	Why string `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
 	// The match from its beginning, best tier of each block; covers at most the first 1,024 blocks.
-	Runs          []*TierRun `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`
+	Runs []*TierRun `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`
+	// How the block behind the match left the rank, the last time of each (group, tier), latest first.
+	Left []*BlockDeparture `protobuf:"bytes,5,rep,name=left,proto3" json:"left,omitempty"`
+	// Of the rank; absent when this server does not follow the pod.
+	Remembered *RemovalMemory `protobuf:"bytes,6,opt,name=remembered,proto3" json:"remembered,omitempty"`
+	// When the claims came to be in doubt, by the server's clock, seconds since 1970; only while STALE.
+	StaleSince    *float64 `protobuf:"fixed64,7,opt,name=stale_since,json=staleSince,proto3,oneof" json:"stale_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PodExplanation) Reset() {
 	*x = PodExplanation{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3771,7 @@ func (x *PodExplanation) String() string {
 func (*PodExplanation) ProtoMessage() {}
 
 func (x *PodExplanation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[39]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3784,7 @@ func (x *PodExplanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodExplanation.ProtoReflect.Descriptor instead.
 func (*PodExplanation) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{39}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PodExplanation) GetScore() *PodScore {
@@ -3513,6 +3815,27 @@ func (x *PodExplanation) GetRuns() []*TierRun {
 	return nil
 }
 
+func (x *PodExplanation) GetLeft() []*BlockDeparture {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *PodExplanation) GetRemembered() *RemovalMemory {
+	if x != nil {
+		return x.Remembered
+	}
+	return nil
+}
+
+func (x *PodExplanation) GetStaleSince() float64 {
+	if x != nil && x.StaleSince != nil {
+		return *x.StaleSince
+	}
+	return 0
+}
+
 type ExplainResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The model's own name, and the adapter in force.
@@ -3535,7 +3858,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3547,7 +3870,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvindex_v1_kvindex_proto_msgTypes[40]
+	mi := &file_kvindex_v1_kvindex_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3560,7 +3883,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{40}
+	return file_kvindex_v1_kvindex_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ExplainResponse) GetModel() string {
@@ -3902,15 +4225,35 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"cache_salt\x18\b \x01(\tR\tcacheSalt\x126\n" +
 	"\vmm_features\x18\t \x03(\v2\x15.kvindex.v1.MmFeatureR\n" +
 	"mmFeaturesB\a\n" +
-	"\x05input\"5\n" +
+	"\x05input\"\xc8\x01\n" +
+	"\x0eBlockDeparture\x12'\n" +
+	"\x03how\x18\x01 \x01(\x0e2\x15.kvindex.v1.BlockLeftR\x03how\x12\x12\n" +
+	"\x04tier\x18\x02 \x01(\tR\x04tier\x12\x14\n" +
+	"\x05group\x18\x03 \x01(\rR\x05group\x12\x1f\n" +
+	"\bsequence\x18\x04 \x01(\x04H\x00R\bsequence\x88\x01\x01\x12\x12\n" +
+	"\x04time\x18\x05 \x01(\x01R\x04time\x12!\n" +
+	"\fearlier_life\x18\x06 \x01(\bR\vearlierLifeB\v\n" +
+	"\t_sequence\"\x81\x01\n" +
+	"\rRemovalMemory\x12.\n" +
+	"\x05reach\x18\x01 \x01(\x0e2\x18.kvindex.v1.RemovalReachR\x05reach\x12\x1f\n" +
+	"\bsequence\x18\x02 \x01(\x04H\x00R\bsequence\x88\x01\x01\x12\x12\n" +
+	"\x04time\x18\x03 \x01(\x01R\x04timeB\v\n" +
+	"\t_sequence\"5\n" +
 	"\aTierRun\x12\x12\n" +
 	"\x04tier\x18\x01 \x01(\tR\x04tier\x12\x16\n" +
-	"\x06blocks\x18\x02 \x01(\rR\x06blocks\"\x9f\x01\n" +
+	"\x06blocks\x18\x02 \x01(\rR\x06blocks\"\xc0\x02\n" +
 	"\x0ePodExplanation\x12*\n" +
 	"\x05score\x18\x01 \x01(\v2\x14.kvindex.v1.PodScoreR\x05score\x12&\n" +
 	"\x03end\x18\x02 \x01(\x0e2\x14.kvindex.v1.MatchEndR\x03end\x12\x10\n" +
 	"\x03why\x18\x03 \x01(\tR\x03why\x12'\n" +
-	"\x04runs\x18\x04 \x03(\v2\x13.kvindex.v1.TierRunR\x04runs\"\xa2\x02\n" +
+	"\x04runs\x18\x04 \x03(\v2\x13.kvindex.v1.TierRunR\x04runs\x12.\n" +
+	"\x04left\x18\x05 \x03(\v2\x1a.kvindex.v1.BlockDepartureR\x04left\x129\n" +
+	"\n" +
+	"remembered\x18\x06 \x01(\v2\x19.kvindex.v1.RemovalMemoryR\n" +
+	"remembered\x12$\n" +
+	"\vstale_since\x18\a \x01(\x01H\x00R\n" +
+	"staleSince\x88\x01\x01B\x0e\n" +
+	"\f_stale_since\"\xa2\x02\n" +
 	"\x0fExplainResponse\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n" +
 	"\tlora_name\x18\x02 \x01(\tR\bloraName\x12\x1d\n" +
@@ -3941,7 +4284,7 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x11CHECK_STATUS_PASS\x10\x01\x12\x15\n" +
 	"\x11CHECK_STATUS_WARN\x10\x02\x12\x15\n" +
 	"\x11CHECK_STATUS_FAIL\x10\x03\x12\x15\n" +
-	"\x11CHECK_STATUS_SKIP\x10\x04*\xd3\x02\n" +
+	"\x11CHECK_STATUS_SKIP\x10\x04*\x9d\x03\n" +
 	"\bMatchEnd\x12\x19\n" +
 	"\x15MATCH_END_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16MATCH_END_WHOLE_PROMPT\x10\x01\x12\x1b\n" +
@@ -3955,7 +4298,25 @@ const file_kvindex_v1_kvindex_proto_rawDesc = "" +
 	"\x17MATCH_END_OTHER_CONTEXT\x10\t\x12\x17\n" +
 	"\x13MATCH_END_ELSEWHERE\x10\n" +
 	"\x12\x19\n" +
-	"\x15MATCH_END_UNKNOWN_KEY\x10\v2\x9a\x03\n" +
+	"\x15MATCH_END_UNKNOWN_KEY\x10\v\x12\x15\n" +
+	"\x11MATCH_END_CLEARED\x10\f\x12\x15\n" +
+	"\x11MATCH_END_DROPPED\x10\r\x12\x1a\n" +
+	"\x16MATCH_END_NEVER_STORED\x10\x0e*\xbb\x01\n" +
+	"\tBlockLeft\x12\x1a\n" +
+	"\x16BLOCK_LEFT_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12BLOCK_LEFT_REMOVED\x10\x01\x12\x16\n" +
+	"\x12BLOCK_LEFT_CLEARED\x10\x02\x12\x18\n" +
+	"\x14BLOCK_LEFT_RESTARTED\x10\x03\x12\x18\n" +
+	"\x14BLOCK_LEFT_REQUESTED\x10\x04\x12\x16\n" +
+	"\x12BLOCK_LEFT_REBUILT\x10\x05\x12\x16\n" +
+	"\x12BLOCK_LEFT_DOUBTED\x10\x06*\xac\x01\n" +
+	"\fRemovalReach\x12\x1d\n" +
+	"\x19REMOVAL_REACH_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11REMOVAL_REACH_OFF\x10\x01\x12\x19\n" +
+	"\x15REMOVAL_REACH_NOTHING\x10\x02\x12\x17\n" +
+	"\x13REMOVAL_REACH_START\x10\x03\x12\x1a\n" +
+	"\x16REMOVAL_REACH_RESTORED\x10\x04\x12\x16\n" +
+	"\x12REMOVAL_REACH_FULL\x10\x052\x9a\x03\n" +
 	"\aKVIndex\x12<\n" +
 	"\x05Score\x12\x18.kvindex.v1.ScoreRequest\x1a\x19.kvindex.v1.ScoreResponse\x12F\n" +
 	"\vScoreStream\x12\x18.kvindex.v1.ScoreRequest\x1a\x19.kvindex.v1.ScoreResponse(\x010\x01\x12]\n" +
@@ -3988,132 +4349,140 @@ func file_kvindex_v1_kvindex_proto_rawDescGZIP() []byte {
 	return file_kvindex_v1_kvindex_proto_rawDescData
 }
 
-var file_kvindex_v1_kvindex_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_kvindex_v1_kvindex_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_kvindex_v1_kvindex_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_kvindex_v1_kvindex_proto_goTypes = []any{
 	(Trust)(0),                       // 0: kvindex.v1.Trust
 	(StreamState)(0),                 // 1: kvindex.v1.StreamState
 	(CheckStatus)(0),                 // 2: kvindex.v1.CheckStatus
 	(MatchEnd)(0),                    // 3: kvindex.v1.MatchEnd
-	(*Tokens)(nil),                   // 4: kvindex.v1.Tokens
-	(*Keys)(nil),                     // 5: kvindex.v1.Keys
-	(*EngineHashes)(nil),             // 6: kvindex.v1.EngineHashes
-	(*MmFeature)(nil),                // 7: kvindex.v1.MmFeature
-	(*ScoreRequest)(nil),             // 8: kvindex.v1.ScoreRequest
-	(*PodScore)(nil),                 // 9: kvindex.v1.PodScore
-	(*ScoreResponse)(nil),            // 10: kvindex.v1.ScoreResponse
-	(*Status)(nil),                   // 11: kvindex.v1.Status
-	(*GetPodsForBlocksRequest)(nil),  // 12: kvindex.v1.GetPodsForBlocksRequest
-	(*Holder)(nil),                   // 13: kvindex.v1.Holder
-	(*BlockHolders)(nil),             // 14: kvindex.v1.BlockHolders
-	(*GetPodsForBlocksResponse)(nil), // 15: kvindex.v1.GetPodsForBlocksResponse
-	(*RecordPlacementRequest)(nil),   // 16: kvindex.v1.RecordPlacementRequest
-	(*RecordPlacementResponse)(nil),  // 17: kvindex.v1.RecordPlacementResponse
-	(*ReportUsageRequest)(nil),       // 18: kvindex.v1.ReportUsageRequest
-	(*ReportUsageResponse)(nil),      // 19: kvindex.v1.ReportUsageResponse
-	(*ListPodsRequest)(nil),          // 20: kvindex.v1.ListPodsRequest
-	(*StreamInfo)(nil),               // 21: kvindex.v1.StreamInfo
-	(*ListPodsResponse)(nil),         // 22: kvindex.v1.ListPodsResponse
-	(*RegisterPodRequest)(nil),       // 23: kvindex.v1.RegisterPodRequest
-	(*RegisterPodResponse)(nil),      // 24: kvindex.v1.RegisterPodResponse
-	(*UnregisterPodRequest)(nil),     // 25: kvindex.v1.UnregisterPodRequest
-	(*UnregisterPodResponse)(nil),    // 26: kvindex.v1.UnregisterPodResponse
-	(*ClearPodRequest)(nil),          // 27: kvindex.v1.ClearPodRequest
-	(*ClearPodResponse)(nil),         // 28: kvindex.v1.ClearPodResponse
-	(*PullSnapshotRequest)(nil),      // 29: kvindex.v1.PullSnapshotRequest
-	(*StreamName)(nil),               // 30: kvindex.v1.StreamName
-	(*PullDigestsRequest)(nil),       // 31: kvindex.v1.PullDigestsRequest
-	(*StreamDigests)(nil),            // 32: kvindex.v1.StreamDigests
-	(*StreamMark)(nil),               // 33: kvindex.v1.StreamMark
-	(*PullSnapshotChunk)(nil),        // 34: kvindex.v1.PullSnapshotChunk
-	(*GetStatsRequest)(nil),          // 35: kvindex.v1.GetStatsRequest
-	(*ModelStats)(nil),               // 36: kvindex.v1.ModelStats
-	(*GetStatsResponse)(nil),         // 37: kvindex.v1.GetStatsResponse
-	(*CheckRequest)(nil),             // 38: kvindex.v1.CheckRequest
-	(*CheckResult)(nil),              // 39: kvindex.v1.CheckResult
-	(*CheckResponse)(nil),            // 40: kvindex.v1.CheckResponse
-	(*ExplainRequest)(nil),           // 41: kvindex.v1.ExplainRequest
-	(*TierRun)(nil),                  // 42: kvindex.v1.TierRun
-	(*PodExplanation)(nil),           // 43: kvindex.v1.PodExplanation
-	(*ExplainResponse)(nil),          // 44: kvindex.v1.ExplainResponse
-	nil,                              // 45: kvindex.v1.PodScore.TierBlocksEntry
-	nil,                              // 46: kvindex.v1.StreamInfo.BlocksByTierEntry
-	nil,                              // 47: kvindex.v1.StreamInfo.DecodeErrorsEntry
-	nil,                              // 48: kvindex.v1.StreamInfo.DroppedEntry
+	(BlockLeft)(0),                   // 4: kvindex.v1.BlockLeft
+	(RemovalReach)(0),                // 5: kvindex.v1.RemovalReach
+	(*Tokens)(nil),                   // 6: kvindex.v1.Tokens
+	(*Keys)(nil),                     // 7: kvindex.v1.Keys
+	(*EngineHashes)(nil),             // 8: kvindex.v1.EngineHashes
+	(*MmFeature)(nil),                // 9: kvindex.v1.MmFeature
+	(*ScoreRequest)(nil),             // 10: kvindex.v1.ScoreRequest
+	(*PodScore)(nil),                 // 11: kvindex.v1.PodScore
+	(*ScoreResponse)(nil),            // 12: kvindex.v1.ScoreResponse
+	(*Status)(nil),                   // 13: kvindex.v1.Status
+	(*GetPodsForBlocksRequest)(nil),  // 14: kvindex.v1.GetPodsForBlocksRequest
+	(*Holder)(nil),                   // 15: kvindex.v1.Holder
+	(*BlockHolders)(nil),             // 16: kvindex.v1.BlockHolders
+	(*GetPodsForBlocksResponse)(nil), // 17: kvindex.v1.GetPodsForBlocksResponse
+	(*RecordPlacementRequest)(nil),   // 18: kvindex.v1.RecordPlacementRequest
+	(*RecordPlacementResponse)(nil),  // 19: kvindex.v1.RecordPlacementResponse
+	(*ReportUsageRequest)(nil),       // 20: kvindex.v1.ReportUsageRequest
+	(*ReportUsageResponse)(nil),      // 21: kvindex.v1.ReportUsageResponse
+	(*ListPodsRequest)(nil),          // 22: kvindex.v1.ListPodsRequest
+	(*StreamInfo)(nil),               // 23: kvindex.v1.StreamInfo
+	(*ListPodsResponse)(nil),         // 24: kvindex.v1.ListPodsResponse
+	(*RegisterPodRequest)(nil),       // 25: kvindex.v1.RegisterPodRequest
+	(*RegisterPodResponse)(nil),      // 26: kvindex.v1.RegisterPodResponse
+	(*UnregisterPodRequest)(nil),     // 27: kvindex.v1.UnregisterPodRequest
+	(*UnregisterPodResponse)(nil),    // 28: kvindex.v1.UnregisterPodResponse
+	(*ClearPodRequest)(nil),          // 29: kvindex.v1.ClearPodRequest
+	(*ClearPodResponse)(nil),         // 30: kvindex.v1.ClearPodResponse
+	(*PullSnapshotRequest)(nil),      // 31: kvindex.v1.PullSnapshotRequest
+	(*StreamName)(nil),               // 32: kvindex.v1.StreamName
+	(*PullDigestsRequest)(nil),       // 33: kvindex.v1.PullDigestsRequest
+	(*StreamDigests)(nil),            // 34: kvindex.v1.StreamDigests
+	(*StreamMark)(nil),               // 35: kvindex.v1.StreamMark
+	(*PullSnapshotChunk)(nil),        // 36: kvindex.v1.PullSnapshotChunk
+	(*GetStatsRequest)(nil),          // 37: kvindex.v1.GetStatsRequest
+	(*ModelStats)(nil),               // 38: kvindex.v1.ModelStats
+	(*GetStatsResponse)(nil),         // 39: kvindex.v1.GetStatsResponse
+	(*CheckRequest)(nil),             // 40: kvindex.v1.CheckRequest
+	(*CheckResult)(nil),              // 41: kvindex.v1.CheckResult
+	(*CheckResponse)(nil),            // 42: kvindex.v1.CheckResponse
+	(*ExplainRequest)(nil),           // 43: kvindex.v1.ExplainRequest
+	(*BlockDeparture)(nil),           // 44: kvindex.v1.BlockDeparture
+	(*RemovalMemory)(nil),            // 45: kvindex.v1.RemovalMemory
+	(*TierRun)(nil),                  // 46: kvindex.v1.TierRun
+	(*PodExplanation)(nil),           // 47: kvindex.v1.PodExplanation
+	(*ExplainResponse)(nil),          // 48: kvindex.v1.ExplainResponse
+	nil,                              // 49: kvindex.v1.PodScore.TierBlocksEntry
+	nil,                              // 50: kvindex.v1.StreamInfo.BlocksByTierEntry
+	nil,                              // 51: kvindex.v1.StreamInfo.DecodeErrorsEntry
+	nil,                              // 52: kvindex.v1.StreamInfo.DroppedEntry
 }
 var file_kvindex_v1_kvindex_proto_depIdxs = []int32{
-	4,  // 0: kvindex.v1.ScoreRequest.tokens:type_name -> kvindex.v1.Tokens
-	5,  // 1: kvindex.v1.ScoreRequest.keys:type_name -> kvindex.v1.Keys
-	7,  // 2: kvindex.v1.ScoreRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	45, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
+	6,  // 0: kvindex.v1.ScoreRequest.tokens:type_name -> kvindex.v1.Tokens
+	7,  // 1: kvindex.v1.ScoreRequest.keys:type_name -> kvindex.v1.Keys
+	9,  // 2: kvindex.v1.ScoreRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	49, // 3: kvindex.v1.PodScore.tier_blocks:type_name -> kvindex.v1.PodScore.TierBlocksEntry
 	0,  // 4: kvindex.v1.PodScore.trust:type_name -> kvindex.v1.Trust
-	9,  // 5: kvindex.v1.ScoreResponse.scores:type_name -> kvindex.v1.PodScore
-	11, // 6: kvindex.v1.ScoreResponse.status:type_name -> kvindex.v1.Status
-	5,  // 7: kvindex.v1.GetPodsForBlocksRequest.keys:type_name -> kvindex.v1.Keys
-	6,  // 8: kvindex.v1.GetPodsForBlocksRequest.engine_hashes:type_name -> kvindex.v1.EngineHashes
-	4,  // 9: kvindex.v1.GetPodsForBlocksRequest.tokens:type_name -> kvindex.v1.Tokens
-	7,  // 10: kvindex.v1.GetPodsForBlocksRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	13, // 11: kvindex.v1.BlockHolders.holders:type_name -> kvindex.v1.Holder
-	14, // 12: kvindex.v1.GetPodsForBlocksResponse.blocks:type_name -> kvindex.v1.BlockHolders
-	4,  // 13: kvindex.v1.RecordPlacementRequest.tokens:type_name -> kvindex.v1.Tokens
-	5,  // 14: kvindex.v1.RecordPlacementRequest.keys:type_name -> kvindex.v1.Keys
-	7,  // 15: kvindex.v1.RecordPlacementRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	11, // 5: kvindex.v1.ScoreResponse.scores:type_name -> kvindex.v1.PodScore
+	13, // 6: kvindex.v1.ScoreResponse.status:type_name -> kvindex.v1.Status
+	7,  // 7: kvindex.v1.GetPodsForBlocksRequest.keys:type_name -> kvindex.v1.Keys
+	8,  // 8: kvindex.v1.GetPodsForBlocksRequest.engine_hashes:type_name -> kvindex.v1.EngineHashes
+	6,  // 9: kvindex.v1.GetPodsForBlocksRequest.tokens:type_name -> kvindex.v1.Tokens
+	9,  // 10: kvindex.v1.GetPodsForBlocksRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	15, // 11: kvindex.v1.BlockHolders.holders:type_name -> kvindex.v1.Holder
+	16, // 12: kvindex.v1.GetPodsForBlocksResponse.blocks:type_name -> kvindex.v1.BlockHolders
+	6,  // 13: kvindex.v1.RecordPlacementRequest.tokens:type_name -> kvindex.v1.Tokens
+	7,  // 14: kvindex.v1.RecordPlacementRequest.keys:type_name -> kvindex.v1.Keys
+	9,  // 15: kvindex.v1.RecordPlacementRequest.mm_features:type_name -> kvindex.v1.MmFeature
 	1,  // 16: kvindex.v1.StreamInfo.state:type_name -> kvindex.v1.StreamState
 	0,  // 17: kvindex.v1.StreamInfo.trust:type_name -> kvindex.v1.Trust
-	46, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
-	47, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
-	48, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
-	21, // 21: kvindex.v1.ListPodsResponse.streams:type_name -> kvindex.v1.StreamInfo
-	30, // 22: kvindex.v1.PullSnapshotRequest.only:type_name -> kvindex.v1.StreamName
+	50, // 18: kvindex.v1.StreamInfo.blocks_by_tier:type_name -> kvindex.v1.StreamInfo.BlocksByTierEntry
+	51, // 19: kvindex.v1.StreamInfo.decode_errors:type_name -> kvindex.v1.StreamInfo.DecodeErrorsEntry
+	52, // 20: kvindex.v1.StreamInfo.dropped:type_name -> kvindex.v1.StreamInfo.DroppedEntry
+	23, // 21: kvindex.v1.ListPodsResponse.streams:type_name -> kvindex.v1.StreamInfo
+	32, // 22: kvindex.v1.PullSnapshotRequest.only:type_name -> kvindex.v1.StreamName
 	0,  // 23: kvindex.v1.StreamDigests.trust:type_name -> kvindex.v1.Trust
-	33, // 24: kvindex.v1.StreamDigests.marks:type_name -> kvindex.v1.StreamMark
+	35, // 24: kvindex.v1.StreamDigests.marks:type_name -> kvindex.v1.StreamMark
 	0,  // 25: kvindex.v1.StreamMark.trust:type_name -> kvindex.v1.Trust
-	36, // 26: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
-	4,  // 27: kvindex.v1.CheckRequest.tokens:type_name -> kvindex.v1.Tokens
-	4,  // 28: kvindex.v1.CheckRequest.engine_tokens:type_name -> kvindex.v1.Tokens
+	38, // 26: kvindex.v1.GetStatsResponse.models:type_name -> kvindex.v1.ModelStats
+	6,  // 27: kvindex.v1.CheckRequest.tokens:type_name -> kvindex.v1.Tokens
+	6,  // 28: kvindex.v1.CheckRequest.engine_tokens:type_name -> kvindex.v1.Tokens
 	2,  // 29: kvindex.v1.CheckResult.status:type_name -> kvindex.v1.CheckStatus
-	39, // 30: kvindex.v1.CheckResponse.checks:type_name -> kvindex.v1.CheckResult
+	41, // 30: kvindex.v1.CheckResponse.checks:type_name -> kvindex.v1.CheckResult
 	2,  // 31: kvindex.v1.CheckResponse.status:type_name -> kvindex.v1.CheckStatus
-	4,  // 32: kvindex.v1.ExplainRequest.tokens:type_name -> kvindex.v1.Tokens
-	5,  // 33: kvindex.v1.ExplainRequest.keys:type_name -> kvindex.v1.Keys
-	7,  // 34: kvindex.v1.ExplainRequest.mm_features:type_name -> kvindex.v1.MmFeature
-	9,  // 35: kvindex.v1.PodExplanation.score:type_name -> kvindex.v1.PodScore
-	3,  // 36: kvindex.v1.PodExplanation.end:type_name -> kvindex.v1.MatchEnd
-	42, // 37: kvindex.v1.PodExplanation.runs:type_name -> kvindex.v1.TierRun
-	43, // 38: kvindex.v1.ExplainResponse.pods:type_name -> kvindex.v1.PodExplanation
-	8,  // 39: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
-	8,  // 40: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
-	12, // 41: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
-	16, // 42: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
-	18, // 43: kvindex.v1.KVIndex.ReportUsage:input_type -> kvindex.v1.ReportUsageRequest
-	20, // 44: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
-	23, // 45: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
-	25, // 46: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
-	27, // 47: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
-	35, // 48: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
-	29, // 49: kvindex.v1.KVIndexAdmin.PullSnapshot:input_type -> kvindex.v1.PullSnapshotRequest
-	31, // 50: kvindex.v1.KVIndexAdmin.PullDigests:input_type -> kvindex.v1.PullDigestsRequest
-	38, // 51: kvindex.v1.KVIndexAdmin.Check:input_type -> kvindex.v1.CheckRequest
-	41, // 52: kvindex.v1.KVIndexAdmin.Explain:input_type -> kvindex.v1.ExplainRequest
-	10, // 53: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
-	10, // 54: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
-	15, // 55: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
-	17, // 56: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
-	19, // 57: kvindex.v1.KVIndex.ReportUsage:output_type -> kvindex.v1.ReportUsageResponse
-	22, // 58: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
-	24, // 59: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
-	26, // 60: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
-	28, // 61: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
-	37, // 62: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
-	34, // 63: kvindex.v1.KVIndexAdmin.PullSnapshot:output_type -> kvindex.v1.PullSnapshotChunk
-	32, // 64: kvindex.v1.KVIndexAdmin.PullDigests:output_type -> kvindex.v1.StreamDigests
-	40, // 65: kvindex.v1.KVIndexAdmin.Check:output_type -> kvindex.v1.CheckResponse
-	44, // 66: kvindex.v1.KVIndexAdmin.Explain:output_type -> kvindex.v1.ExplainResponse
-	53, // [53:67] is the sub-list for method output_type
-	39, // [39:53] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	6,  // 32: kvindex.v1.ExplainRequest.tokens:type_name -> kvindex.v1.Tokens
+	7,  // 33: kvindex.v1.ExplainRequest.keys:type_name -> kvindex.v1.Keys
+	9,  // 34: kvindex.v1.ExplainRequest.mm_features:type_name -> kvindex.v1.MmFeature
+	4,  // 35: kvindex.v1.BlockDeparture.how:type_name -> kvindex.v1.BlockLeft
+	5,  // 36: kvindex.v1.RemovalMemory.reach:type_name -> kvindex.v1.RemovalReach
+	11, // 37: kvindex.v1.PodExplanation.score:type_name -> kvindex.v1.PodScore
+	3,  // 38: kvindex.v1.PodExplanation.end:type_name -> kvindex.v1.MatchEnd
+	46, // 39: kvindex.v1.PodExplanation.runs:type_name -> kvindex.v1.TierRun
+	44, // 40: kvindex.v1.PodExplanation.left:type_name -> kvindex.v1.BlockDeparture
+	45, // 41: kvindex.v1.PodExplanation.remembered:type_name -> kvindex.v1.RemovalMemory
+	47, // 42: kvindex.v1.ExplainResponse.pods:type_name -> kvindex.v1.PodExplanation
+	10, // 43: kvindex.v1.KVIndex.Score:input_type -> kvindex.v1.ScoreRequest
+	10, // 44: kvindex.v1.KVIndex.ScoreStream:input_type -> kvindex.v1.ScoreRequest
+	14, // 45: kvindex.v1.KVIndex.GetPodsForBlocks:input_type -> kvindex.v1.GetPodsForBlocksRequest
+	18, // 46: kvindex.v1.KVIndex.RecordPlacement:input_type -> kvindex.v1.RecordPlacementRequest
+	20, // 47: kvindex.v1.KVIndex.ReportUsage:input_type -> kvindex.v1.ReportUsageRequest
+	22, // 48: kvindex.v1.KVIndexAdmin.ListPods:input_type -> kvindex.v1.ListPodsRequest
+	25, // 49: kvindex.v1.KVIndexAdmin.RegisterPod:input_type -> kvindex.v1.RegisterPodRequest
+	27, // 50: kvindex.v1.KVIndexAdmin.UnregisterPod:input_type -> kvindex.v1.UnregisterPodRequest
+	29, // 51: kvindex.v1.KVIndexAdmin.ClearPod:input_type -> kvindex.v1.ClearPodRequest
+	37, // 52: kvindex.v1.KVIndexAdmin.GetStats:input_type -> kvindex.v1.GetStatsRequest
+	31, // 53: kvindex.v1.KVIndexAdmin.PullSnapshot:input_type -> kvindex.v1.PullSnapshotRequest
+	33, // 54: kvindex.v1.KVIndexAdmin.PullDigests:input_type -> kvindex.v1.PullDigestsRequest
+	40, // 55: kvindex.v1.KVIndexAdmin.Check:input_type -> kvindex.v1.CheckRequest
+	43, // 56: kvindex.v1.KVIndexAdmin.Explain:input_type -> kvindex.v1.ExplainRequest
+	12, // 57: kvindex.v1.KVIndex.Score:output_type -> kvindex.v1.ScoreResponse
+	12, // 58: kvindex.v1.KVIndex.ScoreStream:output_type -> kvindex.v1.ScoreResponse
+	17, // 59: kvindex.v1.KVIndex.GetPodsForBlocks:output_type -> kvindex.v1.GetPodsForBlocksResponse
+	19, // 60: kvindex.v1.KVIndex.RecordPlacement:output_type -> kvindex.v1.RecordPlacementResponse
+	21, // 61: kvindex.v1.KVIndex.ReportUsage:output_type -> kvindex.v1.ReportUsageResponse
+	24, // 62: kvindex.v1.KVIndexAdmin.ListPods:output_type -> kvindex.v1.ListPodsResponse
+	26, // 63: kvindex.v1.KVIndexAdmin.RegisterPod:output_type -> kvindex.v1.RegisterPodResponse
+	28, // 64: kvindex.v1.KVIndexAdmin.UnregisterPod:output_type -> kvindex.v1.UnregisterPodResponse
+	30, // 65: kvindex.v1.KVIndexAdmin.ClearPod:output_type -> kvindex.v1.ClearPodResponse
+	39, // 66: kvindex.v1.KVIndexAdmin.GetStats:output_type -> kvindex.v1.GetStatsResponse
+	36, // 67: kvindex.v1.KVIndexAdmin.PullSnapshot:output_type -> kvindex.v1.PullSnapshotChunk
+	34, // 68: kvindex.v1.KVIndexAdmin.PullDigests:output_type -> kvindex.v1.StreamDigests
+	42, // 69: kvindex.v1.KVIndexAdmin.Check:output_type -> kvindex.v1.CheckResponse
+	48, // 70: kvindex.v1.KVIndexAdmin.Explain:output_type -> kvindex.v1.ExplainResponse
+	57, // [57:71] is the sub-list for method output_type
+	43, // [43:57] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_kvindex_v1_kvindex_proto_init() }
@@ -4153,13 +4522,16 @@ func file_kvindex_v1_kvindex_proto_init() {
 		(*ExplainRequest_Tokens)(nil),
 		(*ExplainRequest_Keys)(nil),
 	}
+	file_kvindex_v1_kvindex_proto_msgTypes[38].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[39].OneofWrappers = []any{}
+	file_kvindex_v1_kvindex_proto_msgTypes[41].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvindex_v1_kvindex_proto_rawDesc), len(file_kvindex_v1_kvindex_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   45,
+			NumEnums:      6,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

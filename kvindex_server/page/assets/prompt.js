@@ -68,6 +68,9 @@ export class PromptBox {
     const past = svg("svg", { viewBox: "0 0 16 12", "aria-hidden": "true" });
     past.append(svg("rect", { x: 1, y: 1, width: 14, height: 10, rx: 2, class: "gpu past" }));
     marks.push(element("span", {}, past, "pale: held, but after a hole, so it does not count"));
+    const gone = svg("svg", { viewBox: "0 0 16 12", "aria-hidden": "true" });
+    gone.append(svg("rect", { x: 2, y: 2, width: 12, height: 8, class: "hole gone" }));
+    if (found.pods.some((pod) => pod.left.length)) marks.push(element("span", {}, gone, "was held and has left, where the match ends"));
     document.getElementById("match-legend").replaceChildren(...marks);
     document.getElementById("pods").replaceChildren(...found.pods.map((pod) => row(pod, found)));
   }
@@ -113,10 +116,23 @@ function strip(pod, total, words) {
     }
     at += blocks;
   }
+  if (pod.left.length) {
+    const gone = cell(pod.matched_blocks * unit, unit - gap, "gone");
+    const title = svg("title", {});
+    title.textContent = pod.left.map(departure).join("; ");
+    gone.append(title);
+    picture.append(gone);
+  }
   return picture;
 }
 
+function departure(left) {
+  const message = left.sequence === null ? "" : `, message ${left.sequence}`;
+  const time = left.time ? `, ${new Date(left.time * 1000).toLocaleString()}` : "";
+  return `${left.how.toLowerCase()} from ${left.tier}${time}${message}${left.earlier ? " of an earlier life of the engine" : ""}`;
+}
+
 function cell(x, width, kind) {
-  const inset = kind.startsWith("placed") ? 1 : 0;
+  const inset = kind === "placed" || kind === "gone" ? 1 : 0;
   return svg("rect", { x: (x + inset).toFixed(2), y: inset, width: Math.max(0.5, width - 2 * inset).toFixed(2), height: HEIGHT - 2 * inset, class: kind });
 }

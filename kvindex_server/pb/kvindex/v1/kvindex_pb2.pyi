@@ -117,7 +117,9 @@ class _MatchEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatchEnd.Val
     MATCH_END_NOTHING_HEARD: _MatchEnd.ValueType  # 5
     """Nothing is known of the pod's cache."""
     MATCH_END_REMOVED: _MatchEnd.ValueType  # 6
-    """The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept."""
+    """The rank held the next block and the engine has removed it: `left` says when. Without `left` that is only known
+    because the rank holds later blocks of this prompt, and when it was is no longer remembered.
+    """
     MATCH_END_OTHER_RANK: _MatchEnd.ValueType  # 7
     """Another rank of the pod holds the next block; a match counts on one rank only."""
     MATCH_END_OTHER_GROUP: _MatchEnd.ValueType  # 8
@@ -125,9 +127,17 @@ class _MatchEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatchEnd.Val
     MATCH_END_OTHER_CONTEXT: _MatchEnd.ValueType  # 9
     """The pod holds more of the same tokens under another LoRA adapter or without the salt."""
     MATCH_END_ELSEWHERE: _MatchEnd.ValueType  # 10
-    """Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept."""
+    """Other pods hold the next block, this one does not: never stored there, or gone since before `remembered`."""
     MATCH_END_UNKNOWN_KEY: _MatchEnd.ValueType  # 11
-    """No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept."""
+    """No pod holds the next block: never stored, or gone since before `remembered`."""
+    MATCH_END_CLEARED: _MatchEnd.ValueType  # 12
+    """The rank held the next block when the engine cleared all of them: `left` says when."""
+    MATCH_END_DROPPED: _MatchEnd.ValueType  # 13
+    """The server dropped what it knew of the pod, the next block with it: `left` says when and why."""
+    MATCH_END_NEVER_STORED: _MatchEnd.ValueType  # 14
+    """The stream is EXACT, every block that left it is remembered, and the next one never came: since the engine's first
+    event, or since all blocks were last cleared.
+    """
 
 class MatchEnd(_MatchEnd, metaclass=_MatchEndEnumTypeWrapper):
     """Why a match is no longer than it is."""
@@ -144,7 +154,9 @@ MATCH_END_NOT_REGISTERED: MatchEnd.ValueType  # 4
 MATCH_END_NOTHING_HEARD: MatchEnd.ValueType  # 5
 """Nothing is known of the pod's cache."""
 MATCH_END_REMOVED: MatchEnd.ValueType  # 6
-"""The rank holds later blocks of this prompt: the next one was there and has been removed. When: not kept."""
+"""The rank held the next block and the engine has removed it: `left` says when. Without `left` that is only known
+because the rank holds later blocks of this prompt, and when it was is no longer remembered.
+"""
 MATCH_END_OTHER_RANK: MatchEnd.ValueType  # 7
 """Another rank of the pod holds the next block; a match counts on one rank only."""
 MATCH_END_OTHER_GROUP: MatchEnd.ValueType  # 8
@@ -152,10 +164,87 @@ MATCH_END_OTHER_GROUP: MatchEnd.ValueType  # 8
 MATCH_END_OTHER_CONTEXT: MatchEnd.ValueType  # 9
 """The pod holds more of the same tokens under another LoRA adapter or without the salt."""
 MATCH_END_ELSEWHERE: MatchEnd.ValueType  # 10
-"""Other pods hold the next block, this one does not: never stored there, or removed. Which of the two: not kept."""
+"""Other pods hold the next block, this one does not: never stored there, or gone since before `remembered`."""
 MATCH_END_UNKNOWN_KEY: MatchEnd.ValueType  # 11
-"""No pod holds the next block: never stored, or removed everywhere. Which of the two: not kept."""
+"""No pod holds the next block: never stored, or gone since before `remembered`."""
+MATCH_END_CLEARED: MatchEnd.ValueType  # 12
+"""The rank held the next block when the engine cleared all of them: `left` says when."""
+MATCH_END_DROPPED: MatchEnd.ValueType  # 13
+"""The server dropped what it knew of the pod, the next block with it: `left` says when and why."""
+MATCH_END_NEVER_STORED: MatchEnd.ValueType  # 14
+"""The stream is EXACT, every block that left it is remembered, and the next one never came: since the engine's first
+event, or since all blocks were last cleared.
+"""
 Global___MatchEnd: _TypeAlias = MatchEnd  # noqa: Y015
+
+class _BlockLeft:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockLeftEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockLeft.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_LEFT_UNSPECIFIED: _BlockLeft.ValueType  # 0
+    BLOCK_LEFT_REMOVED: _BlockLeft.ValueType  # 1
+    """By the engine's event."""
+    BLOCK_LEFT_CLEARED: _BlockLeft.ValueType  # 2
+    BLOCK_LEFT_RESTARTED: _BlockLeft.ValueType  # 3
+    """Dropped by the server, as the engine was found to be another one."""
+    BLOCK_LEFT_REQUESTED: _BlockLeft.ValueType  # 4
+    """Dropped by the server, by ClearPod or because a saved state did not fit."""
+    BLOCK_LEFT_REBUILT: _BlockLeft.ValueType  # 5
+    """Dropped by the server, to be built anew from a replay or a sibling."""
+    BLOCK_LEFT_DOUBTED: _BlockLeft.ValueType  # 6
+    """Dropped by the server after a hole (stream.on_gap); the engine may hold it still."""
+
+class BlockLeft(_BlockLeft, metaclass=_BlockLeftEnumTypeWrapper):
+    """How a block left a rank."""
+
+BLOCK_LEFT_UNSPECIFIED: BlockLeft.ValueType  # 0
+BLOCK_LEFT_REMOVED: BlockLeft.ValueType  # 1
+"""By the engine's event."""
+BLOCK_LEFT_CLEARED: BlockLeft.ValueType  # 2
+BLOCK_LEFT_RESTARTED: BlockLeft.ValueType  # 3
+"""Dropped by the server, as the engine was found to be another one."""
+BLOCK_LEFT_REQUESTED: BlockLeft.ValueType  # 4
+"""Dropped by the server, by ClearPod or because a saved state did not fit."""
+BLOCK_LEFT_REBUILT: BlockLeft.ValueType  # 5
+"""Dropped by the server, to be built anew from a replay or a sibling."""
+BLOCK_LEFT_DOUBTED: BlockLeft.ValueType  # 6
+"""Dropped by the server after a hole (stream.on_gap); the engine may hold it still."""
+Global___BlockLeft: _TypeAlias = BlockLeft  # noqa: Y015
+
+class _RemovalReach:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RemovalReachEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RemovalReach.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REMOVAL_REACH_UNSPECIFIED: _RemovalReach.ValueType  # 0
+    REMOVAL_REACH_OFF: _RemovalReach.ValueType  # 1
+    """Nothing is remembered: limits.remembered_removals is 0."""
+    REMOVAL_REACH_NOTHING: _RemovalReach.ValueType  # 2
+    """No message has been applied yet."""
+    REMOVAL_REACH_START: _RemovalReach.ValueType  # 3
+    """From the first message of the stream's present life on."""
+    REMOVAL_REACH_RESTORED: _RemovalReach.ValueType  # 4
+    """From the first message after a saved state was restored."""
+    REMOVAL_REACH_FULL: _RemovalReach.ValueType  # 5
+    """From behind a message, as older ones had to give way."""
+
+class RemovalReach(_RemovalReach, metaclass=_RemovalReachEnumTypeWrapper): ...
+
+REMOVAL_REACH_UNSPECIFIED: RemovalReach.ValueType  # 0
+REMOVAL_REACH_OFF: RemovalReach.ValueType  # 1
+"""Nothing is remembered: limits.remembered_removals is 0."""
+REMOVAL_REACH_NOTHING: RemovalReach.ValueType  # 2
+"""No message has been applied yet."""
+REMOVAL_REACH_START: RemovalReach.ValueType  # 3
+"""From the first message of the stream's present life on."""
+REMOVAL_REACH_RESTORED: RemovalReach.ValueType  # 4
+"""From the first message after a saved state was restored."""
+REMOVAL_REACH_FULL: RemovalReach.ValueType  # 5
+"""From behind a message, as older ones had to give way."""
+Global___RemovalReach: _TypeAlias = RemovalReach  # noqa: Y015
 
 @_typing.final
 class Tokens(_message.Message):
@@ -1531,6 +1620,79 @@ class ExplainRequest(_message.Message):
 Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
+class BlockDeparture(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOW_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    EARLIER_LIFE_FIELD_NUMBER: _builtins.int
+    how: Global___BlockLeft.ValueType
+    tier: _builtins.str
+    group: _builtins.int
+    """KV-cache group of a hybrid model."""
+    sequence: _builtins.int
+    """Of the engine's message; of the last one before, when the server dropped it. Absent when not known."""
+    time: _builtins.float
+    """Seconds since 1970: of the engine's clock when its event says so, of the server's when the server dropped it; 0
+    when not told.
+    """
+    earlier_life: _builtins.bool
+    """In a life of the engine before the present one, whose sequences were others."""
+    def __init__(
+        self,
+        *,
+        how: Global___BlockLeft.ValueType = ...,
+        tier: _builtins.str = ...,
+        group: _builtins.int = ...,
+        sequence: _builtins.int | None = ...,
+        time: _builtins.float = ...,
+        earlier_life: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "earlier_life", b"earlier_life", "group", b"group", "how", b"how", "sequence", b"sequence", "tier", b"tier", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
+
+Global___BlockDeparture: _TypeAlias = BlockDeparture  # noqa: Y015
+
+@_typing.final
+class RemovalMemory(_message.Message):
+    """From where on every block that left a rank is remembered, by this process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REACH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    reach: Global___RemovalReach.ValueType
+    sequence: _builtins.int
+    """The message that `reach` speaks of. Absent when not known."""
+    time: _builtins.float
+    """Its time by the engine's clock, seconds since 1970; 0 when not told."""
+    def __init__(
+        self,
+        *,
+        reach: Global___RemovalReach.ValueType = ...,
+        sequence: _builtins.int | None = ...,
+        time: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "reach", b"reach", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
+
+Global___RemovalMemory: _TypeAlias = RemovalMemory  # noqa: Y015
+
+@_typing.final
 class TierRun(_message.Message):
     """Consecutive matched blocks on one tier."""
 
@@ -1562,14 +1724,27 @@ class PodExplanation(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
+    STALE_SINCE_FIELD_NUMBER: _builtins.int
     end: Global___MatchEnd.ValueType
     why: _builtins.str
     """The same in words, with what is known around it."""
+    stale_since: _builtins.float
+    """When the claims came to be in doubt, by the server's clock, seconds since 1970; only while STALE."""
     @_builtins.property
     def score(self) -> Global___PodScore: ...
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierRun]:
         """The match from its beginning, best tier of each block; covers at most the first 1,024 blocks."""
+
+    @_builtins.property
+    def left(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockDeparture]:
+        """How the block behind the match left the rank, the last time of each (group, tier), latest first."""
+
+    @_builtins.property
+    def remembered(self) -> Global___RemovalMemory:
+        """Of the rank; absent when this server does not follow the pod."""
 
     def __init__(
         self,
@@ -1578,12 +1753,17 @@ class PodExplanation(_message.Message):
         end: Global___MatchEnd.ValueType = ...,
         why: _builtins.str = ...,
         runs: _abc.Iterable[Global___TierRun] | None = ...,
+        left: _abc.Iterable[Global___BlockDeparture] | None = ...,
+        remembered: Global___RemovalMemory | None = ...,
+        stale_since: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stale_since", b"_stale_since", "remembered", b"remembered", "score", b"score", "stale_since", b"stale_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "runs", b"runs", "score", b"score", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stale_since", b"_stale_since", "end", b"end", "left", b"left", "remembered", b"remembered", "runs", b"runs", "score", b"score", "stale_since", b"stale_since", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__stale_since: _TypeAlias = _typing.Literal["stale_since"]  # noqa: Y015
+    _WhichOneofArgType__stale_since: _TypeAlias = _typing.Literal["_stale_since", b"_stale_since"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stale_since) -> _WhichOneofReturnType__stale_since | None: ...
 
 Global___PodExplanation: _TypeAlias = PodExplanation  # noqa: Y015
 
