@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
@@ -39,29 +40,29 @@ std::optional<ScoreRequest> read(const nb::bytes& encoded, const RequestLimits& 
 nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::string& lora,
                  const std::vector<std::string>& known, const nb::callable& refresh, const nb::callable& unknown_tier,
                  const nb::object& heard, int64_t started_ns) {
-  const std::vector<std::string>& pods = request.pods.empty() ? known : request.pods;
-  std::vector<const Standings::OfPod*> found;
-  std::vector<std::pair<std::string, uint32_t>> outdated;
-  if (!request.hits_only) {  // that answer says nothing of trust
-    found = self.standings->find(pods);
-    outdated = self.standings->outdated(pods, found, now_ns());
-  }
+  const Candidates pods =
+      distinct(request.pods.empty() ? std::vector<std::string_view>(known.begin(), known.end()) : request.pods,
+               *self.index->names());
+  std::vector<std::pair<size_t, uint32_t>> outdated;
+  if (!request.hits_only) outdated = self.standings->outdated(pods.numbers, now_ns());  // else nothing is said of trust
   if (!outdated.empty()) {
     nb::list asked;
-    for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pod, rank));
+    for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pods.names[pod], rank));
     refresh(asked);
   }
+  thread_local Output output;
+  output.clear();
   ScoreBytes scored;
   {
     nb::gil_scoped_release release;
-    scored = score_bytes(*self.index, *self.standings, self.weights, request, lora, pods, found);
+    scored = score_bytes(*self.index, *self.standings, self.weights, request, lora, pods, output);
     self.tallies.looked(scored.total_blocks, scored.best_match);
     self.tallies.match_time->observe(static_cast<double>(scored.match_ns) * 1e-9);
     self.tallies.all_time->observe(static_cast<double>(now_ns() - started_ns) * 1e-9);
   }
   for (const std::string& tier : scored.unknown_tiers) unknown_tier(tier);
   if (!heard.is_none()) heard(scored.total_blocks, scored.best_match, static_cast<double>(scored.match_ns) * 1e-9);
-  return nb::bytes(scored.response.data(), scored.response.size());
+  return nb::bytes(output.view().data(), output.view().size());
 }
 
 // A request that needs nothing but the index: tokens or keys, for a model in `routes`, which has for each name it may
@@ -111,9 +112,11 @@ void bind_score(nb::module_& m) {
       .def_prop_ro("cache_salt", [](const ScoreRequest& self) { return self.extras.cache_salt; })
       .def_prop_ro("has_media", [](const ScoreRequest& self) { return !self.extras.mm_features.empty(); });
 
-  m.def("read_score_request", &read<read_score_request>, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move);
+  // A request refers to its bytes.
+  m.def("read_score_request", &read<read_score_request>, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move,
+        nb::keep_alive<0, 1>());
   m.def("read_pod_scores_request", &read<read_pod_scores_request>, nb::arg("encoded"), nb::arg("limits"),
-        nb::rv_policy::move);
+        nb::rv_policy::move, nb::keep_alive<0, 1>());
 
   m.def("answer_plain", &answer_plain, nb::arg("encoded"), nb::arg("limits"), nb::arg("routes"));
 

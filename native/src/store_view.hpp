@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +12,7 @@
 
 #include "blocks.hpp"
 #include "index.hpp"
+#include "pod_names.hpp"
 #include "topology.hpp"
 #include "walk.hpp"
 
@@ -59,7 +59,7 @@ class StoreView {
   bool each(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, Visit visit) const;
   std::unique_ptr<Blocks> borrow();
 
-  std::deque<std::string> names_;
+  PodNames names_;
   Topology topology_;
   std::unordered_map<uint64_t, Place> of_life_;
   // Each query lays what it read into blocks of its own and takes it out again.
