@@ -9,7 +9,7 @@ Candidates distinct(const std::vector<std::string_view>& named, const PodNames& 
   result.names.reserve(named.size());
   result.numbers.reserve(named.size());
   // Open addressing: a set would allocate once per name. The upper half of the hash, and the position + 1.
-  const size_t mask = std::bit_ceil(named.size() * 2 + 1) - 1;
+  const size_t mask = std::bit_ceil(named.size() * 2 | 2) - 1;  // half of them stay free
   std::vector<uint64_t> seen(mask + 1, 0);
   const NameHash hash_of;
   const auto repeated = [&](uint64_t each, std::string_view name, size_t hash) {

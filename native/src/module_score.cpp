@@ -60,9 +60,10 @@ nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::str
     self.tallies.match_time->observe(static_cast<double>(scored.match_ns) * 1e-9);
     self.tallies.all_time->observe(static_cast<double>(now_ns() - started_ns) * 1e-9);
   }
+  const nb::bytes encoded(output.view().data(), output.view().size());
   for (const std::string& tier : scored.unknown_tiers) unknown_tier(tier);
   if (!heard.is_none()) heard(scored.total_blocks, scored.best_match, static_cast<double>(scored.match_ns) * 1e-9);
-  return nb::bytes(output.view().data(), output.view().size());
+  return encoded;
 }
 
 // A request that needs nothing but the index: tokens or keys, for a model in `routes`, which has for each name it may

@@ -19,6 +19,7 @@ struct Reader {
       : at(reinterpret_cast<const uint8_t*>(bytes.data())), end(at + bytes.size()) {}
 
   bool done() const { return at >= end; }
+  size_t rest() const { return static_cast<size_t>(end - at); }
   bool varint(uint64_t& value) {
     if (at < end && *at < 0x80) {  // most values are small
       value = *at++;

@@ -83,10 +83,20 @@ class Stranger {
     write_believed({Trust::kCold, "pod is not registered", -1}, encoded);
     size_ = encoded.copy(encoded_.data(), encoded_.size());
   }
-  // Copies of a size known at compile time, which is more than is needed.
+  // Copies a size known at compile time, which is more than is needed.
   void write(Room& out) const {
     std::memcpy(out.at, encoded_.data(), kMost);
     out.at += size_;
+  }
+  // All of a pod that has nothing else: its length is known before.
+  void write(std::string_view name, Output& out) const {
+    Room room = out.room(4 * kLength + name.size() + kMost);
+    Writer entry{room};
+    entry.varint(1 << 3 | protobuf::kBytes);
+    entry.varint(1 + protobuf::size_of(name.size()) + name.size() + size_);
+    entry.message(1, name);
+    write(room);
+    out.wrote(room);
   }
 
   static constexpr size_t kMost = 64;
@@ -237,6 +247,10 @@ ScoreBytes score_bytes(const Index& index, const Standings& standings, const Tie
   Believed believed;
   ranking.each(most, [&](uint32_t pod, const Match* match) {
     const std::string_view name = pods.names[pod];
+    if (pods.numbers[pod] == PodNames::kNobody) {
+      stranger.write(name, out);
+      return;
+    }
     const bool told =
         reading.of(pods.numbers[pod], match == nullptr ? int64_t{-1} : int64_t{match->rank}, now, believed);
     const size_t length = 2 * kLength + name.size() + (match == nullptr ? 0 : names.most()) +

@@ -69,6 +69,15 @@ bool read_feature(std::string_view nested, MmFeature& feature) {
   return !feature.hash.empty() && feature.length != 0;
 }
 
+// `rest`: bytes of the request behind this one.
+bool read_pod(std::string_view value, const RequestLimits& limits, size_t rest, ScoreRequest& request) {
+  if (value.empty() || request.pods.size() >= limits.max_pods || !is_utf8_name(value)) return false;
+  // The others will have names about as long.
+  if (request.pods.empty()) request.pods.reserve(std::min<size_t>(limits.max_pods, 1 + rest / (value.size() + 2)));
+  request.pods.push_back(value);
+  return true;
+}
+
 // One occurrence of a field; false sends the request to the reference path.
 bool read_field(uint32_t field, std::string_view value, const RequestLimits& limits, ScoreRequest& request) {
   switch (field) {
@@ -80,10 +89,7 @@ bool read_field(uint32_t field, std::string_view value, const RequestLimits& lim
       return true;
     case 4: return read_tokens(value, limits.max_tokens, request.tokens);
     case 5: return read_packed(value, limits.max_keys, request.keys);
-    case 6:
-      if (value.empty() || request.pods.size() >= limits.max_pods || !is_utf8(value)) return false;
-      request.pods.push_back(value);
-      return true;
+    case 6: return read_pod(value, limits, 0, request);
     case 7: return read_name(value, request.extras.lora_name);
     case 8: return read_name(value, request.extras.cache_salt);
     case 9: {
@@ -112,6 +118,10 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
     uint64_t tag, value;
     std::string_view bytes;
     if (!in.tag(tag) || tag > kU32) return std::nullopt;
+    if (tag == (6 << 3 | protobuf::kBytes)) {  // there may be a thousand of them
+      if (!in.bytes(bytes) || !read_pod(bytes, limits, in.rest(), request)) return std::nullopt;
+      continue;
+    }
     const auto field = static_cast<uint32_t>(tag >> 3);
     if (field >= 2 && field <= 5) inputs |= 1U << field;
     if (tag == (10 << 3 | protobuf::kVarint)) {
