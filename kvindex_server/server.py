@@ -346,7 +346,7 @@ class Server:
 
 
 def _keep_freed_memory() -> None:
-    """Up to 2 MiB per heap: glibc would give 128 KiB back at once, and have it again page by page for the next answer."""
+    """2 MiB per heap: glibc gives 128 KiB back at once, and has it again page by page for the next answer."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 1 << 21)  # M_TRIM_THRESHOLD

@@ -40,9 +40,9 @@ std::optional<ScoreRequest> read(const nb::bytes& encoded, const RequestLimits& 
 nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::string& lora,
                  const std::vector<std::string>& known, const nb::callable& refresh, const nb::callable& unknown_tier,
                  const nb::object& heard, int64_t started_ns) {
-  const Candidates pods =
-      distinct(request.pods.empty() ? std::vector<std::string_view>(known.begin(), known.end()) : request.pods,
-               *self.index->names());
+  const std::shared_ptr<const Candidates> candidates =
+      distinct(request.pods == nullptr ? std::make_shared<const PodList>(known) : request.pods, self.index->names());
+  const Candidates& pods = *candidates;
   std::vector<std::pair<size_t, uint32_t>> outdated;
   if (!request.hits_only) outdated = self.standings->outdated(pods.numbers, now_ns());  // else nothing is said of trust
   if (!outdated.empty()) {
@@ -80,7 +80,7 @@ nb::object answer_plain(const nb::bytes& encoded, const RequestLimits& limits, c
   }
   const auto parts = nb::borrow<nb::tuple>(route);  // kept: another thread may change the dict
   std::vector<std::string> known;
-  if (request->pods.empty()) known = nb::cast<std::vector<std::string>>(nb::borrow<nb::callable>(parts[2])());
+  if (request->pods == nullptr) known = nb::cast<std::vector<std::string>>(nb::borrow<nb::callable>(parts[2])());
   return answer(nb::cast<const Scorer&>(parts[0]), *request, nb::cast<std::string>(parts[1]), known,
                 nb::borrow<nb::callable>(parts[3]), nb::borrow<nb::callable>(parts[4]), nb::borrow(parts[5]), started);
 }
@@ -97,7 +97,7 @@ void bind_score(nb::module_& m) {
 
   nb::class_<ScoreRequest>(m, "ScoreRequest")
       .def_ro("model", &ScoreRequest::model)
-      .def_prop_ro("names_pods", [](const ScoreRequest& self) { return !self.pods.empty(); })
+      .def_prop_ro("names_pods", [](const ScoreRequest& self) { return self.pods != nullptr; })
       .def_prop_ro("is_prompt", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kPrompt; })
       .def_prop_ro("is_chat", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kChat; })
       .def_ro("text", &ScoreRequest::text)
@@ -113,11 +113,9 @@ void bind_score(nb::module_& m) {
       .def_prop_ro("cache_salt", [](const ScoreRequest& self) { return self.extras.cache_salt; })
       .def_prop_ro("has_media", [](const ScoreRequest& self) { return !self.extras.mm_features.empty(); });
 
-  // A request refers to its bytes.
-  m.def("read_score_request", &read<read_score_request>, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move,
-        nb::keep_alive<0, 1>());
+  m.def("read_score_request", &read<read_score_request>, nb::arg("encoded"), nb::arg("limits"), nb::rv_policy::move);
   m.def("read_pod_scores_request", &read<read_pod_scores_request>, nb::arg("encoded"), nb::arg("limits"),
-        nb::rv_policy::move, nb::keep_alive<0, 1>());
+        nb::rv_policy::move);
 
   m.def("answer_plain", &answer_plain, nb::arg("encoded"), nb::arg("limits"), nb::arg("routes"));
 

@@ -42,6 +42,7 @@ uint32_t PodNames::add(std::string_view name) {
   }
   const uint32_t number = put(*table, kept, hash, static_cast<uint32_t>(names_.size() - 1));
   table_.store(table, std::memory_order_release);
+  count_.store(number + 1, std::memory_order_release);
   return number;
 }
 

@@ -50,6 +50,8 @@ class PodNames {
   uint32_t find(std::string_view name) const { return find(name, NameHash{}(name)); }
   // Of each name, in its order, kNobody among them.
   std::vector<uint32_t> numbers(const Pods& names) const;
+  // How many there are: as long as it does not change, `find` says the same of every name.
+  uint32_t count() const { return count_.load(std::memory_order_acquire); }
   // Of a number that `add` gave; it lives as long as this object.
   std::string_view name(uint32_t number) const;
 
@@ -63,6 +65,7 @@ class PodNames {
   // The last one is in use. Those before it may still be looked into; all of them together are no larger than it.
   std::vector<std::unique_ptr<Table>> tables_;
   std::atomic<const Table*> table_;
+  std::atomic<uint32_t> count_{0};
 };
 
 }  // namespace kvindex

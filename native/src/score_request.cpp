@@ -69,13 +69,12 @@ bool read_feature(std::string_view nested, MmFeature& feature) {
   return !feature.hash.empty() && feature.length != 0;
 }
 
-// `rest`: bytes of the request behind this one.
-bool read_pod(std::string_view value, const RequestLimits& limits, size_t rest, ScoreRequest& request) {
-  if (value.empty() || request.pods.size() >= limits.max_pods || !is_utf8_name(value)) return false;
-  // The others will have names about as long.
-  if (request.pods.empty()) request.pods.reserve(std::min<size_t>(limits.max_pods, 1 + rest / (value.size() + 2)));
-  request.pods.push_back(value);
-  return true;
+// The fields at `begin`, whose tag `in` has just read. Those that do not stand together are for the reference path.
+bool read_pods(Reader& in, const uint8_t* begin, const RequestLimits& limits, ScoreRequest& request) {
+  if (request.pods != nullptr || in.at - begin != 1) return false;
+  in.at = begin;
+  request.pods = PodList::read(in, limits.max_pods);
+  return request.pods != nullptr;
 }
 
 // One occurrence of a field; false sends the request to the reference path.
@@ -89,7 +88,6 @@ bool read_field(uint32_t field, std::string_view value, const RequestLimits& lim
       return true;
     case 4: return read_tokens(value, limits.max_tokens, request.tokens);
     case 5: return read_packed(value, limits.max_keys, request.keys);
-    case 6: return read_pod(value, limits, 0, request);
     case 7: return read_name(value, request.extras.lora_name);
     case 8: return read_name(value, request.extras.cache_salt);
     case 9: {
@@ -117,9 +115,10 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   while (!in.done()) {
     uint64_t tag, value;
     std::string_view bytes;
+    const uint8_t* const begin = in.at;
     if (!in.tag(tag) || tag > kU32) return std::nullopt;
-    if (tag == (6 << 3 | protobuf::kBytes)) {  // there may be a thousand of them
-      if (!in.bytes(bytes) || !read_pod(bytes, limits, in.rest(), request)) return std::nullopt;
+    if (tag == (6 << 3 | protobuf::kBytes)) {
+      if (!read_pods(in, begin, limits, request)) return std::nullopt;
       continue;
     }
     const auto field = static_cast<uint32_t>(tag >> 3);
@@ -148,7 +147,7 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
 
 std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, const RequestLimits& limits) {
   // Its fields mean what these of a ScoreRequest mean.
-  constexpr uint32_t kAs[] = {0, 2, 1, 6};
+  constexpr uint32_t kAs[] = {0, 2, 1};
   ScoreRequest request;
   request.input = ScoreRequest::Input::kPrompt;
   request.hits_only = true;
@@ -156,7 +155,12 @@ std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, co
   while (!in.done()) {
     uint64_t tag;
     std::string_view bytes;
+    const uint8_t* const begin = in.at;
     if (!in.tag(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
+    if (tag >> 3 == 3) {
+      if (!read_pods(in, begin, limits, request)) return std::nullopt;
+      continue;
+    }
     if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request)) return std::nullopt;
   }
   if (request.model.empty() || request.text.empty()) return std::nullopt;
