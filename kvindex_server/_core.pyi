@@ -38,7 +38,7 @@ class Index:
         max_claims: int = 0,
         max_placements: int = 1048576,
         max_bytes: int = 0,
-        max_removals: int = 16384,  # remembered of each stream, rounded up to a power of two; 0 = none
+        max_removals: int = 8192,  # remembered of each stream, rounded up to a power of two; 0 = none
     ) -> None: ...  # max_claims and max_bytes: 0 means no limit
     @property
     def block_size(self) -> int: ...

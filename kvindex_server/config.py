@@ -269,7 +269,7 @@ class LimitSettings(_Section):
         default=0, ge=0, description="Bytes of a model's index above which new claims are refused; 0 = unlimited"
     )
     remembered_removals: Integer = Field(
-        default=16_384,
+        default=8_192,
         ge=0,
         le=2**24,
         description="Removed blocks remembered per stream, for Explain: 12 bytes each; a power of two, 0 = none",

@@ -82,7 +82,10 @@ class Direct:
 
         None for a request that needs more than the index, is not plainly good, or is the first one of its model.
         """
-        return _core.answer_plain(data, self._native_limits, self._current()[1])
+        known = self._known
+        if known[0] is not self._models.names:
+            known = self._current()
+        return _core.answer_plain(data, self._native_limits, known[1])
 
     def _current(self) -> tuple[Mapping[str, tuple[Model, str]], dict[str, Route]]:
         known = self._known

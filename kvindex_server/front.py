@@ -1,6 +1,7 @@
 """The optional transport: Score through pygrpc-native, every other RPC through the grpcio server behind it."""
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -66,6 +67,8 @@ class Front:
             call_details=True,
             max_concurrent_streams=max_calls_per_connection,
             max_metadata_size=max_metadata_bytes,
+            # Beside the thread that answers; on two cores a second one only hands work to the first.
+            io_threads=1 if len(os.sched_getaffinity(0)) <= 2 else 2,
         )
         self._front.set_fallback(fallback)
         self.port: int = self._front.bound_port

@@ -1,6 +1,7 @@
 """The composition root: builds every part, starts them in order, drains and stops them in reverse."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -345,6 +346,14 @@ class Server:
         ]
 
 
+def _keep_freed_memory() -> None:
+    """2 MiB per heap: glibc gives 128 KiB back at once, and has it again page by page for the next answer."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 1 << 21)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which would no longer move by itself
+
+
 def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     # Blocked in every thread and waited for, instead of handled: a handler that sets an event can deadlock with the
@@ -353,6 +362,7 @@ def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     # A thread that must hold the GIL would otherwise keep a waiting call back for 5 ms at a time.
     sys.setswitchinterval(0.00005)
+    _keep_freed_memory()
     # It logs a traceback for every header that is not UTF-8: any stranger could fill the log with them.
     logging.getLogger("grpc._cython").setLevel(logging.CRITICAL)
     # A stream needs some ten descriptors, and the soft limit is often 1,024.

@@ -8,7 +8,7 @@ namespace kvindex {
 
 struct BoundIndex : Index {
   using Index::Index;
-  const std::shared_ptr<Standings> standings = std::make_shared<Standings>();
+  const std::shared_ptr<Standings> standings = std::make_shared<Standings>(names());
 };
 
 }  // namespace kvindex

@@ -77,12 +77,9 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
     std::lock_guard lock(topology_mutex_);
     uint32_t number = 0, pod_number = 0;
     change_topology([&](Topology& next) {
-      auto found = next.pod_of_name.find(pod);
-      if (found == next.pod_of_name.end()) {
-        const std::string_view name = names_.emplace_back(pod);
-        found = next.pod_of_name.emplace(name, static_cast<uint32_t>(next.pods.size())).first;
-        next.pods.push_back({name, {}});
-      }
+      pod_number = names_->add(pod);
+      while (next.pods.size() <= pod_number)
+        next.pods.push_back({names_->name(static_cast<uint32_t>(next.pods.size())), {}});
       if (free_streams_.empty()) {
         number = static_cast<uint32_t>(next.streams.size());
         next.streams.emplace_back();
@@ -91,9 +88,8 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
         number = free_streams_.back();
         free_streams_.pop_back();
       }
-      next.streams[number] = {found->second, rank, true, {}, {}};
-      next.pods[found->second].streams.push_back(number);
-      pod_number = found->second;
+      next.streams[number] = {pod_number, rank, true, {}, {}};
+      next.pods[pod_number].streams.push_back(number);
     });
     made = std::make_shared<Stream>(shared_from_this(), pod_number, number);
     stream_objects_[number] = made;
@@ -186,13 +182,18 @@ std::vector<std::shared_ptr<Stream>> Index::live_streams() const {
 
 std::vector<Match> Index::score(const uint64_t* keys, size_t count, const Pods& pods,
                                 const std::vector<double>& weights) const {
+  const std::vector<uint32_t> numbers = names_->numbers(pods);
+  return score(keys, count, pods.empty() ? Wanted::all() : Wanted::only(numbers), weights);
+}
+
+std::vector<Match> Index::score(const uint64_t* keys, size_t count, Wanted pods,
+                                const std::vector<double>& weights) const {
   PromptKeys known(keys, count);
   return match(known, count, pods, weights);
 }
 
 // Hashing runs ahead of the walk by `ahead` blocks at first.
-std::vector<Match> Index::match(PromptKeys& keys, size_t ahead, const Pods& pods,
-                                const std::vector<double>& weights) const {
+std::vector<Match> Index::match(PromptKeys& keys, size_t ahead, Wanted pods, const std::vector<double>& weights) const {
   constexpr size_t kMost = 256;
   const auto pin = blocks_.epoch().pin();
   const Topology& topology = *topology_.load();
@@ -210,6 +211,12 @@ std::vector<Match> Index::match(PromptKeys& keys, size_t ahead, const Pods& pods
 
 std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, const Pods& pods,
                                        const std::vector<double>& weights, const QueryExtras& extras) const {
+  const std::vector<uint32_t> numbers = names_->numbers(pods);
+  return score_tokens(tokens, count, pods.empty() ? Wanted::all() : Wanted::only(numbers), weights, extras);
+}
+
+std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, Wanted pods,
+                                       const std::vector<double>& weights, const QueryExtras& extras) const {
   constexpr size_t kFirst = 4;  // few, for those who miss early
   thread_local std::vector<uint64_t> room;
   const uint32_t size = block_size();
@@ -222,12 +229,10 @@ std::vector<Match> Index::score_tokens(const uint32_t* tokens, size_t count, con
 
 namespace {
 
-void wanted(const Topology& topology, const Pods& pods, std::vector<bool>& of_pod) {
+void wanted(const Topology& topology, const PodNames& names, const Pods& pods, std::vector<bool>& of_pod) {
   of_pod.assign(topology.pods.size(), pods.empty());
-  for (const std::string& name : pods) {
-    const auto found = topology.pod_of_name.find(name);
-    if (found != topology.pod_of_name.end()) of_pod[found->second] = true;
-  }
+  for (const std::string& name : pods)
+    if (const uint32_t number = names.find(name); number < of_pod.size()) of_pod[number] = true;
 }
 
 void append_holders(const Topology& topology, uint32_t lane, uint8_t tiers, const std::vector<bool>& of_pod,
@@ -253,7 +258,7 @@ std::vector<std::vector<Holder>> Index::holders(const uint64_t* keys, size_t cou
   const auto pin = blocks_.epoch().pin();
   const Topology& topology = *topology_.load();
   std::vector<bool> of_pod;
-  wanted(topology, pods, of_pod);
+  wanted(topology, *names_, pods, of_pod);
   std::vector<std::vector<Holder>> result(count);
   std::vector<Holding> found;
   for (size_t i = 0; i < count; ++i) {
@@ -291,12 +296,11 @@ struct Rank {
 };
 
 // The streams of a pod; none when it is not there.
-std::vector<Rank> ranks_of(const Topology& topology, const std::string& pod) {
+std::vector<Rank> ranks_of(const Topology& topology, uint32_t pod) {
   std::vector<Rank> ranks;
-  const auto found = topology.pod_of_name.find(pod);
-  if (found == topology.pod_of_name.end()) return ranks;
-  for (const uint32_t stream : topology.pods[found->second].streams)
-    ranks.push_back({{found->second, stream}, topology.streams[stream].rank});
+  if (pod >= topology.pods.size()) return ranks;
+  for (const uint32_t stream : topology.pods[pod].streams)
+    ranks.push_back({{pod, stream}, topology.streams[stream].rank});
   return ranks;
 }
 
@@ -309,9 +313,10 @@ const Rank* find_rank(const std::vector<Rank>& ranks, int64_t rank) {
 }  // namespace
 
 Placed Index::place(const std::string& pod, int64_t rank, const uint64_t* keys, size_t count, uint64_t ttl) {
+  const uint32_t number = names_->find(pod);
   const auto ranks = [&] {
     const auto pin = blocks_.epoch().pin();
-    return ranks_of(*topology_.load(), pod);
+    return ranks_of(*topology_.load(), number);
   };
   const auto is_held = [&](uint32_t stream, uint64_t key) {
     const auto pin = blocks_.epoch().pin();
@@ -323,7 +328,7 @@ Placed Index::place(const std::string& pod, int64_t rank, const uint64_t* keys, 
   const bool guessed = rank < 0 && before.size() > 1;
   if (rank < 0) {
     // The one that matches best; without any match the lowest.
-    const auto matches = score(keys, count, {pod}, {1.0});
+    const auto matches = score(keys, count, Pods{pod}, {1.0});
     const auto lowest =
         std::min_element(before.begin(), before.end(), [](const Rank& a, const Rank& b) { return a.rank < b.rank; });
     rank = matches.empty() ? lowest->rank : matches[0].rank;
@@ -362,7 +367,7 @@ std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(c
     lock.unlock();
     const Topology& topology = *topology_.load();
     std::vector<bool> of_pod;
-    wanted(topology, pods, of_pod);
+    wanted(topology, *names_, pods, of_pod);
     for (size_t i = 0; i < hashes.size(); ++i)
       for (const Holding& each : of_hash[i]) append_holders(topology, each.lane, each.tiers, of_pod, result[i].second);
   }
@@ -375,7 +380,7 @@ std::vector<Remembered> Index::removals(const std::string& pod, const uint64_t* 
   {
     std::lock_guard lock(topology_mutex_);
     const Topology& topology = *topology_.load();
-    for (const Rank& each : ranks_of(topology, pod))
+    for (const Rank& each : ranks_of(topology, names_->find(pod)))
       if (auto stream = stream_objects_[each.place.stream].lock()) streams.emplace_back(each.rank, std::move(stream));
   }
   std::vector<Remembered> all;

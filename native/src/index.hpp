@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +12,7 @@
 #include "blocks.hpp"
 #include "keys.hpp"
 #include "placements.hpp"
+#include "pod_names.hpp"
 #include "removals.hpp"
 #include "topology.hpp"
 #include "walk.hpp"
@@ -48,7 +48,7 @@ class Stream;
 
 class Index : public std::enable_shared_from_this<Index> {
  public:
-  static constexpr uint64_t kRemovals = 16384;
+  static constexpr uint64_t kRemovals = 8192;
 
   // Limits of 0 mean none, but for `max_removals`: so many removals are remembered of each stream.
   Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes = 0,
@@ -63,6 +63,7 @@ class Index : public std::enable_shared_from_this<Index> {
   uint64_t claims() const { return claims_.load(std::memory_order_relaxed); }
   uint64_t bytes() const;
   std::vector<std::string> tiers() const;
+  const std::shared_ptr<PodNames>& names() const { return names_; }
 
   std::shared_ptr<Stream> add_stream(const std::string& pod, uint32_t rank);
 
@@ -75,9 +76,12 @@ class Index : public std::enable_shared_from_this<Index> {
   // Pods with a match > 0 or placed blocks, best rank of each; `pods` empty = all. `weights` by tier bit.
   std::vector<Match> score(const uint64_t* keys, size_t count, const Pods& pods,
                            const std::vector<double>& weights) const;
+  std::vector<Match> score(const uint64_t* keys, size_t count, Wanted pods, const std::vector<double>& weights) const;
   // The same from tokens; hashing stops where the last match ends.
   std::vector<Match> score_tokens(const uint32_t* tokens, size_t count, const Pods& pods,
                                   const std::vector<double>& weights, const QueryExtras& extras) const;
+  std::vector<Match> score_tokens(const uint32_t* tokens, size_t count, Wanted pods, const std::vector<double>& weights,
+                                  const QueryExtras& extras) const;
   std::vector<std::vector<Holder>> holders(const uint64_t* keys, size_t count, const Pods& pods) const;
   // By engine hash: (key or 0, holders).
   std::vector<std::pair<uint64_t, std::vector<Holder>>> holders_of_hashes(const std::vector<uint64_t>& hashes,
@@ -106,7 +110,7 @@ class Index : public std::enable_shared_from_this<Index> {
   template <typename Change>
   void change_topology(Change change);
   std::vector<std::shared_ptr<Stream>> live_streams() const;
-  std::vector<Match> match(PromptKeys& keys, size_t ahead, const Pods& pods, const std::vector<double>& weights) const;
+  std::vector<Match> match(PromptKeys& keys, size_t ahead, Wanted pods, const std::vector<double>& weights) const;
   void append_placed(const Topology& topology, const uint64_t* keys, size_t count, const std::vector<bool>& of_pod,
                      std::vector<std::vector<Holder>>& holders) const;
 
@@ -118,7 +122,7 @@ class Index : public std::enable_shared_from_this<Index> {
 
   mutable std::mutex topology_mutex_;  // for those who change it; readers pin and load
   std::atomic<const Topology*> topology_;
-  std::deque<std::string> names_;  // of pods ever seen
+  const std::shared_ptr<PodNames> names_ = std::make_shared<PodNames>();
   std::vector<std::weak_ptr<Stream>> stream_objects_;
   std::vector<uint32_t> free_streams_;
   std::mutex free_lanes_mutex_;

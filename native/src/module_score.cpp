@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
@@ -39,29 +40,30 @@ std::optional<ScoreRequest> read(const nb::bytes& encoded, const RequestLimits& 
 nb::bytes answer(const Scorer& self, const ScoreRequest& request, const std::string& lora,
                  const std::vector<std::string>& known, const nb::callable& refresh, const nb::callable& unknown_tier,
                  const nb::object& heard, int64_t started_ns) {
-  const std::vector<std::string>& pods = request.pods.empty() ? known : request.pods;
-  std::vector<const Standings::OfPod*> found;
-  std::vector<std::pair<std::string, uint32_t>> outdated;
-  if (!request.hits_only) {  // that answer says nothing of trust
-    found = self.standings->find(pods);
-    outdated = self.standings->outdated(pods, found, now_ns());
-  }
+  const std::shared_ptr<const Candidates> candidates =
+      distinct(request.pods == nullptr ? std::make_shared<const PodList>(known) : request.pods, self.index->names());
+  const Candidates& pods = *candidates;
+  std::vector<std::pair<size_t, uint32_t>> outdated;
+  if (!request.hits_only) outdated = self.standings->outdated(pods.numbers, now_ns());  // else nothing is said of trust
   if (!outdated.empty()) {
     nb::list asked;
-    for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pod, rank));
+    for (const auto& [pod, rank] : outdated) asked.append(nb::make_tuple(pods.names[pod], rank));
     refresh(asked);
   }
+  thread_local Output output;
+  output.clear();
   ScoreBytes scored;
   {
     nb::gil_scoped_release release;
-    scored = score_bytes(*self.index, *self.standings, self.weights, request, lora, pods, found);
+    scored = score_bytes(*self.index, *self.standings, self.weights, request, lora, pods, output);
     self.tallies.looked(scored.total_blocks, scored.best_match);
     self.tallies.match_time->observe(static_cast<double>(scored.match_ns) * 1e-9);
     self.tallies.all_time->observe(static_cast<double>(now_ns() - started_ns) * 1e-9);
   }
+  const nb::bytes encoded(output.view().data(), output.view().size());
   for (const std::string& tier : scored.unknown_tiers) unknown_tier(tier);
   if (!heard.is_none()) heard(scored.total_blocks, scored.best_match, static_cast<double>(scored.match_ns) * 1e-9);
-  return nb::bytes(scored.response.data(), scored.response.size());
+  return encoded;
 }
 
 // A request that needs nothing but the index: tokens or keys, for a model in `routes`, which has for each name it may
@@ -78,7 +80,7 @@ nb::object answer_plain(const nb::bytes& encoded, const RequestLimits& limits, c
   }
   const auto parts = nb::borrow<nb::tuple>(route);  // kept: another thread may change the dict
   std::vector<std::string> known;
-  if (request->pods.empty()) known = nb::cast<std::vector<std::string>>(nb::borrow<nb::callable>(parts[2])());
+  if (request->pods == nullptr) known = nb::cast<std::vector<std::string>>(nb::borrow<nb::callable>(parts[2])());
   return answer(nb::cast<const Scorer&>(parts[0]), *request, nb::cast<std::string>(parts[1]), known,
                 nb::borrow<nb::callable>(parts[3]), nb::borrow<nb::callable>(parts[4]), nb::borrow(parts[5]), started);
 }
@@ -95,7 +97,7 @@ void bind_score(nb::module_& m) {
 
   nb::class_<ScoreRequest>(m, "ScoreRequest")
       .def_ro("model", &ScoreRequest::model)
-      .def_prop_ro("names_pods", [](const ScoreRequest& self) { return !self.pods.empty(); })
+      .def_prop_ro("names_pods", [](const ScoreRequest& self) { return self.pods != nullptr; })
       .def_prop_ro("is_prompt", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kPrompt; })
       .def_prop_ro("is_chat", [](const ScoreRequest& self) { return self.input == ScoreRequest::Input::kChat; })
       .def_ro("text", &ScoreRequest::text)

@@ -1,9 +1,6 @@
 #include "name_hash.hpp"
 
-#include <cstdint>
 #include <random>
-
-#include "xxh3.hpp"
 
 namespace kvindex {
 namespace {
@@ -15,9 +12,9 @@ uint64_t chosen() {
 
 }  // namespace
 
-size_t NameHash::operator()(std::string_view name) const noexcept {
+uint64_t name_seed() {
   static const uint64_t seed = chosen();
-  return xxh3_64(name.data(), name.size(), seed);
+  return seed;
 }
 
 }  // namespace kvindex

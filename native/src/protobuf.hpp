@@ -19,6 +19,7 @@ struct Reader {
       : at(reinterpret_cast<const uint8_t*>(bytes.data())), end(at + bytes.size()) {}
 
   bool done() const { return at >= end; }
+  size_t rest() const { return static_cast<size_t>(end - at); }
   bool varint(uint64_t& value) {
     if (at < end && *at < 0x80) {  // most values are small
       value = *at++;
@@ -80,9 +81,11 @@ struct Reader {
 // Bytes that a value takes as a varint.
 inline uint64_t size_of(uint64_t value) { return static_cast<uint64_t>(std::bit_width(value | 1) + 6) / 7; }
 
-// Fields of one message, appended to `out`. A value that is its type's default is not written.
+// Fields of one message, appended to `out`: a string, or room made before. A value that is its type's default is not
+// written.
+template <typename Out>
 struct Writer {
-  std::string& out;
+  Out& out;
 
   void varint(uint64_t value) {
     while (value >= 0x80) {
@@ -111,5 +114,7 @@ struct Writer {
     out.append(encoded);
   }
 };
+template <typename Out>
+Writer(Out&) -> Writer<Out>;
 
 }  // namespace kvindex::protobuf

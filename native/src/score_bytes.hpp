@@ -2,20 +2,21 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "candidates.hpp"
 #include "index.hpp"
+#include "output.hpp"
 #include "score_request.hpp"
 #include "standings.hpp"
 
 namespace kvindex {
 
+// What is to be counted of an answer.
 struct ScoreBytes {
-  std::string response;  // encoded kvindex.v1.ScoreResponse, or indexer.v1.GetPodScoresResponse for hits only
   uint64_t total_blocks = 0;
   uint32_t best_match = 0;                 // blocks
   int64_t match_ns = 0;                    // time that matching took
@@ -34,10 +35,9 @@ class TierWeights {
   double lowest_ = 0;
 };
 
-// `pods`: distinct candidates in the order that ties keep, `found` their standings. `lora` is used where the request
-// names none. `found` may be empty for a request of hits only.
+// Appends to `out` a kvindex.v1.ScoreResponse, or for a request of hits only an indexer.v1.GetPodScoresResponse. `pods`
+// are in the order that ties keep, numbered as `standings` numbers them. `lora` is used where the request names none.
 ScoreBytes score_bytes(const Index& index, const Standings& standings, const TierWeights& weights,
-                       const ScoreRequest& request, const std::string& lora, const std::vector<std::string>& pods,
-                       const std::vector<const Standings::OfPod*>& found);
+                       const ScoreRequest& request, const std::string& lora, const Candidates& pods, Output& out);
 
 }  // namespace kvindex

@@ -1,10 +1,8 @@
 #include "score_request.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
-#include "name_hash.hpp"
 #include "protobuf.hpp"
 #include "request_fields.hpp"
 
@@ -14,21 +12,6 @@ namespace {
 using protobuf::Reader;
 
 constexpr size_t kMaxMmFeatures = 1024;
-
-// Keeps the first of equal names. An open-addressing table of positions: a set would allocate once per name.
-void drop_repeated(std::vector<std::string>& names) {
-  const size_t mask = std::bit_ceil(names.size() * 2 + 1) - 1;
-  std::vector<uint32_t> places(mask + 1, 0);  // position + 1
-  size_t kept = 0;
-  for (size_t i = 0; i < names.size(); ++i) {
-    size_t at = NameHash{}(names[i]) & mask;
-    while (places[at] != 0 && names[places[at] - 1] != names[i]) at = (at + 1) & mask;
-    if (places[at] != 0) continue;
-    if (kept != i) names[kept] = std::move(names[i]);
-    places[at] = static_cast<uint32_t>(++kept);
-  }
-  names.resize(kept);
-}
 
 // How many bytes are the last of a varint.
 uint64_t last_bytes(std::string_view packed) {
@@ -86,9 +69,16 @@ bool read_feature(std::string_view nested, MmFeature& feature) {
   return !feature.hash.empty() && feature.length != 0;
 }
 
+// The fields at `begin`, whose tag `in` has just read. Those that do not stand together are for the reference path.
+bool read_pods(Reader& in, const uint8_t* begin, const RequestLimits& limits, ScoreRequest& request) {
+  if (request.pods != nullptr || in.at - begin != 1) return false;
+  in.at = begin;
+  request.pods = PodList::read(in, limits.max_pods);
+  return request.pods != nullptr;
+}
+
 // One occurrence of a field; false sends the request to the reference path.
-bool read_field(uint32_t field, std::string_view value, const RequestLimits& limits, ScoreRequest& request,
-                size_t& pods) {
+bool read_field(uint32_t field, std::string_view value, const RequestLimits& limits, ScoreRequest& request) {
   switch (field) {
     case 1: return read_name(value, request.model);
     case 2:
@@ -98,11 +88,6 @@ bool read_field(uint32_t field, std::string_view value, const RequestLimits& lim
       return true;
     case 4: return read_tokens(value, limits.max_tokens, request.tokens);
     case 5: return read_packed(value, limits.max_keys, request.keys);
-    case 6:
-      if (value.empty() || ++pods > limits.max_pods || !is_utf8(value)) return false;
-      if (pods == 1) request.pods.reserve(16);
-      request.pods.emplace_back(value);
-      return true;
     case 7: return read_name(value, request.extras.lora_name);
     case 8: return read_name(value, request.extras.cache_salt);
     case 9: {
@@ -126,18 +111,22 @@ bool ScoreRequest::media_fit() const {
 std::optional<ScoreRequest> read_score_request(std::string_view encoded, const RequestLimits& limits) {
   ScoreRequest request;
   Reader in(encoded);
-  size_t pods = 0;
   uint32_t inputs = 0;  // bit per field number
   while (!in.done()) {
     uint64_t tag, value;
     std::string_view bytes;
+    const uint8_t* const begin = in.at;
     if (!in.tag(tag) || tag > kU32) return std::nullopt;
+    if (tag == (6 << 3 | protobuf::kBytes)) {
+      if (!read_pods(in, begin, limits, request)) return std::nullopt;
+      continue;
+    }
     const auto field = static_cast<uint32_t>(tag >> 3);
     if (field >= 2 && field <= 5) inputs |= 1U << field;
     if (tag == (10 << 3 | protobuf::kVarint)) {
       if (!in.varint(value) || value > kU32) return std::nullopt;
       request.top_k = static_cast<uint32_t>(value);
-    } else if ((tag & 7) != protobuf::kBytes || !in.bytes(bytes) || !read_field(field, bytes, limits, request, pods)) {
+    } else if ((tag & 7) != protobuf::kBytes || !in.bytes(bytes) || !read_field(field, bytes, limits, request)) {
       return std::nullopt;
     }
   }
@@ -151,7 +140,6 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
   if (request.model.empty()) return std::nullopt;
   if (request.input == ScoreRequest::Input::kTokens && request.tokens.empty()) return std::nullopt;
   if (request.input == ScoreRequest::Input::kKeys && request.keys.empty()) return std::nullopt;
-  drop_repeated(request.pods);
   std::stable_sort(request.extras.mm_features.begin(), request.extras.mm_features.end(),
                    [](const MmFeature& a, const MmFeature& b) { return a.offset < b.offset; });
   return request;
@@ -159,20 +147,23 @@ std::optional<ScoreRequest> read_score_request(std::string_view encoded, const R
 
 std::optional<ScoreRequest> read_pod_scores_request(std::string_view encoded, const RequestLimits& limits) {
   // Its fields mean what these of a ScoreRequest mean.
-  constexpr uint32_t kAs[] = {0, 2, 1, 6};
+  constexpr uint32_t kAs[] = {0, 2, 1};
   ScoreRequest request;
   request.input = ScoreRequest::Input::kPrompt;
   request.hits_only = true;
   Reader in(encoded);
-  size_t pods = 0;
   while (!in.done()) {
     uint64_t tag;
     std::string_view bytes;
+    const uint8_t* const begin = in.at;
     if (!in.tag(tag) || (tag & 7) != protobuf::kBytes || tag >> 3 < 1 || tag >> 3 > 3) return std::nullopt;
-    if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request, pods)) return std::nullopt;
+    if (tag >> 3 == 3) {
+      if (!read_pods(in, begin, limits, request)) return std::nullopt;
+      continue;
+    }
+    if (!in.bytes(bytes) || !read_field(kAs[tag >> 3], bytes, limits, request)) return std::nullopt;
   }
   if (request.model.empty() || request.text.empty()) return std::nullopt;
-  drop_repeated(request.pods);
   return request;
 }
 

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "keys.hpp"
+#include "pod_list.hpp"
 
 namespace kvindex {
 
@@ -23,9 +25,9 @@ struct ScoreRequest {
   std::string text;
   std::vector<uint32_t> tokens;
   std::vector<uint64_t> keys;
-  uint64_t text_tokens = 0;       // of a text whose keys have been set
-  std::vector<std::string> pods;  // distinct, in the request's order
-  QueryExtras extras;             // media ordered by offset
+  uint64_t text_tokens = 0;             // of a text whose keys have been set
+  std::shared_ptr<const PodList> pods;  // null: it names none
+  QueryExtras extras;                   // media ordered by offset
   uint32_t top_k = 0;
   bool hits_only = false;  // the answer is an indexer.v1 GetPodScoresResponse: pods with a match, and their scores
 

@@ -1,4 +1,4 @@
-// A four-byte lock for critical sections of tens of nanoseconds; only writers ever take one.
+// A four-byte lock for critical sections of tens of nanoseconds. In the index only writers ever take one.
 #pragma once
 
 #include <atomic>

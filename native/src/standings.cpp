@@ -1,7 +1,5 @@
 #include "standings.hpp"
 
-#include <algorithm>
-#include <array>
 #include <chrono>
 
 namespace kvindex {
@@ -32,74 +30,56 @@ int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().co
 void Standing::tell(Believed believed, int64_t asked_at) {
   const bool settled = asked_at - touched_.load(std::memory_order_acquire) > kSettled;
   const auto spread = static_cast<int64_t>((static_cast<uint64_t>(asked_at) * 0x9E3779B97F4A7C15ULL) >> 39) % kGood;
-  std::lock_guard lock(mutex_);
-  believed_ = std::move(believed);
-  told_at_ = asked_at;
-  good_until_ = asked_at + (settled ? kGood + spread : kGoodUnsettled);
-}
-
-bool Standing::fresh(int64_t now) const {
-  std::lock_guard lock(mutex_);
-  return told_at_ > touched_.load(std::memory_order_acquire) && now < good_until_;
+  std::lock_guard lock(lock_);
+  std::swap(believed_, believed);  // the old one is freed without the lock
+  told_at_.store(asked_at, std::memory_order_release);
+  good_until_.store(asked_at + (settled ? kGood + spread : kGoodUnsettled), std::memory_order_release);
 }
 
 void Standing::doubt(int64_t now, Believed& out, bool first) const {
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(lock_);
   if (!first && doubt_of(believed_.trust) >= doubt_of(out.trust)) return;
   out = believed_;
-  if (out.age_seconds >= 0 && now > told_at_) out.age_seconds += static_cast<double>(now - told_at_) * 1e-9;
+  const int64_t told_at = told_at_.load(std::memory_order_relaxed);
+  if (out.age_seconds >= 0 && now > told_at) out.age_seconds += static_cast<double>(now - told_at) * 1e-9;
 }
 
 std::shared_ptr<Standing> Standings::open(const std::string& pod, uint32_t rank) {
-  auto standing = std::make_shared<Standing>(rank);
+  const auto standing = std::make_shared<Standing>(rank);
+  const uint32_t number = names_->add(pod);
   std::unique_lock lock(mutex_);
-  auto& ranks = of_pod_[pod];
-  std::erase_if(ranks, [](const auto& each) {
-    const auto alive = each.lock();
-    return alive == nullptr || alive->closed();
-  });
+  if (of_pod_.size() <= number) of_pod_.resize(number + 1);
+  auto& ranks = of_pod_[number];
+  std::erase_if(ranks, [](const auto& each) { return each->closed(); });
   ranks.push_back(standing);
-  return standing;
+  return {standing.get(), [standing](Standing* owned) { owned->close(); }};
 }
 
 void Standings::tell(const std::string& pod, uint32_t rank, const Believed& believed, int64_t asked_at) {
+  const uint32_t number = names_->find(pod);
   std::shared_lock lock(mutex_);
-  const auto found = of_pod_.find(pod);
-  if (found == of_pod_.end()) return;
-  for (const auto& each : found->second)
-    if (const auto standing = each.lock(); standing && standing->rank == rank && !standing->closed())
-      standing->tell(believed, asked_at);
+  if (number >= of_pod_.size()) return;
+  for (const auto& each : of_pod_[number])
+    if (each->rank == rank && !each->closed()) each->tell(believed, asked_at);
 }
 
-std::vector<const Standings::OfPod*> Standings::find(const std::vector<std::string>& pods) const {
-  std::vector<const OfPod*> result(pods.size(), nullptr);
-  std::shared_lock lock(mutex_);
-  for (size_t i = 0; i < pods.size(); ++i)
-    if (const auto found = of_pod_.find(std::string_view(pods[i])); found != of_pod_.end()) result[i] = &found->second;
-  return result;
-}
-
-std::vector<std::pair<std::string, uint32_t>> Standings::outdated(const std::vector<std::string>& pods,
-                                                                  const std::vector<const OfPod*>& found,
-                                                                  int64_t now) const {
-  std::vector<std::pair<std::string, uint32_t>> result;
+std::vector<std::pair<size_t, uint32_t>> Standings::outdated(const std::vector<uint32_t>& pods, int64_t now) const {
+  std::vector<std::pair<size_t, uint32_t>> result;
   std::shared_lock lock(mutex_);
   for (size_t i = 0; i < pods.size(); ++i) {
-    if (found[i] == nullptr) continue;
-    for (const auto& each : *found[i])
-      if (const auto standing = each.lock(); standing && !standing->closed() && !standing->fresh(now))
-        result.emplace_back(pods[i], standing->rank);
+    if (pods[i] >= of_pod_.size()) continue;
+    for (const auto& each : of_pod_[pods[i]])
+      if (!each->closed() && !each->fresh(now)) result.emplace_back(i, each->rank);
   }
   return result;
 }
 
-bool Standings::of(const OfPod& found, int64_t rank, int64_t now, Believed& out) const {
-  std::shared_lock lock(mutex_);
+bool Standings::Reading::of(uint32_t pod, int64_t rank, int64_t now, Believed& out) const {
+  if (pod >= standings_.of_pod_.size()) return false;
   bool first = true;
-  for (const auto& each : found) {
-    const auto standing = each.lock();
-    if (standing == nullptr || standing->closed() || (rank >= 0 && standing->rank != rank)) continue;
-    standing->doubt(now, out, first);
+  for (const auto& each : standings_.of_pod_[pod]) {
+    if (each->closed() || (rank >= 0 && each->rank != rank)) continue;
+    each->doubt(now, out, first);
     first = false;
   }
   return !first;

@@ -3,16 +3,15 @@
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
-#include <string_view>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "name_hash.hpp"
+#include "pod_names.hpp"
+#include "spin_lock.hpp"
 
 namespace kvindex {
 
@@ -40,41 +39,51 @@ class Standing {
   bool closed() const { return closed_.load(std::memory_order_acquire); }
   // `asked_at`: when the value was read, so that a touch in between is not missed.
   void tell(Believed believed, int64_t asked_at);
-  bool fresh(int64_t now) const;
-  // Moves into `out` what is believed at `now` if it is more doubtful than what stands there.
+  // Without the lock: who finds this true while it is being told anew waits for that in `doubt`.
+  bool fresh(int64_t now) const {
+    return told_at_.load(std::memory_order_acquire) > touched_.load(std::memory_order_acquire) &&
+           now < good_until_.load(std::memory_order_acquire);
+  }
+  // Copies to `out` what is believed at `now` if it is more doubtful than what stands there.
   void doubt(int64_t now, Believed& out, bool first) const;
 
   const uint32_t rank;
 
  private:
-  std::atomic<int64_t> touched_{0};
+  std::atomic<int64_t> touched_{0}, told_at_{-1}, good_until_{-1};
   std::atomic<bool> closed_{false};
-  mutable std::mutex mutex_;
+  mutable SpinLock lock_;
   Believed believed_{Trust::kCold, "nothing heard", -1};
-  int64_t told_at_ = -1;
-  int64_t good_until_ = -1;
 };
 
-// The standings of one index, by pod.
+// The standings of one index, by the numbers of its pods.
 class Standings {
  public:
-  // The standings of one pod; it stays where it is for as long as the index lives.
-  using OfPod = std::vector<std::weak_ptr<Standing>>;
+  explicit Standings(std::shared_ptr<PodNames> names = std::make_shared<PodNames>()) : names_(std::move(names)) {}
 
-  // The standing lives as long as its owner keeps it.
+  const PodNames& names() const { return *names_; }
+  // The standing is closed when its owner lets it go, at the latest.
   std::shared_ptr<Standing> open(const std::string& pod, uint32_t rank);
   void tell(const std::string& pod, uint32_t rank, const Believed& believed, int64_t asked_at);
-  // Per pod; null for a pod that never had a stream.
-  std::vector<const OfPod*> find(const std::vector<std::string>& pods) const;
-  // (pod, rank) of these pods whose standing has to be told anew; `found` as of `find`.
-  std::vector<std::pair<std::string, uint32_t>> outdated(const std::vector<std::string>& pods,
-                                                         const std::vector<const OfPod*>& found, int64_t now) const;
-  // Of one rank, or (rank < 0) of the pod's least trusted one. False, and `out` as it was, when there is none.
-  bool of(const OfPod& found, int64_t rank, int64_t now, Believed& out) const;
+  // (position in `pods`, rank) of each standing that has to be told anew.
+  std::vector<std::pair<size_t, uint32_t>> outdated(const std::vector<uint32_t>& pods, int64_t now) const;
+
+  // What is believed, while no stream can be opened: for the length of one answer.
+  class Reading {
+   public:
+    explicit Reading(const Standings& standings) : standings_(standings), lock_(standings.mutex_) {}
+    // Of one rank, or (rank < 0) of the pod's least trusted one. False when there is none.
+    bool of(uint32_t pod, int64_t rank, int64_t now, Believed& out) const;
+
+   private:
+    const Standings& standings_;
+    std::shared_lock<std::shared_mutex> lock_;
+  };
 
  private:
+  const std::shared_ptr<PodNames> names_;
   mutable std::shared_mutex mutex_;
-  std::unordered_map<std::string, OfPod, NameHash, std::equal_to<>> of_pod_;
+  std::vector<std::vector<std::shared_ptr<Standing>>> of_pod_;  // by number
 };
 
 }  // namespace kvindex

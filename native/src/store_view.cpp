@@ -21,14 +21,10 @@ constexpr uint64_t kOneQuery = uint64_t{3600} * 1'000'000'000;
 StoreView::StoreView(const std::vector<StoredStream>& streams) {
   topology_.lanes.emplace_back();
   for (const StoredStream& stream : streams) {
-    auto pod = topology_.pod_of_name.find(stream.pod);
-    if (pod == topology_.pod_of_name.end()) {
-      const std::string_view name = names_.emplace_back(stream.pod);
-      pod = topology_.pod_of_name.emplace(name, static_cast<uint32_t>(topology_.pods.size())).first;
-      topology_.pods.push_back({name, {}});
-    }
+    const uint32_t pod = names_.add(stream.pod);
+    if (pod == topology_.pods.size()) topology_.pods.push_back({names_.name(pod), {}});
     const auto number = static_cast<uint32_t>(topology_.streams.size());
-    topology_.pods[pod->second].streams.push_back(number);
+    topology_.pods[pod].streams.push_back(number);
     Place place{number, {}, stream.tiers};
     for (size_t at = 0; at + kGroupBytes <= stream.groups.size(); at += kGroupBytes) {
       const char* group = stream.groups.data() + at;
@@ -42,7 +38,7 @@ StoreView::StoreView(const std::vector<StoredStream>& streams) {
       place.lanes.push_back(static_cast<uint32_t>(topology_.lanes.size()));
       topology_.lanes.push_back(lane);
     }
-    topology_.streams.push_back({pod->second, stream.rank, true, {}, place.lanes});
+    topology_.streams.push_back({pod, stream.rank, true, {}, place.lanes});
     of_life_[stream.life] = std::move(place);
   }
   topology_.settle();
@@ -167,7 +163,8 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
         each(keys, count, readings, visit, [&](size_t i, uint32_t stream) { placed.emplace_back(stream, keys[i]); });
     for (const HolderId holder : seen) lay(holder, runs[holder]);
     if (well_formed) {
-      Walk walk(blocks, topology_, pods, weights);
+      const std::vector<uint32_t> numbers = names_.numbers(pods);
+      Walk walk(blocks, topology_, pods.empty() ? Wanted::all() : Wanted::only(numbers), weights);
       walk.advance(keys, count);
       matches =
           placed.empty() ? walk.finish(block_size, nullptr) : lengthened(walk, placed, blocks, keys, count, block_size);
@@ -184,10 +181,8 @@ bool StoreView::score(const uint64_t* keys, size_t count, const std::vector<Read
 bool StoreView::holders(const uint64_t* keys, size_t count, const std::vector<Reading>& readings, const Pods& pods,
                         std::vector<std::vector<Holder>>& found) const {
   std::vector<bool> of_pod(topology_.pods.size(), pods.empty());
-  for (const std::string& name : pods) {
-    const auto pod = topology_.pod_of_name.find(name);
-    if (pod != topology_.pod_of_name.end()) of_pod[pod->second] = true;
-  }
+  for (const std::string& name : pods)
+    if (const uint32_t number = names_.find(name); number < of_pod.size()) of_pod[number] = true;
   found.assign(count, {});
   const auto visit = [&](size_t i, uint32_t lane, uint8_t tiers) {
     const Lane& info = topology_.lanes[lane];

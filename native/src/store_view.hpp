@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,6 +13,7 @@
 
 #include "blocks.hpp"
 #include "index.hpp"
+#include "pod_names.hpp"
 #include "topology.hpp"
 #include "walk.hpp"
 
@@ -67,7 +67,7 @@ class StoreView {
   std::vector<Match> lengthened(Walk& walk, std::vector<std::pair<uint32_t, uint64_t>>& placed, const Blocks& blocks,
                                 const uint64_t* keys, size_t count, uint32_t block_size) const;
 
-  std::deque<std::string> names_;
+  PodNames names_;
   Topology topology_;
   std::unordered_map<uint64_t, Place> of_life_;
   // Each query lays what it read into blocks of its own and takes it out again.

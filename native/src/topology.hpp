@@ -7,10 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
-
-#include "name_hash.hpp"
 
 namespace kvindex {
 
@@ -44,11 +41,10 @@ struct PodPlace {
 };
 
 struct Topology {
-  std::vector<PodPlace> pods;
+  std::vector<PodPlace> pods;  // by the number that PodNames gave
   std::vector<StreamPlace> streams;
   std::vector<Lane> lanes;        // lane 0 is never used
   std::vector<uint32_t> hybrids;  // streams of that shape
-  std::unordered_map<std::string_view, uint32_t, NameHash> pod_of_name;
 
   // Fills in what follows from the lanes.
   void settle();

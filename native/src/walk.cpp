@@ -27,7 +27,7 @@ struct Walk::Scratch {
   }
 };
 
-Walk::Walk(const Blocks& blocks, const Topology& topology, const Pods& pods, const std::vector<double>& weights)
+Walk::Walk(const Blocks& blocks, const Topology& topology, Wanted pods, const std::vector<double>& weights)
     : blocks_(blocks),
       topology_(topology),
       pods_(pods),
@@ -62,13 +62,11 @@ Walk::~Walk() {
 }
 
 bool Walk::wanted(uint32_t pod) {
-  if (pods_.empty()) return true;
+  if (pods_.pods() == nullptr) return true;
   if (wanted_.empty()) {
     wanted_.resize(topology_.pods.size());
-    for (const std::string& name : pods_) {
-      const auto named = topology_.pod_of_name.find(name);
-      if (named != topology_.pod_of_name.end()) wanted_[named->second] = true;
-    }
+    for (const uint32_t each : *pods_.pods())
+      if (each < wanted_.size()) wanted_[each] = true;
   }
   return wanted_[pod];
 }
@@ -300,6 +298,7 @@ std::vector<Match> Walk::finish(uint32_t block_size, const Lengthening* lengthen
     const StreamPlace& stream = topology_.streams[runner.stream];
     Match match;
     match.pod = topology_.pods[stream.pod].name;
+    match.number = stream.pod;
     match.rank = stream.rank;
     match.blocks = runner.blocks;
     match.tier_blocks = tiers_[number].blocks;
@@ -317,6 +316,7 @@ std::vector<Match> Walk::finish(uint32_t block_size, const Lengthening* lengthen
       if (!wanted(pod) || std::any_of(runners_.begin(), runners_.end(), same)) continue;
       Match match;
       match.pod = topology_.pods[pod].name;
+      match.number = pod;
       match.rank = topology_.streams[number].rank;
       lengthening->lengthen(match, number, weights_);
       if (match.speculative > 0) keep_best(match, pod, matches);

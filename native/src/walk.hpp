@@ -6,19 +6,18 @@
 
 #include <array>
 #include <cstdint>
-#include <string>
 #include <string_view>
 #include <vector>
 
 #include "blocks.hpp"
+#include "pod_names.hpp"
 #include "topology.hpp"
 
 namespace kvindex {
 
-using Pods = std::vector<std::string>;
-
 struct Match {
   std::string_view pod;  // lives as long as the index
+  uint32_t number = 0;   // of the pod
   uint32_t rank = 0;
   uint32_t blocks = 0;
   double score = 0;
@@ -31,8 +30,8 @@ class Lengthening;
 // For one thread and one query at a time; the caller holds a pin of the blocks' epoch.
 class Walk {
  public:
-  // `pods` empty = all; `weights` by tier bit.
-  Walk(const Blocks& blocks, const Topology& topology, const Pods& pods, const std::vector<double>& weights);
+  // `weights` by tier bit.
+  Walk(const Blocks& blocks, const Topology& topology, Wanted pods, const std::vector<double>& weights);
   ~Walk();
   Walk(const Walk&) = delete;
   Walk& operator=(const Walk&) = delete;
@@ -95,7 +94,7 @@ class Walk {
 
   const Blocks& blocks_;
   const Topology& topology_;
-  const Pods& pods_;
+  const Wanted pods_;
   Scratch& scratch_;
   std::vector<Found>& found_;
   std::vector<Found>& previous_;  // of the step before

@@ -36,11 +36,12 @@ std::string encoded(const std::vector<uint32_t>& tokens, const std::vector<std::
 }
 
 void test_reading() {
-  const auto request = read_score_request(encoded({0, 1, 300, 0xFFFFFFFF}, {"b", "a", "b"}), kLimits);
+  const std::string named = encoded({0, 1, 300, 0xFFFFFFFF}, {"b", "a", "b"});
+  const auto request = read_score_request(named, kLimits);
   CHECK(request.has_value());
   CHECK(request->model == "m" && request->extras.lora_name == "lora" && request->top_k == 2);
   CHECK((request->tokens == std::vector<uint32_t>{0, 1, 300, 0xFFFFFFFF}));
-  CHECK((request->pods == std::vector<std::string>{"b", "a"}));
+  CHECK((request->pods->names() == std::vector<std::string_view>{"b", "a", "b"}));
   CHECK(!read_score_request(encoded(std::vector<uint32_t>(65, 1), {}), kLimits));
   CHECK(!read_score_request(encoded({1}, std::vector<std::string>(9, "p")), kLimits));
   CHECK(!read_score_request(encoded({1}, {"\xc0\x80"}), kLimits));  // overlong UTF-8
@@ -149,31 +150,87 @@ void test_hostile_bytes() {
 
 void test_standings_of_many_ranks() {
   Standings standings;
-  const auto first = standings.open("p", 0), second = standings.open("p", 1);
-  const std::vector<std::string> pods{"p", "q"};
-  const auto found = standings.find(pods);
-  const auto outdated = [&] { return standings.outdated(pods, found, now_ns()).size(); };
-  CHECK(found[0] != nullptr && found[1] == nullptr && outdated() == 2);
+  const auto first = standings.open("p", 0);
+  auto second = standings.open("p", 1);
+  const uint32_t pod = standings.names().find("p");
+  CHECK(pod != PodNames::kNobody && standings.names().find("q") == PodNames::kNobody);
+  const std::vector<uint32_t> pods{PodNames::kNobody, pod};
+  const auto outdated = [&] { return standings.outdated(pods, now_ns()).size(); };
+  CHECK((standings.outdated(pods, now_ns()) == std::vector<std::pair<size_t, uint32_t>>{{1, 0}, {1, 1}}));
   standings.tell("p", 0, {Trust::kExact, "good", 1.0}, now_ns());
   standings.tell("p", 1, {Trust::kStale, "bad", -1.0}, now_ns());
   CHECK(outdated() == 0);
   Believed believed;
-  CHECK(standings.of(*found[0], -1, now_ns(), believed));
+  const auto of = [&](int64_t rank, int64_t now) { return Standings::Reading(standings).of(pod, rank, now, believed); };
+  CHECK(!Standings::Reading(standings).of(PodNames::kNobody, -1, now_ns(), believed));
+  CHECK(of(-1, now_ns()));
   CHECK(believed.trust == Trust::kStale && believed.reason == "bad" && believed.age_seconds == -1);
-  CHECK(standings.of(*found[0], 0, now_ns() + 1'000'000'000, believed));
+  CHECK(of(0, now_ns() + 1'000'000'000));
   CHECK(believed.trust == Trust::kExact && believed.age_seconds > 1.9);
   first->touch();
   CHECK(outdated() == 1);
-  second->close();
-  CHECK(standings.of(*found[0], -1, now_ns(), believed));
+  second.reset();  // as good as closed
+  CHECK(of(-1, now_ns()));
   CHECK(believed.trust == Trust::kExact);
   first->close();
-  CHECK(!standings.of(*found[0], -1, now_ns(), believed));
+  CHECK(!of(-1, now_ns()));
+}
+
+// Numbers stay and names are found while others are added, repeated ones are dropped, none is taken for another.
+void test_names() {
+  const auto names = std::make_shared<PodNames>();
+  std::atomic<uint32_t> added{0};
+  const auto name_of = [](uint32_t number) { return std::string(number % 40, '.') + std::to_string(number); };
+  std::thread adding([&] {
+    for (uint32_t number = 0; number < 5000; ++number)
+      if (names->add(name_of(number)) == number) added.store(number + 1, std::memory_order_release);
+  });
+  for (uint32_t count = 0; count < 5000;) {
+    count = added.load(std::memory_order_acquire);
+    if (count == 0) continue;
+    const uint32_t number = 7919 % count;
+    const std::string known = name_of(count - 1), other = name_of(number), unknown = known + "?";
+    const std::string again = known;  // at another address
+    const Candidates found =
+        *distinct(std::make_shared<const PodList>(Pods{known, unknown, other, again, unknown, known}), names);
+    CHECK(found.names.size() == (other == known ? 2 : 3));
+    CHECK(found.names[0] == known && found.numbers[0] == count - 1 && names->name(count - 1) == known);
+    CHECK(found.names[1] == unknown && found.numbers[1] == PodNames::kNobody);
+    CHECK(found.names.size() == 2 || (found.names[2] == other && found.numbers[2] == number));
+  }
+  adding.join();
+  CHECK(names->add(name_of(4999)) == 4999 && names->add("new") == 5000);
+  CHECK((names->numbers({"new", "?", name_of(0)}) == std::vector<uint32_t>{5000, PodNames::kNobody, 0}));
+}
+
+// A list is known again by all of its bytes and nothing else; its numbers are looked up anew once there are new names.
+void test_lists() {
+  const auto names = std::make_shared<PodNames>();
+  const auto read = [](const std::vector<std::string>& pods) {
+    return read_score_request(encoded({1}, pods), kLimits)->pods;
+  };
+  const auto first = read({"a", "b"});
+  CHECK(first == read({"a", "b"}));
+  const std::vector<std::vector<std::string>> others{{"a"}, {"a", "b", "c"}, {"a", "c"}, {"a", "b"}, {"b", "a"}};
+  for (const auto& other : others) {
+    const auto again = read({"a", "b"}), list = read(other);
+    CHECK((again->names() == std::vector<std::string_view>{"a", "b"}));
+    CHECK((list->names() == std::vector<std::string_view>(other.begin(), other.end())));
+    CHECK((list == again) == (other.size() == 2 && other[0] == "a" && other[1] == "b"));
+  }
+  CHECK(!read_score_request(encoded({1}, {"a", "b"}), {64, 1, 32, 100}));
+  CHECK(!read_score_request(encoded({1}, {"a"}) + encoded({1}, {"a"}), kLimits));  // apart from each other
+  CHECK((distinct(first, names)->numbers == std::vector<uint32_t>{PodNames::kNobody, PodNames::kNobody}));
+  CHECK(distinct(first, names) == distinct(first, names));
+  const uint32_t number = names->add("b");
+  CHECK((distinct(first, names)->numbers == std::vector<uint32_t>{PodNames::kNobody, number}));
+  CHECK((distinct(first, std::make_shared<PodNames>())->numbers[1] == PodNames::kNobody));
+  CHECK((distinct(first, names)->numbers[1] == number));
 }
 
 void test_races() {
   const auto index = std::make_shared<Index>(4, 1337, 0, 1 << 20);
-  Standings standings;
+  Standings standings(index->names());
   const TierWeights weights({{"gpu", 1.0}});
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
@@ -190,13 +247,15 @@ void test_races() {
       }
     });
   threads.emplace_back([&] {
-    const std::vector<std::string> pods{"pod-0", "pod-1", "pod-2", "pod-3", "other"};
-    const auto request = read_score_request(encoded({1, 2, 3, 4, 5}, pods), kLimits);
+    const std::string asked = encoded({1, 2, 3, 4, 5}, {"pod-0", "pod-1", "pod-2", "pod-3", "other"});
+    const auto request = read_score_request(asked, kLimits);
+    Output answer;
     while (!stop) {
-      const auto found = standings.find(pods);
-      (void)standings.outdated(pods, found, now_ns());
-      const ScoreBytes scored = score_bytes(*index, standings, weights, *request, "", pods, found);
-      CHECK(scored.total_blocks == 1);
+      const auto pods = distinct(request->pods, index->names());
+      (void)standings.outdated(pods->numbers, now_ns());
+      answer.clear();
+      const ScoreBytes scored = score_bytes(*index, standings, weights, *request, "", *pods, answer);
+      CHECK(scored.total_blocks == 1 && !answer.view().empty());
     }
   });
   threads[0].join();
@@ -213,6 +272,8 @@ int main() {
   test_hostile_blocks();
   test_hostile_bytes();
   test_standings_of_many_ranks();
+  test_names();
+  test_lists();
   test_races();
   std::printf("%d passed, 0 failed\n", checks);
 }
