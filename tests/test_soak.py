@@ -19,7 +19,8 @@ from pathlib import Path
 import grpc
 import msgpack
 import pytest
-from test_chaos import SOAK, Target, frame, headers, send
+from hostile_http2 import frame, headers
+from test_chaos import SOAK, Target, send
 
 from kvindex_server import wire
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
