@@ -88,6 +88,7 @@ bench-service: setup ## Measure the service under load, once per transport, with
 	-$(MAKE) build/peers-venv/.installed
 	$(BIN)/python benchmarks/service.py --transport grpcio
 	$(BIN)/python benchmarks/service.py --transport native
+	$(BIN)/python benchmarks/tail.py
 
 $(VENV)/.plots-installed: $(VENV)/.project-installed
 	@$(BIN)/python -m pip install -q --group plots
