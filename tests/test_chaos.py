@@ -681,3 +681,26 @@ def test_certificates_revoked_and_rotated_under_load(tmp_path: Path) -> None:
     written = log.read_text()
     assert "Traceback" not in written and "PRIVATE KEY" not in written
     assert "rotated file refused" in written and "rotated file taken over" in written
+
+
+def test_silent_connections_do_not_shut_out_probes_and_scrapes(target: Target) -> None:
+    """More of them than the metrics port has places: those silent longest make room, and keep-alive ones still work."""
+    host, _, port = target.metrics.rpartition(":")
+    kept = []
+    try:
+        for number in range(100):
+            kept.append(socket.create_connection((host, int(port)), 5))
+            if number % 2:
+                send(kept[-1], b"GET /healthz HT")  # half a request
+            if number % 10 == 9:
+                with urllib.request.urlopen(f"http://{target.metrics}/readyz", timeout=5) as answer:
+                    assert answer.status == 200
+        assert "kvindex_ready 1.0" in target.scrape()
+        assert closed(kept[0]) and closed(kept[1])
+        kept[-1].settimeout(0.2)
+        with pytest.raises(TimeoutError):  # one of the last is still there
+            kept[-1].recv(1)
+    finally:
+        for each in kept:
+            each.close()
+    target.assert_unharmed()
