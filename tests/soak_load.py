@@ -6,7 +6,7 @@ second of somebody else, is asked for, every three seconds anew: when the server
 queue without end. Every fourth answer is read and compared with what is expected.
 
 The outcome is a line of JSON: `seconds` since the rate was printed, `answered` calls in that time, `judged` and `wrong`
-answers, and `ends`, calls by their end, each call once: a status code's name, `reset N` for a stream reset with HTTP/2
+answers and the `first_wrong`, and `ends`, calls by their end, each call once: a status code's name, `reset N` for a stream reset with HTTP/2
 error N and no status, `no answer` for one still open ten seconds later; and `again`: streams that the transport refused
 before any handler, which were sent again and are among the others by how they ended then.
 """
@@ -36,9 +36,14 @@ def main() -> None:
     message = base64.b64decode(given["request"])
     expected = {pod: (blocks, trust) for pod, (blocks, trust) in given["expected"].items()}
 
+    first_wrong: list[str] = []
+
     def right(body: bytes) -> bool:
         answer = pb.ScoreResponse.FromString(body)
-        return {each.pod: (each.matched_blocks, each.trust) for each in answer.scores} == expected
+        found = {each.pod: (each.matched_blocks, each.trust) for each in answer.scores} == expected
+        if not found and not first_wrong:
+            first_wrong.append(str(answer.scores[:3]))
+        return found
 
     ends = Counter[str]()
     rates = []
@@ -62,7 +67,7 @@ def main() -> None:
         wrong += client.wrong
         client.close()
     outcome = {"seconds": time.monotonic() - begun, "answered": answered, "judged": judged, "wrong": wrong}
-    print(json.dumps({**outcome, "ends": ends}), flush=True)
+    print(json.dumps({**outcome, "first_wrong": first_wrong, "ends": ends}), flush=True)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Pressure:
         self.capacity, self.rate = map(float, self._process.stdout.readline().split())
         self.seconds = 0.0
         self.answered = self.judged = self.wrong = 0
+        self.first_wrong: list[str] = []
         self.ends: dict[str, int] = {}
 
     def stop(self) -> None:
@@ -65,6 +66,7 @@ class Pressure:
         outcome = json.loads(out)
         self.seconds, self.answered = outcome["seconds"], outcome["answered"]
         self.judged, self.wrong, self.ends = outcome["judged"], outcome["wrong"], outcome["ends"]
+        self.first_wrong = outcome["first_wrong"]
 
     def kill(self) -> None:
         self._process.kill()
@@ -418,5 +420,5 @@ def judge(target: Target, watch: Watch, clients: Clients, pressure: Pressure | N
     assert ends.keys() <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "again"}, ends
     assert ends.get("RESOURCE_EXHAUSTED", 0) + clients.refused <= sheds.get("in_flight", 0), (ends, sheds)
     assert ends.get("DEADLINE_EXCEEDED", 0) <= sheds.get("silent", 0), (ends, sheds)
-    assert pressure.wrong == 0 and pressure.judged > 100
+    assert pressure.wrong == 0 and pressure.judged > 100, pressure.first_wrong
     assert pressure.answered / pressure.seconds > 0.5 * pressure.rate, (pressure.answered, pressure.seconds)
