@@ -251,7 +251,8 @@ def heard(target: Target, engine: Engine, restarts: int = 0, late: bool = False)
         stream = next(
             each for each in admin.ListPods(pb.ListPodsRequest(), timeout=5).streams if each.pod == engine.name
         )
-        if stream.restarts >= restarts and stream.last_sequence == engine.sequence - 1:
+        # Without `messages`, a last sequence of 0 may be none at all.
+        if stream.restarts >= restarts and stream.messages and stream.last_sequence == engine.sequence - 1:
             return
         assert time.monotonic() < ends, stream
 
