@@ -109,7 +109,7 @@ class Guard:
         # Health and reflection: never shed for load, and never in the way of anything else.
         self._aside = self._lane("aside", 64, _UNBOUNDED)
         self._refusers = self._lane("refuse", 2, _UNBOUNDED)
-        self._unread = Unread(self._bounds.max_unread_bytes, lambda method: self.shed(method, "unread"))
+        self._unread = Unread(self._bounds.max_unread_bytes, lambda method: metrics.shed(method, "unread"))
         self._idle: dict[grpc.ServicerContext, float] = {}
         self._draining = False
 
