@@ -6,9 +6,9 @@ second of somebody else, is asked for, every three seconds anew: when the server
 queue without end. Every fourth answer is read and compared with what is expected.
 
 The outcome is a line of JSON: `seconds` since the rate was printed, `answered` calls in that time, `judged` and `wrong`
-answers and the `first_wrong`, and `ends`, calls by their end, each call once: a status code's name, `reset N` for a stream reset with HTTP/2
-error N and no status, `no answer` for one still open ten seconds later; and `again`: streams that the transport refused
-before any handler, which were sent again and are among the others by how they ended then.
+answers and the `first_wrong`, and `ends`, calls by their end, each call once: a status code's name, `reset N` for a
+stream reset with HTTP/2 error N and no status, `no answer` for one still open ten seconds later; and `again`: streams
+that the transport refused before any handler, which were sent again and are among the others by how they ended then.
 """
 
 import base64
