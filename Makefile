@@ -12,11 +12,11 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak soak-short fuzz proto proto-go image image-base test-image sbom reproducible chart checkov clean
+.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak soak-service soak-short fuzz proto proto-go image image-base test-image sbom reproducible chart checkov clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- environment -----------------------------------------------------------
 
@@ -88,6 +88,7 @@ bench-service: setup ## Measure the service under load, once per transport, with
 	-$(MAKE) build/peers-venv/.installed
 	$(BIN)/python benchmarks/service.py --transport grpcio
 	$(BIN)/python benchmarks/service.py --transport native
+	$(BIN)/python benchmarks/tail.py
 
 $(VENV)/.plots-installed: $(VENV)/.project-installed
 	@$(BIN)/python -m pip install -q --group plots
@@ -99,12 +100,16 @@ bench-routing: $(VENV)/.plots-installed ## Simulate a fleet under several ways o
 bench-scaling: $(VENV)/.plots-installed ## Measure memory and time by claims, pods and prompt length (4 GiB)
 	$(BIN)/python benchmarks/scaling.py --plots docs/images
 
-soak: setup ## Run the fault and oracle tests at length
-	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+soak: soak-service ## The soak of the service, then the fault and chaos tests at length (hours)
+	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --ignore tests/test_soak.py --timeout 3600
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest tests/test_chaos.py --timeout 3600
 
-soak-short: setup ## The soak for a minute, half of it per transport
-	KVINDEX_SOAK=1 KVINDEX_SOAK_MINUTES=0.5 $(BIN)/python -m pytest -s tests/test_soak.py
+MINUTES ?= 30
+soak-service: setup ## MINUTES (30) per transport at 70 % of capacity; one line each at the end
+	KVINDEX_SOAK=1 KVINDEX_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/test_soak.py
+
+soak-short: ## The same for half a minute per transport
+	@$(MAKE) soak-service MINUTES=0.5
 
 $(VENV)/.fuzz-installed: $(VENV)/.project-installed
 	@$(BIN)/python -m pip install -q --group fuzz

@@ -10,6 +10,7 @@ import statistics
 import struct
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -66,10 +67,22 @@ class Grpc:
     With `statuses` it reads the status of each unary call, at some cost, and counts calls by it in `ends`: a status
     code's name, or `reset N` (an HTTP/2 error code) where the server ended the stream without a status. A stream that
     the peer refused (REFUSED_STREAM: it worked at nothing) is sent again, as gRPC's own clients do, when calls have
-    ended; such are counted in `again`.
+    ended; such are counted in `again`. `right` judges the message of every `SAMPLED`-th unary answer: `judged` and
+    `wrong` count them.
     """
 
-    def __init__(self, address: str, path: str, message: bytes, streams: int = 0, *, statuses: bool = False) -> None:
+    SAMPLED = 4
+
+    def __init__(
+        self,
+        address: str,
+        path: str,
+        message: bytes,
+        streams: int = 0,
+        *,
+        statuses: bool = False,
+        right: Callable[[bytes], bool] | None = None,
+    ) -> None:
         if address.startswith("unix:"):
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.connect(address.removeprefix("unix:"))
@@ -92,6 +105,9 @@ class Grpc:
         self._most = 0  # calls at once, as the server allows, which it says first of all
         self._headers = hpack.Decoder() if statuses else None
         self._room = HUGE  # and as it seems to bear: less after a refusal, one more with every call that ends
+        self._right = right
+        self._bodies: dict[int, bytes] = {}
+        self.judged = self.wrong = 0
         self.ends = Counter[str]()
         self.again = 0
         self._waiting = deque[float]()
@@ -163,6 +179,8 @@ class Grpc:
                     self._messages(stream, data[body:at], now)
                 else:
                     self._answered.add(stream)
+                    if self._right is not None and stream // 2 % self.SAMPLED == 0:
+                        self._bodies[stream] = self._bodies.get(stream, b"") + data[body:at]
             elif kind == HEADERS:
                 assert flags & 0x2C == 4, "headers in one frame, unpadded and without priority"
                 status = self._status(data[body:at])
@@ -214,6 +232,9 @@ class Grpc:
         due = self._due.pop(stream, None)
         self.ends[status] += 1
         self._room += 1
+        if self._right is not None and (body := self._bodies.pop(stream, None)) is not None:
+            self.judged += 1
+            self.wrong += not self._right(body[5:])
         if stream in self._answered and due:
             self._answered.discard(stream)
             self.done += 1

@@ -62,9 +62,14 @@ class ReviewSettings:
 
 
 class TokenReview:
-    """Kubernetes' own judgement of service-account tokens; each is remembered for a while."""
+    """Kubernetes' own judgement of service-account tokens; each is remembered for a while.
+
+    Strangers can make up tokens without end, so refusals are remembered apart from what is let in, and only so many
+    questions are asked at once: neither crowds out whoever is known already.
+    """
 
     _REMEMBERED = 4096
+    AT_ONCE = 8
 
     def __init__(self, settings: ReviewSettings) -> None:
         self._settings = settings
@@ -74,19 +79,32 @@ class TokenReview:
         self._access = Rotated(files, self._read_access)
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[float, Role | None]] = OrderedDict()
+        self._strangers: OrderedDict[bytes, tuple[float, Role | None]] = OrderedDict()
+        self._questions = threading.BoundedSemaphore(self.AT_ONCE)
 
     def role(self, token: str, digest: bytes) -> Role | None:
-        """The role, None when the token is no good. Waits for the API server; Unavailable when it is silent."""
+        """The role, None when the token is no good. Waits for the API server; Unavailable when it is silent or busy."""
         with self._lock:
-            known = self._known.get(digest)
+            known = self._known.get(digest) or self._strangers.get(digest)
         if known is not None and known[0] > time.monotonic():
             return known[1]
-        role = self._ask(token)
-        keep = self._settings.bad_seconds if role is None else self._settings.good_seconds
+        if not self._questions.acquire(blocking=False):
+            raise Unavailable("the token cannot be verified now: too many others are being verified")
+        try:
+            role = self._ask(token)
+        finally:
+            self._questions.release()
+        settings = self._settings
         with self._lock:
-            self._known[digest] = (time.monotonic() + keep, role)
-            while len(self._known) > self._REMEMBERED:
-                self._known.popitem(last=False)
+            self._known.pop(digest, None)
+            self._strangers.pop(digest, None)
+            remembered = self._strangers if role is None else self._known
+            remembered[digest] = (
+                time.monotonic() + (settings.bad_seconds if role is None else settings.good_seconds),
+                role,
+            )
+            while len(remembered) > self._REMEMBERED:
+                remembered.popitem(last=False)
         return role
 
     def _read_access(self) -> tuple[ssl.SSLContext, str]:

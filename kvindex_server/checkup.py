@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from kvindex_server import doctor
+from kvindex_server import descriptors, doctor
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError, NotFound
 from kvindex_server.explain import Explainer, tokens_of
 from kvindex_server.fleet import Fleet
@@ -92,6 +92,7 @@ class Checkup:
             candidates=query.pods,
             pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},
             reached=reached,
+            descriptors=(descriptors.in_use(), descriptors.limit()),
             probe=None if query.kind is None else self._probe(query, query.kind, check),
         )
 

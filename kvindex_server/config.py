@@ -263,6 +263,16 @@ class LimitSettings(_Section):
     max_calls_per_connection: Integer = Field(
         default=128, ge=1, le=2**31 - 1, description="Calls one connection may have open; its client queues the rest"
     )
+    max_connections: Integer = Field(
+        default=12_288,
+        ge=1,
+        description="Open gRPC connections of a port, at most 3/4 of the file descriptors; others are closed at once",
+    )
+    max_unread_bytes: Integer = Field(
+        default=256 * MIB,
+        ge=MIB,
+        description="Memory of unary answers that clients have not read yet; above it the oldest calls are ended",
+    )
     max_metadata_bytes: Integer = Field(default=16_384, ge=1024, le=MIB, description="Bytes of one call's metadata")
     max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
     max_index_bytes: Integer = Field(
@@ -376,6 +386,11 @@ class ServerSettings(_Section):
     workers: Integer = Field(default=4, ge=1, le=1024, description="Calls of one RPC worked on at once")
     message_seconds: Seconds = Field(
         default=10.0, gt=0, description="Time for a call's message to come; then the call is ended"
+    )
+    keepalive_seconds: Seconds = Field(
+        default=60.0,
+        ge=1,
+        description="A connection silent for so long is pinged, and closed if nothing comes for as long again, or 20 s",
     )
     reflection: bool = Field(default=True, description="Describe the services to clients that ask")
     drain_seconds: Seconds = Field(default=10.0, description="Time for requests at work to end after SIGTERM")

@@ -15,6 +15,8 @@ MAX_FINDINGS = 64
 CONVENTIONAL_SEED = 1337
 LATE_SECONDS = 1.0
 SKEW_SECONDS = 5.0
+DESCRIPTORS_OF_STREAM = 12
+DESCRIPTORS_WARN = 0.85
 
 
 class Status(enum.IntEnum):
@@ -73,6 +75,7 @@ class Facts:
     pods_of_others: Mapping[str, str] = field(default_factory=dict)  # pod -> another model it is registered for
     reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; silent streams only
     probe: Probe | None = None
+    descriptors: tuple[int, int] = (0, 0)  # in use (-1: none is left), and how many there may be
 
 
 def examine(facts: Facts) -> list[Finding]:
@@ -623,6 +626,24 @@ def _coverage(facts: Facts) -> Iterator[Finding]:
     yield _pass("every stream is synchronised, or there is none")
 
 
+def _descriptors(facts: Facts) -> Iterator[Finding]:
+    used, limit = facts.descriptors
+    needed = used if used < 0 else used + DESCRIPTORS_OF_STREAM
+    if used < 0 or needed > limit:
+        yield Finding(
+            Status.FAIL,
+            f"{limit if used < 0 else used} of {limit} file descriptors are in use: too few are left for a new stream",
+            "Raise the process's hard limit (LimitNOFILE, ulimits), or lower limits.max_connections.",
+        )
+    elif used > limit * DESCRIPTORS_WARN:
+        yield Finding(
+            Status.WARN,
+            f"{used} of {limit} file descriptors are in use",
+            "Who holds so many connections? Raise the process's hard limit (LimitNOFILE, ulimits).",
+        )
+    yield _pass(f"{used} of {limit} file descriptors are in use")
+
+
 def _counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
 
@@ -652,5 +673,6 @@ CHECKS: Mapping[str, Callable[[Facts], Iterator[Finding]]] = {
     "trust": _trust,
     "stream_state": _state,
     "coverage": _coverage,
+    "descriptors": _descriptors,
 }
 """By name, in the order of the answer. The PASS that a check yields counts only when it found nothing else."""

@@ -13,7 +13,7 @@ from kvindex_server._core import ScoreRequest
 from kvindex_server.auth import Role
 from kvindex_server.direct import Direct
 from kvindex_server.errors import DeadlineExceeded, KvindexError, Overloaded, ResourceExhausted
-from kvindex_server.interceptors import MAX_MESSAGE, Guard, retry_trailers
+from kvindex_server.interceptors import MAX_MESSAGE, MAX_PING_MS, Guard, retry_trailers
 from kvindex_server.lookup import Check
 
 _logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Front:
         max_calls_per_connection: int,
         max_metadata_bytes: int,
         max_in_flight: int,
+        keepalive_seconds: float,
     ) -> None:
         """OSError when the address cannot be bound. `fallback`: path of the socket of the grpcio server."""
         try:
@@ -69,6 +70,9 @@ class Front:
             max_metadata_size=max_metadata_bytes,
             # Beside the thread that answers; on two cores a second one only hands work to the first.
             io_threads=1 if len(os.sched_getaffinity(0)) <= 2 else 2,
+            keepalive_time_ms=int(keepalive_seconds * 1000),
+            keepalive_timeout_ms=min(int(keepalive_seconds * 1000), MAX_PING_MS),
+            keepalive_permit_without_calls=True,
         )
         self._front.set_fallback(fallback)
         self.port: int = self._front.bound_port

@@ -26,6 +26,7 @@ from kvindex_server.errors import (
 )
 from kvindex_server.lanes import Lane
 from kvindex_server.lookup import Check
+from kvindex_server.unread import Unread
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ Refusal = Callable[[int, str], bytes]
 """Makes the answer to one bad request of a stream, from status code and message."""
 Arrival = Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler]
 """Decides on a call before its message is read, on gRPC's own thread: it must not wait for anything."""
-Shed = Literal["in_flight", "not_ready", "deadline", "silent", "unauthenticated", "permission_denied"]
+Shed = Literal["in_flight", "not_ready", "deadline", "silent", "unread", "unauthenticated", "permission_denied"]
 """Why a call was turned away; a metric's label."""
 
 MAX_MESSAGE = 512
@@ -45,6 +46,8 @@ MAX_MESSAGE = 512
 IDLE_STREAM_SECONDS = 1.0
 """While draining, a stream that is silent for so long is ended."""
 _UNBOUNDED = 1 << 30
+MAX_PING_MS = 20_000
+"""A connection whose client answers no ping for so long, or for as long as it was silent before, is closed."""
 DOWNLOADS = 4
 """Long answers sent at once."""
 SPARE_THREADS = 28
@@ -77,6 +80,7 @@ class Bounds:
     max_in_flight: int = 256
     max_streams: int = 256
     message_seconds: float = 10.0
+    max_unread_bytes: int = 256 << 20
 
 
 class _Cancelled(KvindexError):
@@ -105,6 +109,7 @@ class Guard:
         # Health and reflection: never shed for load, and never in the way of anything else.
         self._aside = self._lane("aside", 64, _UNBOUNDED)
         self._refusers = self._lane("refuse", 2, _UNBOUNDED)
+        self._unread = Unread(self._bounds.max_unread_bytes, lambda method: metrics.shed(method, "unread"))
         self._idle: dict[grpc.ServicerContext, float] = {}
         self._draining = False
 
@@ -345,6 +350,7 @@ class Guard:
                 error = _safe(method, caught)
             else:
                 self.observe(method, grpc.StatusCode.OK, started)
+                self._unread.add(method, len(answer), context)
                 return answer
             self.observe(method, error.code, started)
             _abort(context, error)

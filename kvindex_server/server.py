@@ -5,7 +5,6 @@ import ctypes
 import gc
 import logging
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -18,7 +17,20 @@ from pathlib import Path
 
 import grpc
 
-from kvindex_server import admin, compat, health, interceptors, logs, pull, query, reflection, service, web, wire
+from kvindex_server import (
+    admin,
+    compat,
+    descriptors,
+    health,
+    interceptors,
+    logs,
+    pull,
+    query,
+    reflection,
+    service,
+    web,
+    wire,
+)
 from kvindex_server._core import Index, TextCache
 from kvindex_server.auth import Gate, ReviewSettings, Revoked, Role, TokenFile, TokenReview
 from kvindex_server.calls import CallLog
@@ -34,7 +46,7 @@ from kvindex_server.fleet import Fleet
 from kvindex_server.front import Front, TransportMissing
 from kvindex_server.health import Health
 from kvindex_server.ingest import Bounds
-from kvindex_server.interceptors import Guard
+from kvindex_server.interceptors import MAX_PING_MS, Guard
 from kvindex_server.keeper import Keeper, register_again
 from kvindex_server.lookup import Lookup
 from kvindex_server.metrics import Metrics, MetricsServer
@@ -57,6 +69,8 @@ _log = logging.getLogger(__name__)
 READ_SERVICES = ("kvindex.v1.KVIndex", "indexer.v1.IndexerService")
 ADMIN_SERVICE = "kvindex.v1.KVIndexAdmin"
 SWEEP_SECONDS = 1.0
+ADMIN_CONNECTIONS = 256
+"""Of a port of its own; few operators must find room beside the many clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,8 @@ class Server:
         gate = _gate(settings)
         guard = self._guard(settings, gate)
         lookup = Lookup(self.models, self.fleet, settings.tier_weights, self._measured, settings.limits.max_tokens)
-        self._public = _grpc_server(settings, guard)
+        connections = _connections(settings)
+        self._public = _grpc_server(settings, guard, connections)
         self._front: Front | None = None
         self._behind_front: tempfile.TemporaryDirectory[str] | None = None
         weights, limits = settings.tier_weights, settings.limits
@@ -121,7 +136,7 @@ class Server:
         else:
             described = (*READ_SERVICES, health.SERVICE)
             behind = self._guard(settings, gate)
-            self._admin = _grpc_server(settings, behind)
+            self._admin = _grpc_server(settings, behind, min(connections, ADMIN_CONNECTIONS))
             admin.register(self._admin, self.fleet, self.models, lookup, limits, self._keeper, self._instance, behind)
             self._health.register(self._admin, behind)
             if settings.server.reflection:
@@ -143,6 +158,7 @@ class Server:
             max_in_flight=settings.limits.max_in_flight,
             max_streams=settings.limits.max_streams,
             message_seconds=settings.server.message_seconds,
+            max_unread_bytes=settings.limits.max_unread_bytes,
         )
         guard = Guard(self._measured, self._ready.is_set, bounds, gate, self._spans)
         self._guards.append(guard)
@@ -321,6 +337,7 @@ class Server:
                 max_calls_per_connection=limits.max_calls_per_connection,
                 max_metadata_bytes=limits.max_metadata_bytes,
                 max_in_flight=limits.max_in_flight,
+                keepalive_seconds=settings.server.keepalive_seconds,
             )
         except TransportMissing as error:
             raise ConfigError("server.transport", str(error)) from error
@@ -365,10 +382,7 @@ def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
     _keep_freed_memory()
     # It logs a traceback for every header that is not UTF-8: any stranger could fill the log with them.
     logging.getLogger("grpc._cython").setLevel(logging.CRITICAL)
-    # A stream needs some ten descriptors, and the soft limit is often 1,024.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    descriptors.raise_limit()
     server: Server | None = None
     try:
         server = Server(settings, sampler)
@@ -506,8 +520,20 @@ def _sources(settings: Settings) -> list[Source]:
     return sources
 
 
-def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:
+def _connections(settings: Settings) -> int:
+    """How many a port may have open; told in the log when that is fewer than configured."""
+    wanted = settings.limits.max_connections
+    allowed = descriptors.for_connections(wanted)
+    if allowed < wanted:
+        fields = {"limit": descriptors.limit(), "max_connections": wanted, "allowed": allowed}
+        _log.warning("too few file descriptors for limits.max_connections", extra={"fields": fields})
+    return allowed
+
+
+def _grpc_server(settings: Settings, guard: Guard, connections: int) -> grpc.Server:
     size = settings.limits.max_message_bytes
+    silence_ms = int(settings.server.keepalive_seconds * 1000)
+    answer_ms = min(silence_ms, MAX_PING_MS)
     return grpc.server(
         guard.pool,
         options=[
@@ -518,6 +544,11 @@ def _grpc_server(settings: Settings, guard: Guard) -> grpc.Server:
             ("grpc.max_metadata_size", settings.limits.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", settings.limits.max_metadata_bytes),
             ("grpc.server_handshake_timeout_ms", 5000),
+            ("grpc.max_allowed_incoming_connections", connections),
+            # Without the second time-out a client that takes pings and answers none is kept for ever.
+            ("grpc.keepalive_time_ms", silence_ms),
+            ("grpc.keepalive_timeout_ms", answer_ms),
+            ("grpc.http2.ping_timeout_ms", answer_ms),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ],

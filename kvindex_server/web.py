@@ -17,7 +17,9 @@ from kvindex_server import logs
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 30.0
-"""A connection that asks nothing for so long is closed."""
+"""A connection that asks nothing for so long is closed; sooner when its place is needed."""
+PLACE_SECONDS = 0.5
+"""How long a new connection waits for the place of one that was closed for it."""
 _SWEEP_SECONDS = 1.0
 
 
@@ -104,25 +106,31 @@ class _HTTPServer(ThreadingHTTPServer):
         self.routes = routes
         self.paths = {path for _, path in routes}
         self.bounds = bounds
-        self.arriving: dict[socket.socket, float] = {}
+        # When the request that is awaited must be here, and since when it is awaited.
+        self.arriving: dict[socket.socket, tuple[float, float]] = {}
         self.stopping = False
         self._places = threading.BoundedSemaphore(bounds.connections)
         super().__init__((host, port), _Handler)
 
     def end_arriving(self, before: float, how: int = socket.SHUT_RDWR) -> None:
         """End the connections whose request should be here before this time, and is not."""
-        for connection, ends in list(self.arriving.items()):
+        for connection, (ends, _) in list(self.arriving.items()):
             if ends < before:
-                try:
-                    connection.shutdown(how)
-                except OSError:  # gone already
-                    pass
+                _shut(connection, how)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
+        if self._places.acquire(blocking=False) or self._make_place():
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
+
+    def _make_place(self) -> bool:
+        """Close the connection that has been silent longest: else a few of them would shut out probes and scrapes."""
+        silent = min(list(self.arriving.items()), key=lambda each: each[1][1], default=None)
+        if silent is None:
+            return False
+        _shut(silent[0], socket.SHUT_RDWR)
+        return self._places.acquire(timeout=PLACE_SECONDS)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -140,6 +148,13 @@ class _HTTPServer(ThreadingHTTPServer):
         logs.event(logger, logging.DEBUG, "http connection failed", exc_info=True)
 
 
+def _shut(connection: socket.socket, how: int) -> None:
+    try:
+        connection.shutdown(how)
+    except OSError:  # gone already
+        pass
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "kvindex-server"
@@ -151,14 +166,17 @@ class _Handler(BaseHTTPRequestHandler):
     error_message_format = "%(code)d\n"
 
     def handle_one_request(self) -> None:
-        self._server.arriving[self.connection] = time.monotonic() + IDLE_SECONDS
+        now = time.monotonic()
+        self._server.arriving[self.connection] = now + IDLE_SECONDS, now
         if self._server.stopping:
             self.close_connection = True
             return
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        self._server.arriving[self.connection] = time.monotonic() + self._server.bounds.request_seconds
+        now = time.monotonic()
+        _, since = self._server.arriving.get(self.connection, (now, now))
+        self._server.arriving[self.connection] = now + self._server.bounds.request_seconds, since
         return super().parse_request()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

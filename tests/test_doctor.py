@@ -83,6 +83,7 @@ WELL = Facts(
     loras=("adapter",),
     tokenizer=("native", "", True),
     candidates=("a:8000",),
+    descriptors=(100, 1024),
     probe=Probe(
         "chat",
         tokens=(1, 2, 3),
@@ -244,6 +245,9 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
     "cold": (with_stream(**SILENT), "trust", Status.WARN, "COLD"),
     "down": (with_stream(state=StreamState.DOWN), "stream_state", Status.FAIL, "DOWN"),
     "syncing": (with_stream(state=StreamState.SYNCING), "stream_state", Status.WARN, "under way"),
+    "few descriptors left": (replace(WELL, descriptors=(900, 1024)), "descriptors", Status.WARN, "900 of 1024"),
+    "too few for a stream": (replace(WELL, descriptors=(1020, 1024)), "descriptors", Status.FAIL, "1020 of 1024"),
+    "no descriptor": (replace(WELL, descriptors=(-1, 1024)), "descriptors", Status.FAIL, "1024 of 1024"),
     "coverage": (replace(WELL, coverage=0.5), "coverage", Status.WARN, "50%"),
 }
 

@@ -24,6 +24,7 @@ import zmq
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvindex_server.auth import ReviewSettings, Role, TokenReview
 from kvindex_server.config import ConfigError, Settings, load_settings
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub, KVIndexStub
@@ -201,11 +202,14 @@ class ApiServer:
         self.users: dict[str, tuple[str, list[str]]] = {}
         self.asked: list[dict[str, Any]] = []
         self.down = False
+        self.answering = threading.Event()
+        self.answering.set()
         api = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                api.answering.wait(20)
                 api.asked.append({"path": self.path, "auth": self.headers["Authorization"], **body})
                 user = api.users.get(body["spec"]["token"])
                 status: dict[str, Any] = {"authenticated": user is not None}
@@ -266,6 +270,55 @@ def test_kubernetes_judges_tokens(tmp_path: Path) -> None:
             assert score(channel, "new") == "UNAUTHENTICATED"  # the failure was not remembered as a judgement
     finally:
         api.close()
+
+
+def test_made_up_tokens_crowd_nobody_out(tmp_path: Path) -> None:
+    """While the API server keeps strangers waiting, who is known is let in at once, and most strangers do not wait."""
+    ca = trustme.CA()
+    api = ApiServer(ca)
+    (tmp_path / "ca.crt").write_bytes(ca.cert_pem.bytes())
+    review = {"url": api.url, "ca_file": str(tmp_path / "ca.crt"), "timeout_seconds": 15}
+    api.users = {"router": ("router", [])}
+    try:
+        with serving(auth={"review": review}) as server, grpc.insecure_channel(server.grpc_address) as channel:
+            assert score(channel, "router") == "NOT_FOUND"
+            api.answering.clear()
+            request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1]))
+            stub = KVIndexStub(channel)
+            strangers = [
+                stub.Score.future(request, timeout=60, metadata=(("authorization", f"Bearer made-up-{number}"),))
+                for number in range(60)
+            ]
+            ends = time.monotonic() + 10
+            while sum(each.done() for each in strangers) < 60 - TokenReview.AT_ONCE:
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+            assert score(channel, "router") == "NOT_FOUND"
+            api.answering.set()
+            codes = [each.code().name for each in strangers]
+            assert codes.count("UNAUTHENTICATED") == TokenReview.AT_ONCE
+            assert codes.count("UNAVAILABLE") == 60 - TokenReview.AT_ONCE
+    finally:
+        api.answering.set()
+        api.close()
+
+
+def test_refusals_are_remembered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens strangers make up, who was let in is not asked about again."""
+    monkeypatch.setattr(TokenReview, "_REMEMBERED", 4)
+    asked: list[str] = []
+
+    def ask(_: TokenReview, token: str) -> Role | None:
+        asked.append(token)
+        return Role.READ if token == "good" else None
+
+    monkeypatch.setattr(TokenReview, "_ask", ask)
+    review = TokenReview(ReviewSettings("https://127.0.0.1:1"))
+    assert review.role("good", b"good") is Role.READ
+    for number in range(20):
+        assert review.role(f"bad-{number}", b"%d" % number) is None
+    assert review.role("good", b"good") is Role.READ
+    assert asked.count("good") == 1 and len(asked) == 21
 
 
 def test_a_unix_socket_for_a_sidecar(tmp_path: Path) -> None:

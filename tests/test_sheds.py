@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_chaos import SCORE, Target, frame, headers, send
+from hostile_http2 import SCORE, frame, headers
+from test_chaos import Target, send
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

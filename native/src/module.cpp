@@ -118,7 +118,8 @@ struct BoundStream {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  // Daemon threads may hold objects when the process ends, which is no leak; nobody is to read pages about it.
+  // Threads of gRPC may still hold objects when the process ends, after a failed start for one: to whoever reads its
+  // stderr that is no news, and the reason of the failure has to be the only line there.
   nb::set_leak_warnings(false);
   m.def(
       "xxh3_64", [](nb::bytes data, uint64_t seed) { return xxh3_64(data.data(), data.size(), seed); }, nb::arg("data"),
