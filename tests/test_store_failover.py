@@ -116,6 +116,8 @@ def lose_writes(
         store.cut_replication()
         stream.apply([batch([as_map(Removed([30]))])])
         eventually(lambda: ask(reader) == (29, EXACT))
+        # A batch that was not confirmed would be sent again, to the new primary: nothing were lost.
+        eventually(writer.flush)
         store.primary.kill()
         held = 29
         ends = time.monotonic() + 40
