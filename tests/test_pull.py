@@ -17,6 +17,7 @@ import grpc
 import pytest
 from cutting_proxy import CuttingProxy
 from event_encoding import Removed, Stored, as_map, batch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from names import Names
 from oracle import query_keys
 from publisher import Publisher, free_port
@@ -53,11 +54,17 @@ class Replica:
         self.port = int(found[1].rpartition(":")[2])
         self._channel = grpc.insecure_channel(found[1], [("grpc.max_receive_message_length", 64 * MIB)])
         self.read, self.admin = rpc.KVIndexStub(self._channel), rpc.KVIndexAdminStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def _read_log(self) -> None:
         assert self._popen.stderr is not None
         for line in self._popen.stderr:
             self.log.append(json.loads(line) if line.startswith("{") else {"event": line})
+
+    @property
+    def is_ready(self) -> bool:
+        status = self._health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=20).status
+        return status == health_pb2.HealthCheckResponse.SERVING
 
     @property
     def memory(self) -> int:
@@ -170,7 +177,7 @@ def sibling(engine: Engine, listen: str = "127.0.0.1:0", **settings: object) -> 
 
 def is_right(engine: Engine, replica: Replica) -> None:
     """EXACT and equal to the oracle, now and after more has happened."""
-    eventually(lambda: engine.is_known_to(replica))
+    eventually(lambda: engine.is_known_to(replica) and replica.is_ready)
     assert engine.agrees(replica)
     engine.go_on()
     eventually(lambda: engine.is_known_to(replica))

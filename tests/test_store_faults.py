@@ -1,5 +1,6 @@
 """The shared store under faults: paused writers, a killed, slow or full server; never a wrong answer."""
 
+import contextlib
 import random
 import ssl
 import subprocess
@@ -180,6 +181,39 @@ def test_a_killed_server_comes_back_empty_and_is_filled_again(server: "valkey_se
     assert matches(reader, keys) == {"pod": 39}
     assert stream.life > life  # a store without memory gives no life twice
     assert stream.claims == 39
+
+
+def test_an_answer_from_before_a_restart_that_comes_late_is_not_believed(
+    server: "valkey_server.Valkey", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread has heard the new server meanwhile: the answer is asked for again, and the era stays the new one."""
+    index = replica(server.address)
+    tokens, keys = tokens_of(1, 8)
+    index.add_stream("pod", 0).apply([stored(tokens)])
+    settle(index)
+    index.renew()
+    assert matches(index, keys) == {"pod": 8}
+    ask = index._client.run_all
+    asked = 0
+
+    def late(*call: object) -> object:
+        nonlocal asked
+        asked += 1
+        answers = ask(*call)
+        if asked == 1:
+            server.kill()
+            server.start()
+            for _ in range(20):
+                with contextlib.suppress(Unavailable):
+                    assert matches(index, keys) == {}
+                    break
+        return answers
+
+    monkeypatch.setattr(index._client, "run_all", late)
+    assert matches(index, keys) == {}
+    assert asked >= 3
+    assert index.counts["eras"] == 1
+    assert index.standing("pod", 0)[0] != 3
 
 
 def test_an_idle_stream_notices_a_restart_when_it_renews(server: "valkey_server.Valkey") -> None:

@@ -91,6 +91,7 @@ class StoreIndex:
         # Of each partition, the era of the last answer; and those in which what was sent was last looked for.
         self._eras = [b""] * settings.partitions
         self._looked: list[bytes] = []
+        self._era_changes = 0
         self._writing = threading.Lock()
         self._dirty = threading.Event()
         self._halt = threading.Event()
@@ -247,13 +248,15 @@ class StoreIndex:
             calls = [(self._tags[at], (word if at == 0 else b"-", split[at], int(stop))) for at in asked]
             if word == b"-":  # never read: any word is new
                 calls[0] = (self._tags[0], (b"none", split[0], 0))
+            changes = self._era_changes
             answers = self._client.run_all(scripts.READ, calls)
             self.counts["reads"] += 1
             for answer in answers:
                 if isinstance(answer, Exception):
                     self.counts["failed_reads"] += 1
                     raise answer
-            self._see(asked, answers)
+            if not self._see(asked, answers, changes):
+                continue
             new_word, streams, _, _ = answers[0]
             if streams is not None:
                 view = self._install(new_word, streams)
@@ -265,14 +268,25 @@ class StoreIndex:
             return view, readings
         raise StoreAway("the shared store changes too fast to be read")
 
-    def _see(self, asked: Sequence[int], answers: Sequence[Sequence[_Bytes]]) -> None:
-        """Before anybody judges what was read by what was told in another era."""
-        for at, (*_, era) in zip(asked, answers, strict=True):
-            if self._eras[at] != era:
+    def _see(self, asked: Sequence[int], answers: Sequence[Sequence[_Bytes]], changes: int) -> bool:
+        """Before anybody judges what was read by what was told in another era; `changes` were known when it was asked.
+
+        False when it has to be asked again: another thread has heard of a change, which may be later than the answer.
+        """
+        eras = {at: era for at, (*_, era) in zip(asked, answers, strict=True)}
+        with self._lock:
+            changed = [at for at, era in eras.items() if self._eras[at] != era]
+            if not changed:
+                return True
+            if changes != self._era_changes:
+                return False
+            self._era_changes += 1
+            for at in changed:
                 if self._eras[at]:
                     self.counts["eras"] += 1
                     _log.warning("shared store has another primary, or was restarted")
-                self._eras[at] = era
+                self._eras[at] = eras[at]
+            return True
 
     def _install(self, word: _Bytes, streams: Sequence[_Bytes]) -> StoreView:
         described = []
