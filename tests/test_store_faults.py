@@ -186,7 +186,7 @@ def test_a_killed_server_comes_back_empty_and_is_filled_again(server: "valkey_se
 def test_an_answer_from_before_a_restart_that_comes_late_is_not_believed(
     server: "valkey_server.Valkey", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread has heard the new server meanwhile: the answer is asked for again, and the era stays the new one."""
+    """Another thread has heard the new server meanwhile: the answer is asked for again, and the new era stays."""
     index = replica(server.address)
     tokens, keys = tokens_of(1, 8)
     index.add_stream("pod", 0).apply([stored(tokens)])

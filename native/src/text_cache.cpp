@@ -36,8 +36,11 @@ TextAnswer TextCache::ids(const TextRequest& request) { return answer(request, n
 TextAnswer TextCache::keys(const TextRequest& request, const KeyContext& context) { return answer(request, &context); }
 
 TextAnswer TextCache::answer(const TextRequest& request, const KeyContext* context) {
+  const bool native = request.encoder != nullptr && !request.encoder->refuted();
   try {
-    return walk(request, context);
+    TextAnswer given = walk(request, context);
+    // Refuted meanwhile: what it gave for this text may be wrong too.
+    return native && request.encoder->refuted() ? walk(request, context) : given;
   } catch (const TooLong&) {
     TextAnswer refused;
     refused.outcome = TextOutcome::kTooLong;
