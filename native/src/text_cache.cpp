@@ -40,7 +40,8 @@ TextAnswer TextCache::answer(const TextRequest& request, const KeyContext* conte
   try {
     TextAnswer given = walk(request, context);
     // Refuted meanwhile: what it gave for this text may be wrong too.
-    return native && request.encoder->refuted() ? walk(request, context) : given;
+    if (native && request.encoder->refuted()) given = walk(request, context);
+    return given;
   } catch (const TooLong&) {
     TextAnswer refused;
     refused.outcome = TextOutcome::kTooLong;
