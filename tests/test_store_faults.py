@@ -343,6 +343,47 @@ def test_rows_after_a_lost_answer_are_sent_as_they_were(server: "valkey_server.V
     assert stream.life
 
 
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_whatever_answers_get_lost_the_store_ends_where_the_streams_are(
+    server: "valkey_server.Valkey", partitions: int
+) -> None:
+    """Random events of two streams, while a call in three is not done, or done without an answer."""
+    rng = random.Random(partitions)
+    prompts = [tokens_of(seed, 6) for seed in range(4)]
+    for _ in range(25):
+        server.client().flushall()
+        index = replica(server.address, partitions=partitions, batch_blocks=rng.choice((1, 4, 64)))
+        ask = index._client.run_all
+
+        def run_all(script: scripts.Script, calls: list, ask=ask) -> list:
+            if rng.random() < 0.1:
+                return [StoreAway("not done") for _ in calls]
+            return [StoreAway("lost") if rng.random() < 0.3 else answer for answer in ask(script, calls)]
+
+        index._client.run_all = run_all  # type: ignore[method-assign]
+        streams = [index.add_stream(pod, 0) for pod in ("a", "b")]
+        for _ in range(30):
+            at = rng.randrange(len(prompts))
+            other_tier = Stored([900 + at], None, prompts[at][0][:BLOCK], BLOCK, medium=rng.choice(("NVME", "CPU")))
+            happens = rng.choice(
+                (
+                    [stored(prompts[at][0], 100 * at + 1)],
+                    [batch([as_map(Removed([100 * at + 1 + rng.randrange(6)]))])],
+                    [batch([as_map(other_tier)])],
+                    [],
+                )
+            )
+            rng.choice(streams).apply(happens)
+            if not happens:
+                with contextlib.suppress(StoreAway):
+                    index.flush()
+        index._client.run_all = ask  # type: ignore[method-assign]
+        settle(index)
+        reader = replica(server.address, partitions=partitions)
+        for _, keys in prompts:
+            assert matches(reader, keys) == {pod: n for pod, _, n, *_ in index._own.score(keys, [], [1.0])}
+
+
 def test_a_removal_just_before_all_is_sent_anew_is_not_forgotten(tmp_path: Path) -> None:
     """What did not fit is sent again from what is held, which says nothing of what has just gone."""
     with valkey_server.valkey(tmp_path) as server:
