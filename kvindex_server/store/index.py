@@ -30,6 +30,8 @@ TELL_SECONDS = 0.25
 """How often trust is told and heard."""
 ROUND = 64
 """Batches sent at once."""
+GONE_LEASES = 10
+"""So many lease times after its lease ended, a stream that nobody took over is taken out of the store."""
 SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
 MAX_DELAY = 1.0
@@ -319,8 +321,9 @@ class StoreIndex:
             writing = [each for each in self._streams if each.life]
             for stream in writing:
                 if stream.full and again:
-                    stream.send_again()
-                stream.take()
+                    stream.take(anew=True)
+                if stream.life:
+                    stream.take()
                 if not stream.life:  # its engine began a new life
                     self._begin(stream, now)
                     if stream.life:
@@ -438,6 +441,22 @@ class StoreIndex:
 
     # --- dead holders ---
 
+    def bury(self) -> int:
+        """Take streams out of the store whose replica and pod are gone, so that nobody ever will; how many. StoreAway.
+
+        The first partition comes last: until then another replica finds the stream there, and begins a new life.
+        """
+        grace = GONE_LEASES * self._settings.lease_seconds
+        if all(lease.ends + grace > self._clock() for lease in self._leases.values()):
+            return 0
+        gone = self._client.run(scripts.GONE, self._tags[0], int(grace * 1000))
+        for name, life in zip(gone[::2], gone[1::2], strict=True):
+            for tag in reversed(self._tags):
+                self._client.run(scripts.CLOSE, tag, name, life, packed(int(life)))
+            _log.warning("stream taken out of the shared store", extra={"fields": {"stream": name.decode()}})
+        self._may_have_garbage = self._may_have_garbage or bool(gone)
+        return len(gone) // 2
+
     def sweep(self) -> int:
         """Take some dead holders out, whatever epoch they died in; returns how many. StoreAway."""
         if self._garbage is None:
@@ -508,6 +527,7 @@ class StoreIndex:
                 self.renew(everything=due)
                 if due:
                     renew_at = self._clock() + self._settings.lease_seconds / 4
+                self.bury()
                 self.sweep()
             except StoreAway as error:
                 self._garbage = None
