@@ -593,7 +593,9 @@ class Settings(_Section):
         default_factory=lambda: {"gpu": 1.0, "cpu": 0.8, "disk": 0.5},
         description="Score of one block by the best tier it lies on; unnamed tiers weigh as the lowest named",
     )
-    hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys; above 2^53 quoted in the chart")
+    hash_seed: Integer = Field(
+        default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys; above 2^53 quoted in the chart"
+    )
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")

@@ -212,7 +212,10 @@ def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
     ("values", "expected"),
     [
         ({}, 2 << 30),
-        ({"resources": {"limits": {"memory": "512Mi"}}, "config": {"models": [{"name": "a"}, {"name": "b"}]}}, 128 << 20),
+        (
+            {"resources": {"limits": {"memory": "512Mi"}}, "config": {"models": [{"name": "a"}, {"name": "b"}]}},
+            128 << 20,
+        ),
         ({"resources": {"limits": {"memory": "3G"}}, "config": {"limits": {"max_streams": 9}}}, 1_500_000_000),
         ({"resources": {"limits": {"memory": 2_000_000_000}}}, 1_000_000_000),
         ({"resources": {"limits": {"memory": "1.5Gi"}}}, 0),

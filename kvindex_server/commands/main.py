@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         odd = next((each for each in given if not _is_text(each)), None)
         if odd is None:
             raise
-        sys.stderr.write(f"kvindex: {ascii(odd)} is not UTF-8\n")
+        sys.stderr.write(f"kvindex: {odd!a} is not UTF-8\n")
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
