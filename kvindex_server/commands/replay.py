@@ -139,8 +139,9 @@ class Player:
 
 def run(args: argparse.Namespace) -> int:
     """Play the recording once."""
-    if not args.speed >= 0:
-        raise CommandError("--speed: must be 0 or more", USAGE)
+    for option, given in (("--speed", args.speed), ("--wait", args.wait), ("--linger", args.linger)):
+        if not given >= 0:
+            raise CommandError(f"{option}: must be 0 or more", USAGE)
     if args.register and not args.model:
         raise CommandError("--register needs --model", USAGE)
     recordings = recording.read(args.directory)
