@@ -19,6 +19,9 @@ LATE_SECONDS = 1.0
 SKEW_SECONDS = 5.0
 DESCRIPTORS_OF_STREAM = 12
 DESCRIPTORS_WARN = 0.85
+NOT_REACHED = "event socket not reached"
+"""In the reason of a stream whose engine has answered a replay, but whose events cannot be heard."""
+DEAF = "The replay port answers and the events' port does not: correct the port, or the network policy."
 GONE = "Does the pod live? If it is gone for good, UnregisterPod, or see why discovery keeps it."
 
 
@@ -76,7 +79,7 @@ class Facts:
     tokenizer: tuple[str, str, bool] | None = None  # mode, reason, has a chat template
     candidates: Sequence[str] = ()
     pods_of_others: Mapping[str, str] = field(default_factory=dict)  # pod -> another model it is registered for
-    reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; silent and DOWN streams
+    reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; of streams not heard
     probe: Probe | None = None
     descriptors: tuple[int, int] = (0, 0)  # in use (-1: none is left), and how many there may be
 
@@ -605,8 +608,10 @@ def _trust(facts: Facts) -> Iterator[Finding]:
     for stream in facts.streams:
         evidence = f"{stream.trust.name} ({stream.trust_cause}): {stream.trust_reason}"
         if stream.trust is Trust.STALE:
-            lost = stream.trust_cause is Cause.CONNECTION_LOST
-            remedy = GONE if lost else "Claims may be wrong. If it stays so, call ClearPod."
+            remedy = "Claims may be wrong. If it stays so, call ClearPod."
+            if stream.trust_cause is Cause.CONNECTION_LOST:
+                evidence += _at_the_end(facts, stream)
+                remedy = DEAF if NOT_REACHED in stream.trust_reason else GONE
             yield _of(stream, Status.FAIL, evidence, remedy)
         elif stream.trust is Trust.PARTIAL:
             yield _of(stream, Status.WARN, evidence, "Hits may be missed. A replay buffer that reaches back cures it.")
@@ -636,7 +641,7 @@ def _at_the_end(facts: Facts, stream: StreamStatus) -> str:
         return ""
     if refused:
         return f": {stream.endpoint} does not accept a connection ({refused})"
-    return f", though {stream.endpoint} accepts connections again"
+    return f", though {stream.endpoint} accepts connections"
 
 
 def _coverage(facts: Facts) -> Iterator[Finding]:

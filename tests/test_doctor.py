@@ -14,7 +14,7 @@ import pytest
 from event_encoding import Removed, Stored, maps
 from publisher import Publisher, free_port
 
-from kvindex_server import doctor
+from kvindex_server import checkup, doctor
 from kvindex_server._core import Index
 from kvindex_server.config import ModelSettings, PodSettings, Settings
 from kvindex_server.doctor import Facts, Finding, Probe, Status, examine
@@ -254,7 +254,20 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         replace(with_stream(state=StreamState.DOWN), reached={"tcp://a:5557": ACCEPTED}),
         "stream_state",
         Status.FAIL,
-        "DOWN, though tcp://a:5557 accepts connections again, 0 holes",
+        "DOWN, though tcp://a:5557 accepts connections, 0 holes",
+    ),
+    "not reached": (
+        replace(
+            with_stream(
+                trust=Trust.STALE,
+                trust_cause=Cause.CONNECTION_LOST,
+                trust_reason="event socket not reached: what is known comes from a replay",
+            ),
+            reached={"tcp://a:5557": NO_ANSWER},
+        ),
+        "trust",
+        Status.FAIL,
+        "comes from a replay: tcp://a:5557 does not accept a connection (no answer)",
     ),
     "gap": (with_stream(state=StreamState.GAP, gaps=1), "stream_state", Status.FAIL, "GAP, 1 holes"),
     "adapter and salt": (
@@ -319,6 +332,21 @@ def test_a_lost_connection_has_the_runbooks_remedy() -> None:
     lost = with_stream(trust=Trust.STALE, trust_cause=Cause.CONNECTION_LOST)
     (found,) = of(examine(lost), "trust")
     assert found.remedy.lower() in OPERATIONS.read_text(encoding="utf-8").replace("`", "").lower()
+
+
+def test_a_connection_is_tried_to_whom_nothing_is_heard_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a word, lost, or only replayed; not to those that are well, nor to engines that dial in."""
+    tried: list[str] = []
+    monkeypatch.setattr(checkup, "reach", lambda endpoints, _seconds: tried.extend(endpoints) or {})
+    streams = [
+        stream(endpoint="tcp://well:1"),
+        stream(endpoint="tcp://silent:1", replay_endpoint="", messages=0),
+        stream(endpoint="tcp://down:1", replay_endpoint="", state=StreamState.DOWN),
+        stream(endpoint="tcp://deaf:1", trust_reason="event socket not reached: what is known comes from a replay"),
+        stream(pod="dials", endpoint="tcp://*:1", replay_endpoint="", messages=0),
+    ]
+    checkup._reached(streams, [PodSpec("dials", "m", "tcp://*:1", bind=True)])
+    assert tried == ["tcp://silent:1", "tcp://down:1", "tcp://deaf:1", "tcp://a:5558"]
 
 
 def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
