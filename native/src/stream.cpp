@@ -312,14 +312,6 @@ uint64_t Stream::find(uint64_t hash, std::vector<Holding>& out) const {
   return key;
 }
 
-uint64_t Stream::claim(uint64_t count, uint64_t taken) const {
-  if (const uint64_t most = index_->max_claims_per_stream(); most != 0) {
-    const uint64_t have = size() + taken;
-    count = std::min(count, have < most ? most - have : 0);
-  }
-  return index_->claim(count);
-}
-
 void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before,
                        Applied& applied) {
   Book& book = book_of(group, tier);
@@ -907,6 +899,14 @@ uint64_t Stream::size() const {
   uint64_t all = 0;
   for (const Book& book : books_) all += book.claims.size();
   return all;
+}
+
+uint64_t Stream::claim(uint64_t count, uint64_t taken) const {
+  if (const uint64_t most = index_->max_claims_per_stream(); most != 0) {
+    const uint64_t have = size() + taken;
+    count = std::min(count, have < most ? most - have : 0);
+  }
+  return index_->claim(count);
 }
 
 uint64_t Stream::claims() const {

@@ -151,6 +151,8 @@ class Stream {
   // All claims go; how they leave is remembered, unless it is of no use to anyone.
   uint64_t drop_all(std::optional<Left> left);
   uint64_t size() const;
+  // As Index::claim, within the stream's own limit; `taken` are claims granted already that no book has yet.
+  uint64_t claim(uint64_t count, uint64_t taken = 0) const;
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
   uint32_t tier_of(std::string_view medium);
 
@@ -168,8 +170,6 @@ class Stream {
   void grow_specials();
   bool key_of(uint64_t hash, uint64_t& key, Node& node) const;
   // One claim. `before` is the node of the block before, if known.
-  // As Index::claim, within the stream's own limit; `taken` are claims granted already that no book has yet.
-  uint64_t claim(uint64_t count, uint64_t taken = 0) const;
   void add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before, Applied& applied);
   // Claims of consecutive blocks with known keys, while the stream has neither parts nor spans nor anything unresolved.
   void add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier, Applied& applied);
