@@ -70,13 +70,16 @@ class StoreIndex:
         max_placements: int = 1 << 20,
         *,
         max_removals: int = 0,
+        max_claims_per_stream: int = 0,
         trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
         gained: Callable[[str, int], None] = lambda _pod, _rank: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._settings = settings
-        self._own = Index(block_size, seed, max_claims, max_removals=max_removals)
+        self._own = Index(
+            block_size, seed, max_claims, max_removals=max_removals, max_claims_per_stream=max_claims_per_stream
+        )
         # The format's version is in it: replicas that write another one never meet these keys.
         space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
