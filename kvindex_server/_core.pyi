@@ -198,6 +198,8 @@ class Drained:
     @property
     def lags(self) -> list[float]: ...  # age of the last message, seconds, each time the socket had no more
     @property
+    def withheld(self) -> tuple[int, int] | None: ...  # (sequence, digest) of a last message the order is not told of
+    @property
     def odd(self) -> list[bytes]: ...  # frames of a message that was received but not applied; [] when there is none
 
 class Stream:

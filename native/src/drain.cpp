@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <thread>
+#include <utility>
 
 #include "xxh3.hpp"
 
@@ -15,6 +17,11 @@ namespace {
 constexpr int kDontWait = 1;
 constexpr short kPollIn = 1;
 constexpr size_t kFrames = 3;
+
+// A message that came so soon after the wait for it began is one of many: the next ones are let gather. A pause that
+// gathers fewer than kFew was not worth its wake-up.
+constexpr std::chrono::milliseconds kSoon{1}, kPause{8};
+constexpr uint64_t kFew = 4;
 
 // The handle of the first loaded object that has zmq_msg_recv; a wheel's libzmq is local to its extension module.
 int find_library(dl_phdr_info* object, size_t /*size*/, void* found) {
@@ -126,13 +133,22 @@ Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Or
     if (at > 0) drained.lags.push_back(std::max(0.0, std::chrono::duration<double>(now).count() - at));
     told();
   };
+  bool busy = false, paused = false;
+  uint64_t before = 0;  // messages there were at the last pause
   // False when it is time to go.
   const auto wait = [&] {
-    const auto most = drained.messages == 0
-                          ? waiting.idle
-                          : std::chrono::duration_cast<std::chrono::milliseconds>(ends - Clock::now());
+    const Clock::time_point now = Clock::now();
+    const auto most = drained.messages == 0 ? waiting.idle : std::chrono::floor<std::chrono::milliseconds>(ends - now);
     if (most.count() <= 0 || !drained.applied.is_plain()) return false;
+    if (std::exchange(paused, false)) busy = drained.messages - before >= kFew;
+    if (busy && most > kPause) {
+      before = drained.messages;
+      paused = true;
+      std::this_thread::sleep_for(kPause);
+      return true;
+    }
     if (zmq.poll(items.data(), static_cast<int>(items.size()), static_cast<long>(most.count())) <= 0) return false;
+    busy = Clock::now() - now < kSoon;
     drained.others = std::any_of(items.begin() + 1, items.end(), [](const auto& each) { return each.revents != 0; });
     return !drained.others;
   };
@@ -150,7 +166,12 @@ Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Or
     const uint64_t sequence = frames.sequence();
     if (drained.messages++ == 0) drained.first = sequence;
     stream.apply(frames.payload(), frames.payload_size(), rank, drained.applied, sequence);
-    order.applied(sequence, xxh3_64(frames.payload(), frames.payload_size()));
+    const uint64_t digest = xxh3_64(frames.payload(), frames.payload_size());
+    if (!drained.applied.is_plain()) {
+      drained.withheld = {sequence, digest};
+      break;
+    }
+    order.applied(sequence, digest);
   }
   tell();
   return drained;

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "order.hpp"
@@ -42,6 +44,9 @@ struct Drained {
   uint64_t first = 0;   // sequence of the first message applied
   bool empty = false;   // the socket has no more for now
   bool others = false;  // another socket has a message
+  // (sequence, digest) of a last message that may change how far the stream can be trusted: applied, but it is for the
+  // caller to say so to the order, once that is settled. Nobody sees its number beside the trust of before.
+  std::optional<std::pair<uint64_t, uint64_t>> withheld;
   // How old the last message was when it had been applied, seconds, each time the socket had no more.
   std::vector<double> lags;
   // The frames of a message that was received but not applied: not next in order, or no event message.
@@ -56,8 +61,8 @@ struct Waiting {
 };
 
 // Applies messages [topic, sequence, payload] while each is the next one, at most `limit` of them. Calls `told`
-// whenever some were applied and the socket has no more. Ends early when something was dropped or all was cleared, as
-// that may change how far the stream can be trusted.
+// whenever some were applied and the socket has no more. Ends behind a message of which something was dropped or that
+// cleared all, as that may change how far the stream can be trusted.
 Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Order& order, uint64_t limit,
               uint64_t max_payload, const Waiting& waiting, const std::function<void()>& told);
 

@@ -1,6 +1,8 @@
 // The Python binding: convert, release the GIL, call. No logic here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -221,6 +223,7 @@ NB_MODULE(_core, m) {
       .def_ro("empty", &Drained::empty)
       .def_ro("others", &Drained::others)
       .def_ro("lags", &Drained::lags)
+      .def_ro("withheld", &Drained::withheld)
       .def_prop_ro("odd", [](const Drained& drained) {
         nb::list frames;
         for (const std::string& each : drained.odd) frames.append(nb::bytes(each.data(), each.size()));

@@ -29,9 +29,11 @@ struct Applied {
   std::array<uint64_t, kReasons> reasons{};
 
   void count(Reason reason, uint64_t times = 1) { reasons[static_cast<size_t>(reason)] += times; }
-  // Nothing was dropped or odd, and all was not cleared.
+  // Nothing happened that may change how far the stream can be trusted.
   bool is_plain() const {
-    return clears == 0 && std::all_of(reasons.begin(), reasons.end(), [](uint64_t times) { return times == 0; });
+    uint64_t dropped = 0;
+    for (const uint64_t times : reasons) dropped += times;
+    return clears == 0 && dropped == reasons[static_cast<size_t>(Reason::kUnknownRemoval)];
   }
 };
 
