@@ -137,6 +137,9 @@ class Fleet:
         try:
             return open_ears(spec)
         except wire.BindError as error:
+            for (_, pod), each in self._subscribers.items():
+                if bind_the_same(each.spec, spec):
+                    raise InvalidArgument("endpoint", f"is bound for pod {pod!r}; each pod needs its own") from error
             raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
 
     def _index(self, spec: PodSpec) -> Index:

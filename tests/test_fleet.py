@@ -312,6 +312,15 @@ def test_a_bound_pod_is_registered_anew_at_its_own_endpoint(fleet: Fleet) -> Non
         assert fleet.register(spec)
 
 
+def test_a_bound_endpoint_is_one_pods(fleet: Fleet) -> None:
+    """Engines that share an endpoint and differ by topic are not told apart: the second one is refused and told why."""
+    spec = PodSpec("first", "m", f"tcp://127.0.0.1:{free_ports(1)}", bind=True, topic="kv@first@m")
+    fleet.register(spec)
+    with pytest.raises(InvalidArgument, match=r"^endpoint: is bound for pod 'first'"):
+        fleet.register(replace(spec, pod="second", topic="kv@second@m"))
+    assert fleet.pods("m") == ["first"]
+
+
 def test_a_registration_that_fails_makes_no_model(fleet: Fleet) -> None:
     """A model that was mistyped with a port in use is not known, nor is its block size."""
     with taken_port() as taken, pytest.raises(InvalidArgument, match=r"^endpoint: "):
