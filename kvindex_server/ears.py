@@ -47,7 +47,7 @@ def open_ears(spec: PodSpec) -> list[Ears]:
     try:
         for rank in range(spec.ranks):
             opened.append(Ears(spec, rank))
-    except wire.BindError:
+    except Exception:
         close_ears(opened)
         raise
     return opened

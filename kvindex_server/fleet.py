@@ -122,16 +122,16 @@ class Fleet:
             ears = self._open(spec)
             try:
                 index = self._index(spec)
-            except InvalidArgument:
-                close_ears(ears)
+                if not in_the_way:
+                    self._take_away(standing)
+                return Subscriber(spec, ears, index, self._bounds, self._drain_messages, self._saved)
+            except Exception:
+                close_ears(ears)  # nobody else would, and they must not be left unread
                 raise
-        except InvalidArgument:
+        except Exception:
             if in_the_way and standing is not None:
                 self._bring_back(standing.spec, discovered=discovered)
             raise
-        if not in_the_way:
-            self._take_away(standing)
-        return Subscriber(spec, ears, index, self._bounds, self._drain_messages, self._saved)
 
     def _open(self, spec: PodSpec) -> list[Ears]:
         try:

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import itertools
 import logging
 import sys
 import time
@@ -202,7 +203,6 @@ def _attach(socket: "zmq.Socket[bytes]", endpoint: str, *, bind: bool) -> None:
         else:
             socket.connect(endpoint)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
         raise BindError(f"{endpoint}: {error.strerror}") from error
 
 
@@ -210,7 +210,11 @@ def _open(
     kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int] | None = None
 ) -> "zmq.Socket[bytes]":
     socket = _made(kind, endpoint, bind=bind, hwm=hwm, options=options or {})
-    _attach(socket, endpoint, bind=bind)
+    try:
+        _attach(socket, endpoint, bind=bind)
+    except BindError:
+        socket.close(linger=0)
+        raise
     return socket
 
 
@@ -233,11 +237,15 @@ def watched_subscriber(endpoint: str, topic: str, *, bind: bool, hwm: int = 100_
     """The same, and what tells of its connection, from the first moment on."""
     socket = _made(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing())
     socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
-    monitor = Monitor(socket, endpoint, bind=bind)
     try:
-        _attach(socket, endpoint, bind=bind)
+        monitor = Monitor(socket, endpoint, bind=bind)
+        try:
+            _attach(socket, endpoint, bind=bind)
+        except BindError:
+            monitor.end()
+            raise
     except BindError:
-        monitor.socket.close()
+        socket.close(linger=0)
         raise
     return Socket(socket), monitor
 
@@ -305,6 +313,7 @@ _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
 )
+_monitors = itertools.count()
 _ABANDONED_SECONDS = 1.0
 _CLOSING_MS = 1_000
 
@@ -323,7 +332,14 @@ class Monitor:
         self._bind = bind
         events = zmq.EVENT_CONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         events |= sum(_FAILED) | (zmq.EVENT_CLOSED if bind else zmq.EVENT_CONNECT_RETRIED)
-        self.socket = Socket(watched.get_monitor_socket(events))
+        address = f"inproc://monitor-{next(_monitors)}"
+        watched.monitor(address, events)
+        try:
+            # Without a bound: ZeroMQ's own thread, which serves every stream, waits where an event finds no room.
+            self.socket = Socket(_open(zmq.PAIR, address, bind=False, hwm=0))
+        except BindError:
+            watched.disable_monitor()
+            raise
         # By file descriptor, and whether it may be an engine's: the handshake's event does not say which one's it is.
         self._peers: dict[int, bool] = {}
         self._up = False
@@ -382,7 +398,12 @@ class Monitor:
         """Stop watching; before the watched socket is closed. An endpoint that was bound is free then."""
         if self._bind:
             self._release()
+        self.end()
+
+    def end(self) -> None:
+        """The same of a socket that was never bound or connected; never left to the collector."""
         self._watched.disable_monitor()
+        self.socket.close()
 
     def _release(self) -> None:
         # ZeroMQ closes what listens on a thread of its own, and the next registration may want the same endpoint.
