@@ -39,7 +39,8 @@ class Index:
         max_placements: int = 1048576,
         max_bytes: int = 0,
         max_removals: int = 8192,  # remembered of each stream, rounded up to a power of two; 0 = none
-    ) -> None: ...  # max_claims and max_bytes: 0 means no limit
+        max_claims_per_stream: int = 0,
+    ) -> None: ...  # max_claims, max_bytes and max_claims_per_stream: 0 means no limit
     @property
     def block_size(self) -> int: ...
     @property

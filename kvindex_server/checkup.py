@@ -132,7 +132,7 @@ def _reached(streams: list[StreamStatus], registrations: list[PodSpec]) -> dict[
     dial_in = {(spec.model, spec.pod) for spec in registrations if spec.bind}
     endpoints = []
     for stream in streams:
-        silent = not stream.messages or stream.state is StreamState.DOWN
+        silent = not stream.messages or stream.state is StreamState.DOWN or doctor.NOT_REACHED in stream.trust_reason
         if silent and (stream.model, stream.pod) not in dial_in:
             endpoints.append(stream.endpoint)
         if stream.replay_endpoint and (silent or "not answered" in stream.trust_reason):

@@ -275,6 +275,7 @@ class LimitSettings(_Section):
     )
     max_metadata_bytes: Integer = Field(default=16_384, ge=1024, le=MIB, description="Bytes of one call's metadata")
     max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
+    max_claims_per_stream: Integer = Field(default=0, ge=0, description="Claims kept per stream; 0 = unlimited")
     max_index_bytes: Integer = Field(
         default=0, ge=0, description="Bytes of a model's index above which new claims are refused; 0 = unlimited"
     )
@@ -385,7 +386,9 @@ class ServerSettings(_Section):
     )
     workers: Integer = Field(default=4, ge=1, le=1024, description="Calls of one RPC worked on at once")
     message_seconds: Seconds = Field(
-        default=10.0, gt=0, description="Time for a call's message to come; then the call is ended"
+        default=10.0,
+        gt=0,
+        description="Time for a call's message to come; then the call is ended. ScoreStreams may wait as they like",
     )
     keepalive_seconds: Seconds = Field(
         default=60.0,
@@ -591,7 +594,9 @@ class Settings(_Section):
         default_factory=lambda: {"gpu": 1.0, "cpu": 0.8, "disk": 0.5},
         description="Score of one block by the best tier it lies on; unnamed tiers weigh as the lowest named",
     )
-    hash_seed: Integer = Field(default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys")
+    hash_seed: Integer = Field(
+        default=1337, ge=0, le=2**64 - 1, description="Seed of the block keys; above 2^53 quoted in the chart"
+    )
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds on requests and memory")
     stream: StreamSettings = Field(default=StreamSettings(), description="How event streams are followed")
     placement: PlacementSettings = Field(default=PlacementSettings(), description="Placements that routers record")

@@ -10,13 +10,19 @@ from kvindex_server.stream import LAG_BOUNDS, Cause, Dialect, StreamState, Strea
 
 NO_SALT = "no salt"
 """Among `Probe.other_contexts`: the same prompt without its salt."""
+NOR_SALT = " and no salt"
+"""At the end of one of them: another adapter, and without the salt."""
 MAX_FINDINGS = 64
-"""Of one check, beside PASS; a last finding counts the rest."""
+"""Of one check, the worst ones, beside PASS; a last finding counts the rest."""
 CONVENTIONAL_SEED = 1337
 LATE_SECONDS = 1.0
 SKEW_SECONDS = 5.0
 DESCRIPTORS_OF_STREAM = 12
 DESCRIPTORS_WARN = 0.85
+NOT_REACHED = "event socket not reached"
+"""In the reason of a stream whose engine has answered a replay, but whose events cannot be heard."""
+DEAF = "The replay port answers and the events' port does not: correct the port, or the network policy."
+GONE = "Does the pod live? If it is gone for good, UnregisterPod, or see why discovery keeps it."
 
 
 class Status(enum.IntEnum):
@@ -54,7 +60,7 @@ class Probe:
     lora_name: str = ""
     salted: bool = False
     other_contexts: Mapping[str, int] = field(default_factory=dict)
-    """Best match of any pod for the same tokens under another adapter, or without the salt."""
+    """Best match of any pod for the same tokens under another adapter, without the salt, or both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Facts:
     tokenizer: tuple[str, str, bool] | None = None  # mode, reason, has a chat template
     candidates: Sequence[str] = ()
     pods_of_others: Mapping[str, str] = field(default_factory=dict)  # pod -> another model it is registered for
-    reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; silent streams only
+    reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; of streams not heard
     probe: Probe | None = None
     descriptors: tuple[int, int] = (0, 0)  # in use (-1: none is left), and how many there may be
 
@@ -83,11 +89,10 @@ def examine(facts: Facts) -> list[Finding]:
     found: list[Finding] = []
     for name, check in CHECKS.items():
         judged = list(check(facts))
-        problems = [each for each in judged if each.status is not Status.PASS]
+        problems = sorted((each for each in judged if each.status is not Status.PASS), key=_gravity, reverse=True)
         more = len(problems) - MAX_FINDINGS
         if more > 0:
-            worst = max((each.status for each in problems if each.status is not Status.SKIP), default=Status.SKIP)
-            problems = [*problems[:MAX_FINDINGS], Finding(worst, f"{more} more")]
+            problems[MAX_FINDINGS:] = [Finding(problems[MAX_FINDINGS].status, f"{more} more")]
         for each in problems or judged[:1]:
             found.append(_named(each, name, facts.model))
     return found
@@ -112,6 +117,10 @@ def unknown_model(name: str, known: Sequence[str]) -> Finding:
 def worst(findings: Iterable[Finding]) -> Status:
     """The worst status, SKIP aside; PASS when there is none."""
     return max((each.status for each in findings if each.status is not Status.SKIP), default=Status.PASS)
+
+
+def _gravity(finding: Finding) -> int:
+    return 0 if finding.status is Status.SKIP else finding.status
 
 
 def _named(finding: Finding, name: str, model: str) -> Finding:
@@ -474,13 +483,18 @@ def _lora(facts: Facts) -> Iterator[Finding]:
         )
         return
     best = max(probe.blocks.values(), default=0)
-    longer = {name: blocks for name, blocks in probe.other_contexts.items() if name != NO_SALT and blocks > best}
-    for name, blocks in longer.items():
-        yield Finding(
-            Status.FAIL,
-            f"{blocks} blocks of the probe are held with {name}, {best} as it was asked",
-            "Ask with the adapter that serves the request: its own name in lora_name, or as the model.",
-        )
+    others = probe.other_contexts
+    for name, blocks in others.items():
+        least, adapter = best, name.removesuffix(NOR_SALT)
+        if adapter != name:  # told only where it holds more than either difference by itself
+            least = max(best, others.get(adapter, 0), others.get(NO_SALT, 0))
+        if name != NO_SALT and blocks > least:
+            yield Finding(
+                Status.FAIL,
+                f"{blocks} blocks of the probe are held with {name}, {best} as it was asked",
+                "Ask with the adapter that serves the request, its own name in lora_name or as the model"
+                + (", and with the engine's cache_salt." if adapter != name else "."),
+            )
     yield _pass(f"no adapter known by name holds more of the probe than the {best} blocks found")
 
 
@@ -496,7 +510,8 @@ def _salt(facts: Facts) -> Iterator[Finding]:
             f"{bare} blocks of the probe are held without the salt, {best} with it",
             "Send the same cache_salt to the index as to the engine.",
         )
-        return
+    elif not best:
+        yield Finding(Status.SKIP, "no block of the probe is held, with the salt or without it: it cannot be told")
     yield _pass(f"the salt is not in the way: {best} blocks with it, {bare} without")
 
 
@@ -593,7 +608,11 @@ def _trust(facts: Facts) -> Iterator[Finding]:
     for stream in facts.streams:
         evidence = f"{stream.trust.name} ({stream.trust_cause}): {stream.trust_reason}"
         if stream.trust is Trust.STALE:
-            yield _of(stream, Status.FAIL, evidence, "Claims may be wrong. If it stays so, call ClearPod.")
+            remedy = "Claims may be wrong. If it stays so, call ClearPod."
+            if stream.trust_cause is Cause.CONNECTION_LOST:
+                evidence += _at_the_end(facts, stream)
+                remedy = DEAF if NOT_REACHED in stream.trust_reason else GONE
+            yield _of(stream, Status.FAIL, evidence, remedy)
         elif stream.trust is Trust.PARTIAL:
             yield _of(stream, Status.WARN, evidence, "Hits may be missed. A replay buffer that reaches back cures it.")
         elif stream.trust is Trust.COLD:
@@ -604,16 +623,25 @@ def _trust(facts: Facts) -> Iterator[Finding]:
 
 def _state(facts: Facts) -> Iterator[Finding]:
     for stream in facts.streams:
-        if stream.state in (StreamState.GAP, StreamState.DOWN):
-            yield _of(
-                stream,
-                Status.FAIL,
-                f"{stream.state.name}, {stream.gaps} holes, {stream.restarts} restarts so far",
-                "DOWN: is the pod gone? Then take it away. GAP: messages were lost and could not be replayed.",
-            )
+        so_far = f"{stream.gaps} holes, {stream.restarts} restarts so far"
+        if stream.state is StreamState.DOWN:
+            yield _of(stream, Status.FAIL, f"DOWN{_at_the_end(facts, stream)}, {so_far}", GONE)
+        elif stream.state is StreamState.GAP:
+            remedy = "Messages were lost and could not be replayed. The server asks again by itself; see replay."
+            yield _of(stream, Status.FAIL, f"GAP, {so_far}", remedy)
         elif stream.state is StreamState.SYNCING:
             yield _of(stream, Status.WARN, "a replay is under way", "Wait for its end.")
     yield _pass("no stream has an open hole or a lost connection")
+
+
+def _at_the_end(facts: Facts, stream: StreamStatus) -> str:
+    """Whether somebody is at the stream's endpoint now."""
+    refused = facts.reached.get(stream.endpoint)
+    if refused is None:
+        return ""
+    if refused:
+        return f": {stream.endpoint} does not accept a connection ({refused})"
+    return f", though {stream.endpoint} accepts connections"
 
 
 def _coverage(facts: Facts) -> Iterator[Finding]:

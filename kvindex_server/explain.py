@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvindex_server import _core
 from kvindex_server._core import Left
-from kvindex_server.doctor import NO_SALT
+from kvindex_server.doctor import NO_SALT, NOR_SALT
 from kvindex_server.lookup import Check, Located, Lookup, Prompt, Query
 from kvindex_server.removals import Departure, Memory, remembered, shown
 from kvindex_server.score import PodScore
@@ -98,7 +98,7 @@ class Explainer:
         return Explanation(prompt, pods, max(0, len(scores) - MAX_PODS))
 
     def other_contexts(self, prompt: Prompt, query: Query, check: Check) -> Mapping[str, Mapping[str, int]]:
-        """Blocks per pod of the same tokens with other adapters or without the salt, as far as it can be tried."""
+        """Blocks per pod of the same tokens with other adapters, without the salt, and both, as far as can be tried."""
         if not prompt.tokens or not prompt.block_size:
             return {}
         adapters = {f"adapter {name!r}": name for name in prompt.model.loras[:MAX_ADAPTERS] if name != prompt.lora_name}
@@ -107,6 +107,7 @@ class Explainer:
         tries = {label: (name, query.cache_salt) for label, name in adapters.items()}
         if query.cache_salt:
             tries[NO_SALT] = (prompt.lora_name, "")
+            tries |= {f"{label}{NOR_SALT}": (name, "") for label, name in adapters.items()}
         found: dict[str, Mapping[str, int]] = {}
         for label, (lora_name, salt) in tries.items():
             keys = _core.block_keys(

@@ -1,5 +1,6 @@
 """grpc.health.v1: per service, SERVING only while the server is ready."""
 
+import threading
 from collections.abc import Callable, Iterable
 
 import grpc
@@ -10,6 +11,8 @@ from kvindex_server.errors import InvalidArgument
 from kvindex_server.interceptors import Guard, service
 
 SERVICE = str(health.SERVICE_NAME)
+MAX_WATCHES = 16_384
+"""Open at once: a watch needs no thread and no credential, and some 17 KiB."""
 
 
 class Health:
@@ -18,6 +21,8 @@ class Health:
     def __init__(self, read: Iterable[str], always: Iterable[str] = ()) -> None:
         """`read` services follow set_serving; those of `always` are answered from the start."""
         self._servicer = health.HealthServicer()
+        self._counted = threading.Lock()
+        self._watches = 0
         self._read = ("", *read)
         self._known = frozenset((*self._read, *always))
         self.set_serving(False)
@@ -49,6 +54,8 @@ class Health:
             request = _request(data, context)
             if request.service not in self._known:
                 request.service = "?"  # the servicer keeps every name it was ever asked for
+            if not self._take_watch(context):
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watches are open")
             guard.keep_idle(context)
             servicer.Watch(request, context, send)
 
@@ -59,8 +66,22 @@ class Health:
                 watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
             ),
         }
-        arrivals = {name: guard.open(f"/{SERVICE}/{name}", each, None) for name, each in handlers.items()}
+        arrivals = {name: guard.open(f"/{SERVICE}/{name}", each) for name, each in handlers.items()}
         server.add_generic_rpc_handlers(service(SERVICE, arrivals))
+
+    def _take_watch(self, context: grpc.ServicerContext) -> bool:
+        """Count one more until its call ends; False when there are too many."""
+        with self._counted:
+            if self._watches >= MAX_WATCHES:
+                return False
+            self._watches += 1
+        if not context.add_callback(self._give_watch):  # it has ended already
+            self._give_watch()
+        return True
+
+    def _give_watch(self) -> None:
+        with self._counted:
+            self._watches -= 1
 
 
 def _request(data: bytes, context: grpc.ServicerContext) -> health_pb2.HealthCheckRequest:

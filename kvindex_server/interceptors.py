@@ -34,6 +34,8 @@ Unary = Callable[[bytes, Check], bytes]
 """A handler: the request's bytes and the deadline check in, the answer's bytes out."""
 Download = Callable[[bytes, Check], Iterator[bytes]]
 """The same with an answer in parts."""
+Description = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
+"""Requests of one stream in, its answers out."""
 Refusal = Callable[[int, str], bytes]
 """Makes the answer to one bad request of a stream, from status code and message."""
 Arrival = Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler]
@@ -50,6 +52,10 @@ MAX_PING_MS = 20_000
 """A connection whose client answers no ping for so long, or for as long as it was silent before, is closed."""
 DOWNLOADS = 4
 """Long answers sent at once."""
+IDENTIFY_SECONDS = 1.0
+"""Who calls is asked again so often while a stream is used: its token or certificate may be withdrawn meanwhile."""
+DESCRIPTIONS = 16
+"""Streams at once that describe the services, per RPC."""
 SPARE_THREADS = 28
 """Per RPC, for calls whose message is still on the way: they work at nothing yet."""
 
@@ -106,7 +112,7 @@ class Guard:
         self._bounds = bounds or Bounds()
         self._gate = gate or Gate()
         self._lanes: list[Lane] = []
-        # Health and reflection: never shed for load, and never in the way of anything else.
+        # Health: never shed for load, and never in the way of anything else.
         self._aside = self._lane("aside", 64, _UNBOUNDED)
         self._refusers = self._lane("refuse", 2, _UNBOUNDED)
         self._unread = Unread(self._bounds.max_unread_bytes, lambda method: metrics.shed(method, "unread"))
@@ -140,13 +146,17 @@ class Guard:
             started = time.perf_counter()
             error: KvindexError | None = None
             one = self._one_of_stream if self.spans is None else self._traced_one(self.spans, context)
-            lane.heard()
+            lane.heard()  # clients open it long before they ask: `max_streams` alone bounds those that never do
             try:
                 check = self._checker(method, context)
                 self.identify(method, Role.READ, context)
+                asked = time.monotonic()
                 self._check_ready(method)
                 for data in self.watched(requests, context):
                     check()
+                    if time.monotonic() - asked >= IDENTIFY_SECONDS:  # a stream may outlive its token or certificate
+                        self._identify_again(method, Role.READ, context)
+                        asked = time.monotonic()
                     with lane.turn():
                         answer = one(method, handler, refusal, data, check)
                     yield answer
@@ -200,12 +210,32 @@ class Guard:
         called.experimental_thread_pool = lane  # type: ignore[attr-defined]
         return self._arrival(method, Role.ADMIN, lane, grpc.unary_stream_rpc_method_handler(called))
 
-    def open(self, method: str, handler: grpc.RpcMethodHandler, role: Role | None) -> Arrival:
-        """A handler of another library (health, reflection), beside the others; `role` None lets everybody in."""
+    def describe(self, method: str, handler: Description) -> Arrival:
+        """A stream of another library that answers from memory: few at once, and one that asks nothing is ended."""
+        lane = self._lane(_short(method), DESCRIPTIONS, DESCRIPTIONS, method)
+
+        def asked(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            for data in self.watched(requests, context):
+                lane.heard()
+                yield data
+                lane.waits()
+
+        def behaviour(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            try:
+                self.identify(method, Role.READ, context)
+            except KvindexError as error:
+                _abort(context, error)
+            yield from handler(asked(requests, context), context)
+
+        behaviour.experimental_thread_pool = lane  # type: ignore[attr-defined]
+        return self._arrival(method, Role.READ, lane, grpc.stream_stream_rpc_method_handler(behaviour))
+
+    def open(self, method: str, handler: grpc.RpcMethodHandler) -> Arrival:
+        """A handler of another library (health), beside the others, that everybody may call."""
         for behaviour in (handler.unary_unary, handler.unary_stream, handler.stream_stream):
             if behaviour is not None:
                 behaviour.experimental_thread_pool = self._aside
-        return self._arrival(method, role, self._aside, handler)
+        return self._arrival(method, None, self._aside, handler)
 
     def heard(self) -> None:
         """To be called first by the behaviours given to `open`: the call's message is there."""
@@ -228,7 +258,8 @@ class Guard:
     def keep_idle(self, context: grpc.ServicerContext) -> None:
         """A call that only ever sends: `drain` ends it."""
         self._idle[context] = time.monotonic()
-        context.add_callback(lambda: self._idle.pop(context, None))
+        if not context.add_callback(lambda: self._idle.pop(context, None)):
+            self._idle.pop(context, None)  # it has ended already
 
     def drain(self, seconds: float, stopped: threading.Event) -> None:
         """End streams that stay silent, until the server has stopped or the time is over."""
@@ -328,6 +359,12 @@ class Guard:
         if error is not None:
             self._count_refusal(method, error)
             raise error
+
+    def _identify_again(self, method: str, role: Role, context: grpc.ServicerContext) -> None:
+        error = self.at_arrival(method, role, context.invocation_metadata())
+        if error is not None:
+            raise error
+        self.identify(method, role, context)
 
     # --- work ---
 

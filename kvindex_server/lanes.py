@@ -57,7 +57,7 @@ class Lane(ThreadPoolExecutor):
         if call is not None:
             self._silent[ticket] = (time.monotonic() + self._message_seconds, call)
         try:
-            future = super().submit(self._run, ticket, fn, *args, **kwargs)
+            future = super().submit(self._run, call, fn, *args, **kwargs)
         except RuntimeError:  # shut down
             self._done(ticket)
             raise
@@ -66,7 +66,13 @@ class Lane(ThreadPoolExecutor):
 
     def heard(self) -> None:
         """The message of the call that runs on this thread is there."""
-        self._silent.pop(getattr(self._here, "ticket", 0), None)
+        self._silent.pop(id(getattr(self._here, "call", None)), None)
+
+    def waits(self) -> None:
+        """The call that runs on this thread waits for its next message, for which it has as long again."""
+        call = getattr(self._here, "call", None)
+        if call is not None:
+            self._silent[id(call)] = (time.monotonic() + self._message_seconds, call)
 
     def turn(self) -> contextlib.AbstractContextManager[object]:
         """Hold it while working; waits while `workers` others do."""
@@ -77,9 +83,12 @@ class Lane(ThreadPoolExecutor):
         self._closed.set()
         self.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, ticket: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._here.ticket = ticket
-        return fn(*args, **kwargs)
+    def _run(self, call: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._here.call = call
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self._here.call = None
 
     def _done(self, ticket: int) -> None:
         self._silent.pop(ticket, None)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from kvindex_server.auth import Role
 from kvindex_server.codec import decode
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.interceptors import Guard, service
@@ -19,11 +18,8 @@ def register(server: grpc.Server, services: Iterable[str], guard: Guard) -> None
     servicer = reflection.ReflectionServicer((*services, *SERVICES))
 
     def info(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        guard.heard()
         try:
-            messages = (
-                decode(reflection_pb2.ServerReflectionRequest, each) for each in guard.watched(requests, context)
-            )
+            messages = (decode(reflection_pb2.ServerReflectionRequest, each) for each in requests)
             for answer in servicer.ServerReflectionInfo(messages, context):
                 yield answer.SerializeToString()
         except InvalidArgument as error:
@@ -31,5 +27,5 @@ def register(server: grpc.Server, services: Iterable[str], guard: Guard) -> None
 
     for name in SERVICES:
         method = f"/{name}/ServerReflectionInfo"
-        arrival = guard.open(method, grpc.stream_stream_rpc_method_handler(info), Role.READ)
+        arrival = guard.describe(method, info)
         server.add_generic_rpc_handlers(service(name, {"ServerReflectionInfo": arrival}))

@@ -111,6 +111,10 @@ class Fields:
             raise InvalidArgument(name, "must be a string")
         if len(value) > limit:
             raise InvalidArgument(name, f"is longer than {limit} characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument(name, "has half of a surrogate pair") from None
         return value
 
     def number(self, name: str) -> int | None:

@@ -448,6 +448,7 @@ def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Mode
             placement.max_blocks,
             limits.max_index_bytes,
             limits.remembered_removals,
+            limits.max_claims_per_stream,
         )
 
     make_index = in_process if stores is None else stores.make

@@ -40,6 +40,7 @@ class Stores:
             self._settings.limits.max_claims_per_model,
             self._settings.placement.max_blocks,
             max_removals=self._settings.limits.remembered_removals,
+            max_claims_per_stream=self._settings.limits.max_claims_per_stream,
             trust_of=lambda pod, rank: self._trust(model, pod, rank),
             gained=lambda pod, rank: self._gained(model, pod, rank),
         )

@@ -10,6 +10,8 @@ from kvindex_server.config import Settings
 SCHEMA = Path(__file__).resolve().parent.parent / "deploy" / "helm" / "kvindex-server" / "values.schema.json"
 FROM_PORTS = ("listen", "metrics_listen", "admin_listen")
 _BOUNDS = {"ge": "minimum", "le": "maximum"}
+_EXACT = 2**53 - 1
+"""Helm reads numbers as floating-point ones and would hand larger ones on rounded."""
 
 
 def config_schema() -> dict[str, Any]:
@@ -18,6 +20,9 @@ def config_schema() -> dict[str, Any]:
     schema = _plain(whole, whole["$defs"])
     schema["description"] = "The server's settings; listen addresses follow from ports."
     schema["properties"].update(dict.fromkeys(FROM_PORTS, False))
+    seed = schema["properties"]["hash_seed"]
+    number = {"type": seed.pop("type"), "minimum": seed.pop("minimum"), "maximum": min(seed.pop("maximum"), _EXACT)}
+    seed["anyOf"] = [number, {"type": "string", "pattern": "^[0-9]{1,20}$"}]
     return schema
 
 

@@ -96,6 +96,13 @@ def test_config_values_arrive_unchanged(helm: str, tmp_path: Path) -> None:
     assert (first.ranks, first.replay_endpoint, second.bind) == (2, "tcp://10.0.0.7:5567", True)
 
 
+@pytest.mark.parametrize("seed", [2**53 - 1, str(2**64 - 1)])
+def test_a_large_seed_arrives_unchanged(any_helm: str, tmp_path: Path, seed: int | str) -> None:
+    """Helm rounds numbers above 2^53 without a word, so such a seed must be quoted."""
+    settings = rendered_settings(render(any_helm, tmp_path, {"config": {"hash_seed": seed}}), tmp_path)
+    assert settings.hash_seed == int(seed)
+
+
 def test_pod_is_restricted(helm: str, tmp_path: Path) -> None:
     """The pod meets the `restricted` Pod Security Standard, and has no service links; without discovery, no token."""
     manifests = render(helm, tmp_path, {"config": {"discovery": {"kubernetes": {"enabled": False}}}})
@@ -136,7 +143,9 @@ def test_optional_manifests(helm: str, tmp_path: Path) -> None:
     [
         ([], {"Role", "RoleBinding"}),
         (["llm", "red"], {"Role", "RoleBinding", "Role@red", "RoleBinding@red"}),
+        (["red", "llm", "red"], {"Role", "RoleBinding", "Role@red", "RoleBinding@red"}),
         (["*"], {"ClusterRole", "ClusterRoleBinding"}),
+        (["*", "llm"], {"ClusterRole", "ClusterRoleBinding"}),
     ],
 )
 def test_rights_are_the_least(helm: str, tmp_path: Path, namespaces: list[str], expected: set[str]) -> None:
@@ -311,6 +320,8 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
         ({"config": {"discovery": {"kubernetes": {"selektor": "a=b"}}}}, "selektor"),
         ({"config": {"stream": {"buffer_seconds": 0}}}, "buffer_seconds"),
         ({"config": {"pods": [{"pod": "a", "model": "m"}]}}, "endpoint"),
+        ({"config": {"hash_seed": 2**53}}, "hash_seed"),
+        ({"config": {"hash_seed": "0x10"}}, "hash_seed"),
         ({"ports": {"grpc": 70000}}, "grpc"),
         ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "minReplicas"),
         ({"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}, "podMonitor"),

@@ -208,6 +208,30 @@ def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
     assert not spec.get("publishNotReadyAddresses")
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 2 << 30),
+        (
+            {"resources": {"limits": {"memory": "512Mi"}}, "config": {"models": [{"name": "a"}, {"name": "b"}]}},
+            128 << 20,
+        ),
+        ({"resources": {"limits": {"memory": "3G"}}, "config": {"limits": {"max_streams": 9}}}, 1_500_000_000),
+        ({"resources": {"limits": {"memory": 2_000_000_000}}}, 1_000_000_000),
+        ({"resources": {"limits": {"memory": "1.5Gi"}}}, 0),
+        ({"resources": {"limits": {"memory": None}}}, 0),
+        ({"config": {"limits": {"max_index_bytes": 7}}}, 7),
+        ({"config": {"limits": {"max_index_bytes": 0}}}, 0),
+        ({"store": {"url": "valkey://h:1"}}, 0),
+    ],
+)
+def test_the_index_stays_within_the_memory_limit(
+    helm: str, tmp_path: Path, values: dict[str, Any], expected: int
+) -> None:
+    """New claims are refused and told of before the kernel ends the process; what the user says comes first."""
+    assert rendered_settings(render(helm, tmp_path, values), tmp_path).limits.max_index_bytes == expected
+
+
 def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
     """The PrometheusRule: lag, gap, stale, blind, saturation, a dropped hit ratio; the dashboard is valid JSON."""
     manifests = render(helm, tmp_path, {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}})
@@ -215,7 +239,7 @@ def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
     names = {rule["alert"] for rule in group["rules"]}
     assert {
         *("KVIndexIngestBehind", "KVIndexStreamBroken", "KVIndexStreamStale", "KVIndexStreamBlind"),
-        *("KVIndexSaturated", "KVIndexHitRatioDropped"),
+        *("KVIndexSaturated", "KVIndexHitRatioDropped", "KVIndexLimitReached"),
     } <= names
     dashboard = manifests["ConfigMap-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"

@@ -14,7 +14,7 @@ import pytest
 from event_encoding import Removed, Stored, maps
 from publisher import Publisher, free_port
 
-from kvindex_server import doctor
+from kvindex_server import checkup, doctor
 from kvindex_server._core import Index
 from kvindex_server.config import ModelSettings, PodSettings, Settings
 from kvindex_server.doctor import Facts, Finding, Probe, Status, examine
@@ -243,7 +243,39 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         "PARTIAL (joined_late)",
     ),
     "cold": (with_stream(**SILENT), "trust", Status.WARN, "COLD"),
-    "down": (with_stream(state=StreamState.DOWN), "stream_state", Status.FAIL, "DOWN"),
+    "down": (with_stream(state=StreamState.DOWN, gaps=2), "stream_state", Status.FAIL, "DOWN, 2 holes"),
+    "down and gone": (
+        replace(with_stream(state=StreamState.DOWN), reached={"tcp://a:5557": NO_ANSWER}),
+        "stream_state",
+        Status.FAIL,
+        "DOWN: tcp://a:5557 does not accept a connection (no answer), 0 holes",
+    ),
+    "down and back": (
+        replace(with_stream(state=StreamState.DOWN), reached={"tcp://a:5557": ACCEPTED}),
+        "stream_state",
+        Status.FAIL,
+        "DOWN, though tcp://a:5557 accepts connections, 0 holes",
+    ),
+    "not reached": (
+        replace(
+            with_stream(
+                trust=Trust.STALE,
+                trust_cause=Cause.CONNECTION_LOST,
+                trust_reason="event socket not reached: what is known comes from a replay",
+            ),
+            reached={"tcp://a:5557": NO_ANSWER},
+        ),
+        "trust",
+        Status.FAIL,
+        "comes from a replay: tcp://a:5557 does not accept a connection (no answer)",
+    ),
+    "gap": (with_stream(state=StreamState.GAP, gaps=1), "stream_state", Status.FAIL, "GAP, 1 holes"),
+    "adapter and salt": (
+        with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0, "no adapter and no salt": 4}),
+        "lora",
+        Status.FAIL,
+        "4 blocks of the probe are held with no adapter and no salt, 0 as it was asked",
+    ),
     "syncing": (with_stream(state=StreamState.SYNCING), "stream_state", Status.WARN, "under way"),
     "few descriptors left": (replace(WELL, descriptors=(900, 1024)), "descriptors", Status.WARN, "900 of 1024"),
     "too few for a stream": (replace(WELL, descriptors=(1020, 1024)), "descriptors", Status.FAIL, "1020 of 1024"),
@@ -285,6 +317,50 @@ def test_findings_of_one_check_are_bounded() -> None:
     found = of(examine(replace(WELL, streams=streams)), "decode_errors")
     assert len(found) == doctor.MAX_FINDINGS + 1
     assert (found[-1].status, found[-1].evidence) == (Status.FAIL, "136 more")
+
+
+def test_the_worst_findings_come_first() -> None:
+    """However many streams have a lesser trouble before it, the one that fails is told."""
+    streams = [stream(rank=rank, trust=Trust.PARTIAL) for rank in range(100)]
+    streams.append(stream(rank=100, trust=Trust.STALE))
+    found = of(examine(replace(WELL, streams=streams)), "trust")
+    assert [each.rank for each in found[:3]] == [100, 0, 1]
+    assert (found[-1].status, found[-1].evidence) == (Status.WARN, "37 more")
+
+
+def test_a_lost_connection_has_the_runbooks_remedy() -> None:
+    lost = with_stream(trust=Trust.STALE, trust_cause=Cause.CONNECTION_LOST)
+    (found,) = of(examine(lost), "trust")
+    assert found.remedy.lower() in OPERATIONS.read_text(encoding="utf-8").replace("`", "").lower()
+
+
+def test_a_connection_is_tried_to_whom_nothing_is_heard_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a word, lost, or only replayed; not to those that are well, nor to engines that dial in."""
+    tried: list[str] = []
+    monkeypatch.setattr(checkup, "reach", lambda endpoints, _seconds: tried.extend(endpoints) or {})
+    streams = [
+        stream(endpoint="tcp://well:1"),
+        stream(endpoint="tcp://silent:1", replay_endpoint="", messages=0),
+        stream(endpoint="tcp://down:1", replay_endpoint="", state=StreamState.DOWN),
+        stream(endpoint="tcp://deaf:1", trust_reason="event socket not reached: what is known comes from a replay"),
+        stream(pod="dials", endpoint="tcp://*:1", replay_endpoint="", messages=0),
+    ]
+    checkup._reached(streams, [PodSpec("dials", "m", "tcp://*:1", bind=True)])
+    assert tried == ["tcp://silent:1", "tcp://down:1", "tcp://deaf:1", "tcp://a:5558"]
+
+
+def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
+    """Without the salt as much is held as without salt and adapter: the adapter is not to blame, nor the other way."""
+    for alone in ("no adapter", doctor.NO_SALT):
+        others = {"no adapter": 0, doctor.NO_SALT: 0, "no adapter and no salt": 4, alone: 4}
+        found = examine(with_probe(blocks={}, other_contexts=others))
+        told = [each.evidence for name in ("lora", "salt") for each in of(found, name) if each.status is Status.FAIL]
+        assert len(told) == 1 and "and no salt" not in told[0]
+
+
+def test_a_salt_is_not_cleared_by_a_prompt_that_nobody_holds() -> None:
+    nothing = examine(with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0}))
+    assert [each.status for each in of(nothing, "salt")] == [Status.SKIP]
 
 
 def test_what_cannot_be_judged_is_skipped() -> None:
@@ -500,6 +576,11 @@ def test_check_looks_the_probe_up(running: Running) -> None:
     assert [each.status for each in right["lora"]] == [pb.CHECK_STATUS_PASS]
     salted = running.check(**asked, lora_name="adapter", cache_salt="s")
     assert [each.evidence for each in salted["salt"]] == ["4 blocks of the probe are held without the salt, 0 with it"]
+    both = running.check(**asked, cache_salt="s")
+    assert [each.evidence for each in both["lora"]] == [
+        "4 blocks of the probe are held with adapter 'adapter' and no salt, 0 as it was asked"
+    ]
+    assert [each.status for each in both["salt"]] == [pb.CHECK_STATUS_SKIP]
 
 
 def test_check_of_all_models_and_of_an_unknown_one(running: Running) -> None:
@@ -558,6 +639,8 @@ def test_explain_knows_other_adapters_and_salts(running: Running) -> None:
     assert found["b"].end == pb.MATCH_END_NOTHING_HEARD
     salted = running.explain(pods=["a"], lora_name="adapter", cache_salt="s")
     assert salted["a"].why == "with no salt the pod holds 4 blocks of the same tokens"
+    both = running.explain(pods=["a"], cache_salt="s")
+    assert both["a"].why == "with adapter 'adapter' and no salt the pod holds 4 blocks of the same tokens"
 
 
 def test_explain_shows_tokens_and_keys_and_the_other_rank(running: Running) -> None:

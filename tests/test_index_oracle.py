@@ -443,6 +443,23 @@ def test_a_claim_limit_is_counted() -> None:
     assert (stream.claims, index.score_tokens(token_bytes(tokens), [], [1.0])[0][2]) == (3, 3)
 
 
+def test_a_claim_limit_of_a_stream_is_its_own() -> None:
+    """One stream that is full refuses and says so, while another takes its blocks; room is used again."""
+    index = Index(BLOCK, max_claims=5, max_claims_per_stream=3)
+    full, other = index.add_stream("p", 0), index.add_stream("q", 0)
+    tokens = list(range(BLOCK * 5))
+    stored = batch([as_map(Stored([1, 2, 3, 4, 5], None, tokens, BLOCK))])
+    assert full.apply([stored]).reasons == {"claim_limit": 2}
+    assert full.apply([stored]).reasons == {"claim_limit": 2}  # copies of what is held count, and take no room
+    assert other.apply([stored]).reasons == {"claim_limit": 3}  # of the model
+    assert (full.claims, other.claims, index.claims) == (3, 2, 5)
+    other.clear()
+    full.apply([batch([as_map(Removed([3])), as_map(Removed([3]))])])
+    assert full.apply([batch([as_map(Stored([3], 2, tokens[2 * BLOCK : 3 * BLOCK], BLOCK))])]).reasons == {}
+    assert index.claims == full.claims + other.claims
+    assert not Index(BLOCK, max_claims_per_stream=2).add_stream("p", 0).restore(full.snapshot())
+
+
 def test_a_limit_of_bytes_is_counted() -> None:
     """An index as large as it may be refuses new claims and says so; copies of what is held cost nothing and count."""
     limit = 4 << 20
@@ -512,7 +529,8 @@ def test_a_full_index_stays_consistent(seed: int) -> None:
     rng = random.Random(seed)
     limit = rng.choice((1, 5, 60))
     fleet = Fleet(seed * 4 + 3)  # engines of all block sizes
-    index = Index(BLOCK, max_claims=limit)
+    of_stream = rng.choice((0, 1, 20))
+    index = Index(BLOCK, max_claims=limit, max_claims_per_stream=of_stream)
     streams = [index.add_stream(engine.oracle.pod, engine.oracle.rank) for engine in fleet.engines]
     for _ in range(200):
         number = rng.randrange(len(streams))
@@ -523,6 +541,7 @@ def test_a_full_index_stays_consistent(seed: int) -> None:
             streams[number].clear()
         assert index.claims == sum(stream.claims for stream in streams) <= limit
         assert all(sum(stream.claims_by_tier) == stream.claims for stream in streams)
+        assert not of_stream or max(stream.claims for stream in streams) <= of_stream
     for stream in streams:
         stream.close()
     assert (index.claims, index.blocks) == (0, 0)

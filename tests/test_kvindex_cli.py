@@ -28,6 +28,7 @@ from publisher import Publisher, free_port
 from tokenizers_at_hand import byte_level
 
 from kvindex_server.commands import completion, screen
+from kvindex_server.commands.connection import unavailable
 from kvindex_server.commands.main import COMMANDS, parser
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
@@ -281,6 +282,12 @@ def test_bench_times_calls(site: Site) -> None:
     assert 0 < done.json["p50_ms"] <= done.json["p99_ms"] <= done.json["max_ms"]
 
 
+def test_bench_without_time_for_a_call_is_wrong_usage(site: Site) -> None:
+    done = kvindex("bench", *site.server, "--model", "m", "--length", "1", "--seconds", "1e-7")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "kvindex: --seconds: 1e-07 s are too short for a single call\n"
+
+
 def on_terminal(columns: int, *words: str) -> list[str]:
     """The lines that a command writes to a terminal of this width."""
     child, terminal = pty.fork()
@@ -355,7 +362,13 @@ def test_an_unknown_model_names_the_known_ones(site: Site) -> None:
         (("capture", "/tmp/none", "--endpoint", "x"), "--endpoint: must have the form tcp://host:port"),
         (("replay", "/nowhere"), "/nowhere/frames.jsonl: cannot be read: No such file or directory"),
         (("replay", "/nowhere", "--register", "p"), "--register needs --model"),
+        (("replay", "/nowhere", "--linger", "nan"), "--linger: must be 0 or more"),
         (("simulate", "--pods", "0"), "--pods must be in 1..256"),
+        (("simulate", "--rate", "nan"), "--pods must be in 1..256, --rate above 0"),
+        (("score", "--model", "m", "--tokens", "1", "--top", "-1"), "--top must be in 0..2^32-1"),
+        (("score", "--model", "m", "--tokens", "1", "--top", "5000000000"), "--top must be in 0..2^32-1"),
+        (("score", "--model", "\udcff", "--tokens", "1"), "'\\udcff' is not UTF-8"),
+        (("pods", "--model", "a\udce9"), "'a\\udce9' is not UTF-8"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str) -> None:
@@ -363,6 +376,45 @@ def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"kvindex: {message}")
     assert done.err.count("\n") == 1
+
+
+def test_a_list_nested_without_end_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    done = kvindex("score", "--model", "m", "--tokens", f"@{tmp_path / 'deep.json'}")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith("kvindex: --tokens: must be numbers")
+
+
+@pytest.mark.parametrize("option", ["--endpoint", "--replay-endpoint"])
+def test_a_port_that_there_is_not_is_refused(option: str) -> None:
+    """ZeroMQ itself takes 99999 for 34463."""
+    done = kvindex("replay", str(GOLDEN / "sglang-0.5.23" / "page16"), option, "tcp://127.0.0.1:99999")
+    assert (done.code, done.out, done.err) == (2, "", f"kvindex: {option}: port must be in 1..65535\n")
+
+
+@pytest.mark.parametrize(
+    ("details", "tls", "message"),
+    [
+        ("not ready: the first synchronisation is not over", False, "s:1 is not ready: not ready: the first"),
+        ("failed to connect to all addresses; last error: UNKNOWN: connect: Connection refused (111)", False, "nobody"),
+        ("errors resolving dns-less.example:50051: [Domain name not found]", False, "s:1 cannot be resolved"),
+        ("DNS resolution failed for s:1", False, "s:1 cannot be resolved"),
+        ("empty address list: name resolution", False, "s:1 cannot be resolved"),
+        ("last error: UNKNOWN: Hostname Verification Check failed.", True, "no TLS connection to s:1: its certificate"),
+        ("Ssl handshake failed: CERTIFICATE_VERIFY_FAILED", True, "no TLS connection to s:1: Ssl handshake failed"),
+        ("Socket closed", False, "no connection to s:1: Socket closed; does it want TLS (--tls-ca)?"),
+        ("Socket closed", True, "no connection to s:1: Socket closed; does it want a client certificate (--tls-cert, "),
+        ("failed to connect to all addresses; last error: timeout", False, "no connection to s:1: failed to connect"),
+        ("no replica follows this pod yet", False, "s:1 cannot answer: no replica follows this pod yet"),
+    ],
+)
+def test_unavailable_says_what_is_meant(details: str, tls: bool, message: str) -> None:
+    assert unavailable("s:1", details, tls=tls).startswith(message)
+
+
+def test_a_mistyped_host_is_not_called_a_server_that_is_not_ready() -> None:
+    done = kvindex("pods", "--server", "nowhere.invalid:50051")
+    assert (done.code, done.err) == (3, "kvindex: nowhere.invalid:50051 cannot be resolved (--server HOST:PORT)\n")
 
 
 @pytest.mark.parametrize(
@@ -687,13 +739,18 @@ def test_what_is_played_is_what_was_recorded(tmp_path: Path) -> None:
         ("[]", "is no recording"),
         ('{"frames": ["*"]}', ":1: frames must be a list of base64 strings"),
         ('{"frames": ["", "AA==", ""]}', ":1: no event message: sequence_frame"),
+        *(
+            (f'{{"frames": ["", "AAAAAAAAAAA=", ""], "t": {time}}}', ":1: t must be a time in seconds")
+            for time in ('"x"', "null", "NaN", "1e400", "true", "1" * 400)
+        ),
+        ("[" * 100_000, "is no recording"),
         ("", "the recording is empty"),
     ],
 )
 def test_a_broken_recording_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "frames.jsonl").write_text(line)
     done = kvindex("replay", str(tmp_path))
-    assert done.code == 2
+    assert (done.code, done.err.count("\n")) == (2, 1)
     assert message in done.err
 
 

@@ -85,6 +85,24 @@ def test_a_call_without_a_message_is_ended_and_one_with_it_is_not(lane: Lane) ->
     assert heard.cancelled == []
 
 
+def test_a_call_that_waits_for_its_next_message_is_given_as_long_again(lane: Lane) -> None:
+    waiting, release = Call(), threading.Event()
+
+    def stream(_: Call) -> None:
+        lane.heard()
+        lane.waits()
+        release.wait(10)
+
+    lane.submit(stream, waiting)
+    ends = time.monotonic() + 5
+    while not waiting.cancelled:
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    release.set()
+    eventually(lane, 0)
+    assert not lane._silent  # nothing is kept of a call that is over
+
+
 def test_calls_after_the_end_are_refused_and_give_their_permit_back(lane: Lane) -> None:
     lane.close()
     with pytest.raises((RuntimeError, CancelledError)):

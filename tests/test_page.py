@@ -175,6 +175,9 @@ def test_each_match_says_why_it_ends(shown: Server) -> None:
         ({"text": "x" * (MAX_TEXT_BYTES + 1)}, "text"),
         ({"text": "é" * (MAX_TEXT_BYTES // 2 + 1)}, "text"),
         ({"text": "\ud800"}, "text"),
+        ({"model": "\ud800"}, "model"),
+        ({"lora_name": "\udfff"}, "lora_name"),
+        ({"cache_salt": "a\ud800b"}, "cache_salt"),
         ({"kind": "tokens"}, "kind"),
         ({"kind": None}, "kind"),
         ({"model": ""}, None),
@@ -197,6 +200,7 @@ def test_other_sites_are_refused(shown: Server) -> None:
     for headers in (
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Sec_Fetch_Site": "cross-site"},
         {"Sec_Fetch_Site": "same-site"},
     ):

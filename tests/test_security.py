@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import queue
 import ssl
 import stat
 import subprocess
@@ -23,9 +24,11 @@ import trustme
 import zmq
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from kvindex_server.auth import ReviewSettings, Role, TokenReview
 from kvindex_server.config import ConfigError, Settings, load_settings
+from kvindex_server.interceptors import DESCRIPTIONS
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1.kvindex_pb2_grpc import KVIndexAdminStub, KVIndexStub
 from kvindex_server.server import Server
@@ -119,13 +122,21 @@ def test_mtls_a_stranger_and_a_revoked_client(tmp_path: Path) -> None:
         with secure(server, ca) as nobody, secure(server, ca, strangers.issue_cert("x.example")) as stranger:
             assert (stats(nobody), stats(stranger)) == ("UNAVAILABLE", "UNAVAILABLE")
         with secure(server, ca, good) as first, secure(server, ca, bad) as second:
-            assert (stats(first), stats(second)) == ("OK", "OK")
+            assert (stats(first), stats(second), described(second)) == ("OK", "OK", "OK")
+            questions: queue.SimpleQueue[pb.ScoreRequest | None] = queue.SimpleQueue()
+            questions.put(question := pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1])))
+            answers = KVIndexStub(second).ScoreStream(iter(questions.get, None), timeout=20)
+            assert next(answers).status.code == grpc.StatusCode.NOT_FOUND.value[0]
             leaf = x509.load_pem_x509_certificate(bad.cert_chain_pems[0].bytes())
             from cryptography.hazmat.primitives.serialization import Encoding
 
             revoked.write_text(hashlib.sha256(leaf.public_bytes(Encoding.DER)).hexdigest().upper() + "  # bad\n")
             time.sleep(ROTATION)
             assert (stats(first), stats(second)) == ("OK", "UNAUTHENTICATED")
+            assert (described(first), described(second)) == ("OK", "UNAUTHENTICATED")
+            questions.put(question)
+            assert code(lambda: next(answers)) == "UNAUTHENTICATED"  # a stream that was open before
+            questions.put(None)
 
 
 def test_the_admin_port_has_its_own_client_ca(tmp_path: Path) -> None:
@@ -185,6 +196,74 @@ def test_streams_and_reflection_need_the_token_too(tmp_path: Path) -> None:
         for version in ("v1", "v1alpha"):
             method = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
             assert code(lambda m=method: list(channel.stream_stream(m)(iter(()), timeout=5))) == "UNAUTHENTICATED"  # type: ignore[misc]
+
+
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+LIST_SERVICES = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+
+
+def described(channel: grpc.Channel, token: str = "") -> str:
+    """The code with which a call ends that asks which services there are."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    return code(lambda: list(channel.stream_stream(REFLECTION)(iter([LIST_SERVICES]), timeout=5, metadata=metadata)))
+
+
+@pytest.mark.parametrize("transport", ["grpcio", "native"])
+def test_descriptions_that_stay_open_leave_health_alone(transport: str) -> None:
+    """Few are open at once, on threads of their own, and who asks nothing any more is ended."""
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    release = threading.Event()
+
+    def asked_once() -> Iterator[bytes]:
+        yield LIST_SERVICES
+        release.wait(30)
+
+    with (
+        serving(server={"transport": transport, "message_seconds": 0.5}) as server,
+        grpc.insecure_channel(server.grpc_address, own) as busy,
+        grpc.insecure_channel(server.grpc_address, own) as channel,
+    ):
+        try:
+            calls = [busy.stream_stream(REFLECTION)(asked_once(), timeout=20) for _ in range(70)]
+            answered = [code(lambda call=call: next(call)) for call in calls]  # type: ignore[misc]
+            assert answered.count("OK") == DESCRIPTIONS and set(answered) == {"OK", "RESOURCE_EXHAUSTED"}
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(health_pb2.HealthCheckRequest(), timeout=1).status  # while sixteen are open
+            ended = [call.code().name for call, first in zip(calls, answered, strict=True) if first == "OK"]
+            assert ended == ["DEADLINE_EXCEEDED"] * DESCRIPTIONS
+            assert described(channel) == "OK"
+        finally:
+            release.set()
+
+
+def test_a_description_needs_more_than_a_made_up_token(tmp_path: Path) -> None:
+    """Kubernetes judges it as it does for every other call."""
+    api = ApiServer(ca := trustme.CA())
+    (tmp_path / "ca.crt").write_bytes(ca.cert_pem.bytes())
+    api.users = {"router": ("router", [])}
+    try:
+        review = {"url": api.url, "ca_file": str(tmp_path / "ca.crt")}
+        with serving(auth={"review": review}) as server, grpc.insecure_channel(server.grpc_address) as channel:
+            assert [described(channel, each) for each in ("router", "made-up", "")] == [
+                *("OK", "UNAUTHENTICATED", "UNAUTHENTICATED")
+            ]
+    finally:
+        api.close()
+
+
+def test_an_open_stream_ends_with_its_token(tmp_path: Path) -> None:
+    """Its caller is asked again before a request is answered; the next stream is refused like any call."""
+    questions: queue.SimpleQueue[pb.ScoreRequest | None] = queue.SimpleQueue()
+    with serving(auth=token_files(tmp_path)) as server, grpc.insecure_channel(server.grpc_address) as channel:
+        metadata = (("authorization", f"Bearer {READER}"),)
+        answers = KVIndexStub(channel).ScoreStream(iter(questions.get, None), timeout=20, metadata=metadata)
+        questions.put(question := pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1])))
+        assert next(answers).status.code == grpc.StatusCode.NOT_FOUND.value[0]
+        (tmp_path / "tokens").write_text(OTHER + "\n")
+        time.sleep(ROTATION)
+        questions.put(question)
+        assert code(lambda: next(answers)) == "UNAUTHENTICATED"
+        questions.put(None)
 
 
 def test_only_the_operators_role_can_be_guarded(tmp_path: Path) -> None:
@@ -374,8 +453,7 @@ def test_events_over_curve(tmp_path: Path, key: str) -> None:
 
 def test_reflection_can_be_switched_off() -> None:
     with serving(server={"reflection": False}) as server, grpc.insecure_channel(server.grpc_address) as channel:
-        method = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
-        assert code(lambda: list(channel.stream_stream(method)(iter(()), timeout=5))) == "UNIMPLEMENTED"
+        assert described(channel) == "UNIMPLEMENTED"
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,13 @@ def test_candidates_and_top_k(served: Served) -> None:
     assert [each.pod for each in served.score(tokens=request, top_k=1).scores] == ["a"]
 
 
+def test_a_candidate_named_twice_is_answered_once(served: Served) -> None:
+    """At its first place, natively and by the reference path."""
+    for fields in ({"tokens": tokens(90, 91, 92, 93)}, {"prompt": "wxyz"}):
+        answer = served.score(**fields, pods=["c", "x", "c", "a", "x"])
+        assert [each.pod for each in answer.scores] == ["c", "x", "a"]
+
+
 def test_alias_and_adapter_names(served: Served) -> None:
     assert served.score(model="alias", tokens=tokens(*range(12))).scores[0].matched_blocks == 3
     by_model_name = served.score(model="adapter", tokens=tokens(*range(12)))
@@ -611,6 +618,23 @@ def test_health_per_service(served: Served) -> None:
     served.health.stop()
     assert next(watch).status == not_serving
     assert [status(name) for name in ("", service.SERVICE, admin.SERVICE)] == [not_serving] * 3
+
+
+def test_watches_are_bounded_and_given_back(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need no credential, so there is an end to what they may cost; one that ends makes room."""
+    monkeypatch.setattr(health, "MAX_WATCHES", 2)
+    stub = health_pb2_grpc.HealthStub(served.channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(2)]
+    assert [next(each).status for each in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
+    code, message = refused(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)))
+    assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watches are open")
+    stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    watches[0].cancel()
+    ends = time.monotonic() + 5
+    while served.health._watches == 2:
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+    assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)).status
 
 
 @pytest.mark.parametrize("protocol", ["grpc-v1", "grpc-v1alpha"])

@@ -186,7 +186,7 @@ def test_a_killed_server_comes_back_empty_and_is_filled_again(server: "valkey_se
 def test_an_answer_from_before_a_restart_that_comes_late_is_not_believed(
     server: "valkey_server.Valkey", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread has heard the new server meanwhile: the answer is asked for again, and the era stays the new one."""
+    """Another thread has heard the new server meanwhile: the answer is asked for again, and the new era stays."""
     index = replica(server.address)
     tokens, keys = tokens_of(1, 8)
     index.add_stream("pod", 0).apply([stored(tokens)])
@@ -279,6 +279,184 @@ def test_a_slow_store_is_said_and_nothing_is_applied_twice(server: "valkey_serve
     proxy.delay = 0.05
     assert matches(index, keys) == {"pod": 3}
     proxy.close()
+
+
+def lose_the_next_answer(index: StoreIndex) -> None:
+    """The store does what the next batches ask, and their answers do not come."""
+    ask = index._client.run_all
+
+    def run_all(script: scripts.Script, calls: list) -> list:
+        answers = ask(script, calls)
+        if script is not scripts.APPLY:
+            return answers
+        index._client.run_all = ask  # type: ignore[method-assign]
+        return [StoreAway("lost") for _ in answers]
+
+    index._client.run_all = run_all  # type: ignore[method-assign]
+
+
+def test_claims_after_a_lost_answer_are_not_lost(server: "valkey_server.Valkey") -> None:
+    """A description went alone and its answer got lost: what is held by then goes under a number of its own."""
+    index, reader = replica(server.address), replica(server.address)
+    tokens, keys = tokens_of(1, 8)
+    stream = index.add_stream("pod", 0)
+    lose_the_next_answer(index)
+    with pytest.raises(StoreAway, match="lost"):
+        index.flush()
+    assert not stream.idle
+    stream.apply([stored(tokens)])
+    settle(index)
+    assert matches(reader, keys) == {"pod": 8}
+
+
+def test_removals_after_a_lost_answer_are_not_lost(server: "valkey_server.Valkey") -> None:
+    """The same with a description of which nobody stored anything: another stream's tier changed it."""
+    index, reader = replica(server.address), replica(server.address)
+    (tokens, keys), (other, _) = tokens_of(1, 8), tokens_of(2, 4)
+    stream, neighbour = index.add_stream("a", 0), index.add_stream("b", 0)
+    stream.apply([stored(tokens)])
+    settle(index)
+    neighbour.apply([batch([as_map(Stored([50, 51, 52, 53], None, other, BLOCK, medium="NVME"))])])
+    lose_the_next_answer(index)
+    with pytest.raises(StoreAway, match="lost"):
+        index.flush()
+    stream.apply([batch([as_map(Removed(list(range(1, 9))))])])
+    settle(index)
+    assert stream.claims == 0
+    assert matches(reader, keys) == {}
+
+
+def test_rows_after_a_lost_answer_are_sent_as_they_were(server: "valkey_server.Valkey") -> None:
+    """Rows whose answer got lost, then their removal, over several partitions: the store ends where the stream is."""
+    index, reader = replica(server.address, partitions=3), replica(server.address, partitions=3)
+    tokens, keys = tokens_of(1, 20)
+    stream = index.add_stream("pod", 0)
+    settle(index)
+    lose_the_next_answer(index)
+    stream.apply([stored(tokens)])
+    with pytest.raises(StoreAway, match="lost"):
+        index.flush()
+    stream.apply([batch([as_map(Removed([7]))])])
+    settle(index)
+    assert matches(reader, keys) == {"pod": 6}
+    index.renew()
+    assert stream.life
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_whatever_answers_get_lost_the_store_ends_where_the_streams_are(
+    server: "valkey_server.Valkey", partitions: int
+) -> None:
+    """Random events of two streams, while a call in three is not done, or done without an answer."""
+    rng = random.Random(partitions)
+    prompts = [tokens_of(seed, 6) for seed in range(4)]
+    for _ in range(25):
+        server.client().flushall()
+        index = replica(server.address, partitions=partitions, batch_blocks=rng.choice((1, 4, 64)))
+        ask = index._client.run_all
+
+        def run_all(script: scripts.Script, calls: list, ask=ask) -> list:
+            if rng.random() < 0.1:
+                return [StoreAway("not done") for _ in calls]
+            return [StoreAway("lost") if rng.random() < 0.3 else answer for answer in ask(script, calls)]
+
+        index._client.run_all = run_all  # type: ignore[method-assign]
+        streams = [index.add_stream(pod, 0) for pod in ("a", "b")]
+        for _ in range(30):
+            at = rng.randrange(len(prompts))
+            other_tier = Stored([900 + at], None, prompts[at][0][:BLOCK], BLOCK, medium=rng.choice(("NVME", "CPU")))
+            happens = rng.choice(
+                (
+                    [stored(prompts[at][0], 100 * at + 1)],
+                    [batch([as_map(Removed([100 * at + 1 + rng.randrange(6)]))])],
+                    [batch([as_map(other_tier)])],
+                    [],
+                )
+            )
+            rng.choice(streams).apply(happens)
+            if not happens:
+                with contextlib.suppress(StoreAway):
+                    index.flush()
+        index._client.run_all = ask  # type: ignore[method-assign]
+        settle(index)
+        reader = replica(server.address, partitions=partitions)
+        for _, keys in prompts:
+            assert matches(reader, keys) == {pod: n for pod, _, n, *_ in index._own.score(keys, [], [1.0])}
+
+
+def test_a_removal_just_before_all_is_sent_anew_is_not_forgotten(tmp_path: Path) -> None:
+    """What did not fit is sent again from what is held, which says nothing of what has just gone."""
+    with valkey_server.valkey(tmp_path) as server:
+        now = [1000.0]
+        index = replica(server.address, clock=lambda: now[0])
+        tokens, keys = tokens_of(1, 2000)
+        stream = index.add_stream("pod", 0)
+        stream.apply([stored(tokens[: 1000 * BLOCK])])
+        settle(index)
+        server.client().config_set("maxmemory", 1024 * 1024)
+        stream.apply([batch([as_map(Stored(list(range(1001, 2001)), 1000, tokens[1000 * BLOCK :], BLOCK))])])
+        index.flush()
+        assert stream.full
+        server.client().config_set("maxmemory", 0)
+        stream.apply([batch([as_map(Removed([500]))])])
+        now[0] += 61
+        settle(index)
+        assert not stream.full
+        assert matches(index, keys) == {"pod": 499}
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_a_stream_whose_replica_and_pod_are_gone_is_taken_out(server: "valkey_server.Valkey", partitions: int) -> None:
+    """Nobody will ever take it over: after ten lease times its claims, its memory and its standing are gone."""
+    dead, index = (replica(server.address, partitions=partitions) for _ in range(2))
+    (tokens, keys), (other, held) = tokens_of(1, 8), tokens_of(2, 4)
+    dead.add_stream("dead", 0).apply([stored(tokens)])
+    settle(dead)
+    stream = index.add_stream("pod", 0)
+    stream.apply([stored(other, 500)])
+    settle(index)
+    index.renew()
+    assert index.bury() == 0
+    plain, leases_of = server.client(), f"{index._tags[0]}o"
+    for name in (b"0 dead", b"0 pod"):  # as if all this had been two minutes ago
+        ends, rest = plain.hget(leases_of, name).split(b" ", 1)
+        plain.hset(leases_of, name, b"%d %b" % (int(ends) - 120_000, rest))
+    index.renew()  # the one that lives has its lease again
+    assert index.bury() == 1
+    while index.sweep():
+        pass
+    index.renew()
+    assert matches(index, keys) == {}
+    assert matches(index, held) == {"pod": 4}
+    assert index.standing("dead", 0)[:2] == (1, "no replica follows it")
+    assert index.bury() == 0
+    assert sum(plain.scard(f"{tag}a") for tag in index._tags) == len(index._tags)
+    assert sum(len(list(index._client.blocks(tag))) for tag in index._tags) == 4
+    index.start()
+    try:  # no replica is missing any more
+        assert [len(each) for _, each in index.holders_of_ints((500).to_bytes(8, "little"), [])] == [1]
+    finally:
+        index.stop()
+
+
+def test_a_replica_that_slept_for_long_begins_anew(server: "valkey_server.Valkey") -> None:
+    """Its stream was taken out meanwhile: it says again all that it holds."""
+    slept, index = replica(server.address), replica(server.address)
+    tokens, keys = tokens_of(1, 8)
+    stream = slept.add_stream("pod", 0)
+    stream.apply([stored(tokens)])
+    settle(slept)
+    slept.renew()
+    plain = server.client()
+    ends, rest = plain.hget(f"{index._tags[0]}o", b"0 pod").split(b" ", 1)
+    plain.hset(f"{index._tags[0]}o", b"0 pod", b"%d %b" % (int(ends) - 120_000, rest))
+    index.renew()
+    assert index.bury() == 1
+    assert matches(index, keys) == {}
+    stream.apply([batch([as_map(Removed([8]))])])
+    settle(slept)
+    settle(slept)
+    assert matches(index, keys) == {"pod": 7}
 
 
 def test_a_full_store_misses_claims_but_keeps_none_that_is_gone(tmp_path: Path) -> None:
@@ -396,6 +574,7 @@ def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
         stream.apply([batch([as_map(Removed([2]))])])
         settle(index)
         assert index.sweep() == 1
+        assert index._client.run(scripts.GONE, index._tags[0], 1000) == []
         asked = index._client
         asked.run(scripts.ASK, index._tags[0], "number", b"question", 1000)
         asked.run(scripts.ANSWER, index._tags[0], "number", "me", b"answer", 1000)

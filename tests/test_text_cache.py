@@ -1,10 +1,11 @@
 """The text cache: bounded, one encoder per missing piece, limits and deadlines before work, counted."""
 
+import contextlib
 import json
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,27 @@ def test_a_wrong_encoder_is_found_in_service_and_never_used_again() -> None:
     encoder, _ = native()
     cache, calls = _core.TextCache(8 << 20, 3, 16), []
     text = _core.Text(cache, encoder, 1, (), (), letters(calls))
-    text.ids(WORDS * 3, 10**6, FOREVER)  # the letters are not what the encoder makes of them
+    expected = struct.pack(f"<{len(WORDS)}I", *map(ord, WORDS))
+    # The letters are not what the encoder makes of them; nor does the answer keep what it made of the begin.
+    assert text.ids(WORDS * 3, 10**6, FOREVER)[0] == expected * 3
     assert encoder.refuted
     assert cache.stats()["verified_chunks"] == 1
-    expected = struct.pack(f"<{len(WORDS)}I", *map(ord, WORDS))
     assert text.ids(WORDS, 10**6, FOREVER)[0] == expected
     assert text.ids(WORDS, 10**6, FOREVER)[0] == expected
+
+
+def test_a_refuted_encoder_cuts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong may be the pattern, and the cuts come from it too."""
+    fast, other = byte_level(), byte_level(pattern=r"\p{L}+|\p{N}| |[^ \p{L}\p{N}]")
+    taken_over = tokenizer_module.plan
+    monkeypatch.setattr(tokenizer_module, "plan", lambda _, slots: taken_over(other, slots))
+    monkeypatch.setattr(tokenizer_module.selftest, "first_difference", lambda *_: None)
+    tested = Tokenizer(fast, ChatTemplates({}, {}), _core.TextCache(1 << 20, 1, 8), self_test_texts=50)
+    assert (tested.mode, tested.cuts) == ("native", "anywhere")
+    for text in ("the quick brown fox jumps over 1234567 dogs", "another quick brown fox jumps over 1234567 dogs"):
+        plain = fast.encode(text, add_special_tokens=False).ids
+        assert tested.encode(text, False) == struct.pack(f"<{len(plain)}I", *plain)
+        assert (tested.mode, tested.cuts) == ("reference", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -366,13 +382,42 @@ class Engine(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_engine_can_be_asked_instead() -> None:
+@contextlib.contextmanager
+def engine() -> Iterator[str]:
     Engine.asked.clear()
     server = HTTPServer(("127.0.0.1", 0), Engine)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        url = f"http://127.0.0.1:{server.server_port}/tokenize"
+        yield f"http://127.0.0.1:{server.server_port}/tokenize"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def test_chats_of_an_engine_are_remembered_for_a_minute_only() -> None:
+    """Its template may write the date; this side does not see which one does."""
+    now = [119.0]
+    with engine() as url:
+        remote = RemoteTokenizer(url, "m", _core.TextCache(1 << 20), clock=lambda: now[0])
+        body = json.dumps({"messages": [{"role": "user", "content": "xy"}]})
+        for _ in range(2):
+            assert remote.encode_chat(body) == struct.pack("<2I", *b"xy")
+            assert remote.keys("chat", body, 2, 1337).tokens == 2
+        assert len(Engine.asked) == 1
+        now[0] = 120.0
+        remote.encode_chat(body)
+        remote.keys("chat", body, 2, 1337)
+        assert len(Engine.asked) == 2
+        remote.encode_prompt("abcd")
+        now[0] += 86_400
+        remote.encode_prompt("abcd")
+        assert len(Engine.asked) == 3
+
+
+def test_an_engine_can_be_asked_instead() -> None:
+    with engine() as url:
         remote = sources().configured("m", None, url)
         assert isinstance(remote, RemoteTokenizer) and remote.mode == "remote"
         ids = struct.pack("<4I", *b"abcd")
@@ -386,8 +431,4 @@ def test_an_engine_can_be_asked_instead() -> None:
         assert isinstance(raised(lambda: remote.encode_chat("{")), InvalidArgument)
         refused = json.dumps({"messages": [], "chat_template": "{{ x }}"})
         assert isinstance(raised(lambda: remote.encode_chat(refused)), InvalidArgument)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
     assert isinstance(raised(lambda: remote.encode_prompt("new")), Unavailable)

@@ -137,10 +137,37 @@ def test_template_files_take_precedence_as_in_transformers(directory: Path) -> N
 
 
 def test_special_tokens_come_from_either_file(directory: Path) -> None:
+    """As in transformers: the map wins, unless the configuration lists the added tokens."""
     (directory / "special_tokens_map.json").write_text('{"pad_token": "<pad>", "eos_token": "old"}')
     source = "{{ bos_token is defined }}{{ eos_token }}{{ pad_token }}"
     write_config(directory, chat_template=source, eos_token="</s>", bos_token=None)
-    assert rendered(directory) == "False</s><pad>"
+    assert rendered(directory) == "Falseold<pad>"
+    write_config(directory, chat_template=source, eos_token="</s>", added_tokens_decoder={})
+    assert rendered(directory) == "False</s>"
+
+
+def test_what_the_configuration_says_of_tokens_reaches_prompts_and_chats(directory: Path) -> None:
+    before = load_tokenizer(directory)
+    user = {"content": "<|user|>", "rstrip": True, "lstrip": False, "normalized": False, "single_word": False}
+    write_config(
+        directory,
+        chat_template="{{ image_token }}{{ bos_token }}",
+        bos_token="<s>",
+        image_token="<img>",
+        added_tokens_decoder={"2": {**user, "special": True}},
+    )
+    tokenizer = load_tokenizer(directory)
+    assert (before.mode, tokenizer.mode) == ("native", "native")
+    text = "the<img><|user|> \n"
+    last = ids(before.encode("<|user|> \n", False))
+    assert last[0] == 2 and len(last) > 1
+    assert ids(tokenizer.encode(text, False)) == [*ids(before.encode("the", False)), first_new_id(directory), 2]
+    assert tokenizer.render_chat(chat()) == "<img><s>"
+
+
+def first_new_id(directory: Path) -> int:
+    """The id that the first new token gets."""
+    return FastTokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
 
 
 def test_a_directory_without_config_serves_prompts_only(directory: Path) -> None:
@@ -157,6 +184,8 @@ def test_a_directory_without_config_serves_prompts_only(directory: Path) -> None
         ("tokenizer.json", "{}", "cannot be loaded"),
         ("tokenizer_config.json", "{", "not valid JSON"),
         ("tokenizer_config.json", "[]", "not a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": 5}}}', "cannot be loaded"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["<s>"]}', "cannot be loaded"),
         ("tokenizer_config.json", '{"chat_template": 3}', "neither text nor named templates"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "neither text nor named templates"),
         ("chat_template.jinja", "{% if %}", "does not compile"),

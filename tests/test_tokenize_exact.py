@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers_at_hand import NASTY, NATIVE, WHOLE, load, real
+from tokenizers_at_hand import NASTY, NATIVE, WHOLE, byte_level, load, real
 
 from kvindex_server import _core
 from kvindex_server.tokenize import selftest
@@ -125,6 +126,30 @@ def test_threads_and_eviction_change_nothing(case: Case) -> None:
         thread.join(600)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
+
+
+def test_an_added_token_that_the_normalizer_changes_is_left_to_the_library() -> None:
+    """It is searched for as NFC makes it, and found in a text that NFC leaves alone."""
+    token = AddedToken("<o\u0308>", normalized=True, special=False)
+    fast = byte_level(normalizer=normalizers.NFC(), specials=("</s>", token))
+    tested = tokenizer(fast)
+    assert tested.reason == "an added token that the normalizer changes"
+    for text in ("hello <\u00f6> world", "hello <o\u0308> world", "a<\u00f6>"):
+        assert tested.encode(text, False) == plain(fast, text, False)
+    kept = byte_level(normalizer=normalizers.NFC(), specials=("</s>", AddedToken("<\u00f6>", normalized=True)))
+    assert tokenizer(kept).mode == "native"
+
+
+def test_blanks_that_two_added_tokens_may_take_are_left_to_the_library() -> None:
+    """Where one strips behind itself and a blank one before itself, the library itself may fail."""
+    strips, blank = AddedToken("<m>", rstrip=True, special=True), AddedToken("\n\n", lstrip=True, normalized=False)
+    fast = byte_level(specials=("</s>", strips, blank))
+    tested = tokenizer(fast)
+    assert tested.reason == "an added token of blanks with lstrip beside one with rstrip"
+    for text in ("<m> \n\nx", "a \n\n b", "<m> x</s>\n\n"):
+        assert tested.encode(text, False) == plain(fast, text, False)
+    alone = (strips, AddedToken("\n\n", normalized=False)), (AddedToken("<m>", special=True), blank)
+    assert all(tokenizer(byte_level(specials=("</s>", *each))).mode == "native" for each in alone)
 
 
 def test_a_long_word_does_not_cost_its_square() -> None:

@@ -37,6 +37,8 @@ def ids(fast: FastTokenizer, text: str) -> bytes:
         (("<a>", AddedToken("<a>b", single_word=True, normalized=False)), []),
         (("<a>", AddedToken("<b>", rstrip=True, normalized=False)), ["<a>", "<b>"]),
         ((AddedToken("<a>", normalized=True), "<b>"), ["<b>"]),
+        ((AddedToken("x", single_word=True, normalized=False), "a_", "_b", "é", "1", "<b>"), ["<b>"]),
+        ((AddedToken("x", single_word=True, normalized=True), "a_", "<b>"), ["<b>", "a_"]),
     ],
 )
 def test_no_other_token_may_reach_across(tokens: tuple[str | AddedToken, ...], safe: list[str]) -> None:
@@ -62,6 +64,15 @@ def test_of_a_grown_chat_only_the_end_is_encoded_again() -> None:
         assert tested.encode(text, False) == ids(fast, text)
         assert cache.stats()["chunk_misses"] - before["chunk_misses"] <= 2
     assert cache.stats()["tokens_saved"] > 3 * cache.stats()["tokens_encoded"]
+
+
+def test_a_token_that_stands_alone_looks_across_the_cut() -> None:
+    """`fox` is none where a letter follows, though that letter begins a token."""
+    fast = lowercase("</s>", AddedToken("fox", single_word=True, normalized=False, special=True), "agl_Latn")
+    tested = Tokenizer(fast, ChatTemplates({}, {}), _core.TextCache(1 << 20, 0, 1), self_test_texts=50)
+    assert tested.cuts == "added_tokens"
+    for text in ("foxagl_Latn hello", "the foxagl_Latn", "the fox agl_Latn</s>fox"):
+        assert tested.encode(text, False) == ids(fast, text)
 
 
 def test_without_safe_cuts_a_text_is_whole_and_the_check_says_so() -> None:

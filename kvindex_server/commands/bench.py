@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if failed is not None:
         raise failed
     took = sorted(each for worker in workers for each in worker.took)
+    if not took:
+        raise CommandError(f"--seconds: {args.seconds:g} s are too short for a single call", USAGE)
     result = {
         "calls": len(took),
         "calls_per_second": len(took) / elapsed,

@@ -40,6 +40,7 @@ class Connection:
         if args.token_file:
             self._metadata = (("authorization", f"Bearer {_token(args.token_file)}"),)
         credentials = _credentials(args)
+        self._tls = credentials is not None
         self.server = args.server
         self._admin_server = args.admin or args.server
         self._channels = [_channel(args.server, credentials)]
@@ -66,7 +67,7 @@ class Connection:
         code, details = error.code(), error.details() or ""
         server = self._admin_server if of_admin else self.server
         if code is grpc.StatusCode.UNAVAILABLE:
-            return CommandError(_unavailable(server, details), UNREACHABLE)
+            return CommandError(unavailable(server, details, tls=self._tls), UNREACHABLE)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return CommandError(
                 f"{server} gave no answer within {self._timeout:g} s (--timeout): {details}", UNREACHABLE
@@ -93,17 +94,23 @@ class Connection:
         return f"; known are: {', '.join(names[:16])}{meant(given[1], names) if given else ''}"
 
 
-def _unavailable(server: str, details: str) -> str:
+def unavailable(server: str, details: str, *, tls: bool) -> str:
+    """What UNAVAILABLE means, by the words of gRPC or of the server that came with it."""
     lowered = details.lower()
+    if lowered.startswith("not ready"):
+        return f"{server} is not ready: {details}. `kvindex pods` shows which streams are still synchronising"
     if "connection refused" in lowered:
         return f"nobody listens at {server}: connection refused. Is kvindex-server running there? (--server)"
-    if "dns" in lowered or "resolution" in lowered:
+    if any(word in lowered for word in ("dns", "resolv", "resolution")):
         return f"{server} cannot be resolved (--server HOST:PORT)"
+    if "hostname verification" in lowered:
+        return f"no TLS connection to {server}: its certificate is for another name (--server)"
     if "handshake" in lowered or "ssl" in lowered or "certificate" in lowered:
         return f"no TLS connection to {server}: {details} (--tls-ca)"
     if "connect" in lowered or "socket closed" in lowered:
-        return f"no connection to {server}: {details}; does it want TLS (--tls-ca)?"
-    return f"{server} is not ready: {details}. `kvindex pods` shows which streams are still synchronising"
+        hint = "a client certificate (--tls-cert, --tls-key)" if tls else "TLS (--tls-ca)"
+        return f"no connection to {server}: {details}; does it want {hint}?"
+    return f"{server} cannot answer: {details}"
 
 
 def _credentials(args: argparse.Namespace) -> grpc.ChannelCredentials | None:

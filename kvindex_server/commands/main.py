@@ -60,10 +60,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     top = parser()
-    if not (sys.argv[1:] if argv is None else argv):
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
         top.print_help(sys.stderr)
         return USAGE
-    args = top.parse_args(argv)
+    args = top.parse_args(given)
     if args.command in ("serve", "demo"):
         return cli.serve(args) if args.command == "serve" else cli.demo(args)
     if args.command == "completion":
@@ -78,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         sys.stderr.write(f"kvindex: {error.message}\n")
         return error.code
+    except UnicodeEncodeError:
+        odd = next((each for each in given if not _is_text(each)), None)
+        if odd is None:
+            raise
+        sys.stderr.write(f"kvindex: {odd!a} is not UTF-8\n")
+        return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
@@ -103,6 +110,15 @@ def parser() -> Parser:
     shells = commands.add_parser("completion", help="print a shell completion script", allow_abbrev=False)
     completion.add_options(shells)
     return top
+
+
+def _is_text(given: str) -> bool:
+    """Whether it holds no byte that is no UTF-8; a file's name may hold such, what is sent may not."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -48,7 +48,7 @@ def numbers(given: str, option: str, bits: int) -> Sequence[int]:
             values = [operator.index(each) for each in (loaded["tokens"] if isinstance(loaded, dict) else loaded)]
         else:
             values = [int(each, 0) for each in text.replace(",", " ").split()]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise CommandError(f"{option}: must be numbers, as 1,2,3, or @FILE with a JSON list", USAGE) from None
     if not values:
         raise CommandError(f"{option}: must not be empty", USAGE)

@@ -12,6 +12,8 @@ from kvindex_server import wire
 from kvindex_server.commands.failure import USAGE, CommandError
 
 FRAMES, REPLAY = "frames.jsonl", "replay.jsonl"
+MAX_TIME = 1e12
+"""Seconds since 1970; some ten thousand years."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def _read(directory: Path) -> Recording:
             wire.read_event(frames)
         except wire.BadFrames as error:
             raise CommandError(f"{where}: no event message: {error.reason}", USAGE) from None
-        recording.frames.append((float(entry.get("t", 0.0)), frames))
+        recording.frames.append((_time(entry, where), frames))
     if (directory / REPLAY).exists():
         for number, entry in _lines(directory / REPLAY):
             recording.replayed.append(_decoded(entry, f"{directory / REPLAY}:{number}"))
@@ -107,12 +109,19 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, entry
     except OSError as error:
         raise CommandError(f"{path}: cannot be read: {error.strerror}", USAGE) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CommandError(f"{path}: is no recording: each line must be a JSON object", USAGE) from None
 
 
 def _encoded(frames: Sequence[bytes]) -> list[str]:
     return [base64.b64encode(frame).decode() for frame in frames]
+
+
+def _time(entry: dict[str, Any], where: str) -> float:
+    value = entry.get("t", 0.0)
+    if type(value) not in (int, float) or not abs(value) <= MAX_TIME:
+        raise CommandError(f"{where}: t must be a time in seconds", USAGE)
+    return float(value)
 
 
 def _decoded(entry: dict[str, Any], where: str) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from kvindex_server.commands.failure import USAGE, CommandError
 from kvindex_server.commands.recording import Recording
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
-from kvindex_server.pods import at_rank
+from kvindex_server.pods import at_rank, split_tcp
 
 END = wire.END_SEQUENCE.to_bytes(8, "big")
 JOIN_SECONDS = 0.2
@@ -138,11 +139,15 @@ class Player:
 
 def run(args: argparse.Namespace) -> int:
     """Play the recording once."""
-    if not args.speed >= 0:
-        raise CommandError("--speed: must be 0 or more", USAGE)
+    for option, given in (("--speed", args.speed), ("--wait", args.wait), ("--linger", args.linger)):
+        if not given >= 0:
+            raise CommandError(f"{option}: must be 0 or more", USAGE)
     if args.register and not args.model:
         raise CommandError("--register needs --model", USAGE)
-    ranks = _opened(recording.read(args.directory), args.endpoint, args.replay_endpoint)
+    recordings = recording.read(args.directory)
+    _check_ports("--endpoint", args.endpoint, len(recordings))
+    _check_ports("--replay-endpoint", args.replay_endpoint, len(recordings))
+    ranks = _opened(recordings, args.endpoint, args.replay_endpoint)
     player = Player(ranks)
     try:
         if not args.json:
@@ -163,6 +168,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         screen.write(f"{published} messages published, {requests} replay requests answered")
     return 0
+
+
+def _check_ports(option: str, endpoint: str, ranks: int) -> None:
+    """ZeroMQ would take a port above 65535 for another one."""
+    try:
+        _, port = split_tcp(re.sub(r":0\Z", ":1", endpoint), option)
+    except InvalidArgument as error:
+        raise CommandError(str(error), USAGE) from None
+    if port + ranks - 1 > 65535:
+        raise CommandError(f"{option}: the ports of {ranks} ranks end above 65535", USAGE)
 
 
 def _opened(recordings: Sequence[Recording], endpoint: str, replay_endpoint: str) -> list[Rank]:

@@ -4,6 +4,7 @@ import argparse
 
 from kvindex_server.commands import prompt, screen
 from kvindex_server.commands.connection import Connection
+from kvindex_server.commands.failure import USAGE, CommandError
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
 BAR = 32
@@ -19,6 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, and show a table with a bar per pod."""
+    if not 0 <= args.top < 1 << 32:
+        raise CommandError("--top must be in 0..2^32-1", USAGE)
     with Connection(args) as connection:
         request = pb.ScoreRequest(model=args.model, pods=args.pod, top_k=args.top, **prompt.fields(args))
         answer = connection.call(connection.read.Score, request)

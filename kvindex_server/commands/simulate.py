@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the engines, send them chats, and say what they found in their caches."""
-    if not 1 <= args.pods <= 256 or args.rate <= 0 or args.blocks < 64 or not 1 <= args.block_size <= 1024:
+    if not 1 <= args.pods <= 256 or not args.rate > 0 or args.blocks < 64 or not 1 <= args.block_size <= 1024:
         raise CommandError(
             "--pods must be in 1..256, --rate above 0, --blocks at least 64, --block-size in 1..1024", USAGE
         )

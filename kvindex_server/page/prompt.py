@@ -44,12 +44,8 @@ class PromptView:
         fields.done()
         if not text:
             raise InvalidArgument("text", "must not be empty")
-        if len(text.encode(errors="surrogatepass")) > self._max_bytes:
+        if len(text.encode()) > self._max_bytes:
             raise InvalidArgument("text", f"is longer than {self._max_bytes} bytes, the most this page asks about")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidArgument("text", "has half of a surrogate pair") from None
         asked = ScoreQuery(model, of, text=text, lora_name=lora, cache_salt=salt)
         answer = self._lookup.score(asked, check)
         scores = answer.scores[:MAX_PODS]

@@ -80,7 +80,10 @@ def _foreign(request: Request) -> bool:
     if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
         return True
     origin = request.headers.get("Origin")
-    return origin is not None and urlsplit(origin).netloc != request.headers.get("Host")
+    try:
+        return origin is not None and urlsplit(origin).netloc != request.headers.get("Host")
+    except ValueError:  # no URL at all
+        return True
 
 
 def _merged(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

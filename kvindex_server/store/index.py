@@ -30,6 +30,8 @@ TELL_SECONDS = 0.25
 """How often trust is told and heard."""
 ROUND = 64
 """Batches sent at once."""
+GONE_LEASES = 10
+"""So many lease times after its lease ended, a stream that nobody took over is taken out of the store."""
 SWEEP_BLOCKS = 256
 SWEEP_ROUNDS = 8
 MAX_DELAY = 1.0
@@ -68,13 +70,16 @@ class StoreIndex:
         max_placements: int = 1 << 20,
         *,
         max_removals: int = 0,
+        max_claims_per_stream: int = 0,
         trust_of: Callable[[str, int], Trusted] = lambda _pod, _rank: (3, "", -1.0),
         gained: Callable[[str, int], None] = lambda _pod, _rank: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._settings = settings
-        self._own = Index(block_size, seed, max_claims, max_removals=max_removals)
+        self._own = Index(
+            block_size, seed, max_claims, max_removals=max_removals, max_claims_per_stream=max_claims_per_stream
+        )
         # The format's version is in it: replicas that write another one never meet these keys.
         space = f"{xxh3_64(model.encode(), seed):016x}.{seed:x}.2"
         self._tags = [f"{settings.prefix}:{{{space}.{at}}}" for at in range(settings.partitions)]
@@ -319,8 +324,9 @@ class StoreIndex:
             writing = [each for each in self._streams if each.life]
             for stream in writing:
                 if stream.full and again:
-                    stream.send_again()
-                stream.take()
+                    stream.take(anew=True)
+                if stream.life:
+                    stream.take()
                 if not stream.life:  # its engine began a new life
                     self._begin(stream, now)
                     if stream.life:
@@ -438,6 +444,22 @@ class StoreIndex:
 
     # --- dead holders ---
 
+    def bury(self) -> int:
+        """Take streams out of the store whose replica and pod are gone, so that nobody ever will; how many. StoreAway.
+
+        The first partition comes last: until then another replica finds the stream there, and begins a new life.
+        """
+        grace = GONE_LEASES * self._settings.lease_seconds
+        if all(lease.ends + grace > self._clock() for lease in self._leases.values()):
+            return 0
+        gone = self._client.run(scripts.GONE, self._tags[0], int(grace * 1000))
+        for name, life in zip(gone[::2], gone[1::2], strict=True):
+            for tag in reversed(self._tags):
+                self._client.run(scripts.CLOSE, tag, name, life, packed(int(life)))
+            _log.warning("stream taken out of the shared store", extra={"fields": {"stream": name.decode()}})
+        self._may_have_garbage = self._may_have_garbage or bool(gone)
+        return len(gone) // 2
+
     def sweep(self) -> int:
         """Take some dead holders out, whatever epoch they died in; returns how many. StoreAway."""
         if self._garbage is None:
@@ -508,6 +530,7 @@ class StoreIndex:
                 self.renew(everything=due)
                 if due:
                     renew_at = self._clock() + self._settings.lease_seconds / 4
+                self.bury()
                 self.sweep()
             except StoreAway as error:
                 self._garbage = None

@@ -350,6 +350,21 @@ end
 return {{now, redis.call('HGETALL', ARGV[1] .. 'o'), open}}
 """)
 
+GONE = Script("""#!lua flags=no-writes
+-- tag, ms: stream and life in turns, of each whose lease ended longer ago than that
+local t, out = redis.call('TIME'), {}
+local since = t[1] * 1000 + math.floor(t[2] / 1000) - tonumber(ARGV[2])
+local leases = redis.call('HGETALL', ARGV[1] .. 'o')
+for i = 1, #leases, 2 do
+  local was = redis.call('HGET', ARGV[1] .. 'q', leases[i])
+  if was and tonumber(string.match(leases[i + 1], '^(%d+) ')) < since then
+    out[#out + 1] = leases[i]
+    out[#out + 1] = string.match(was, '^(%d+):')
+  end
+end
+return out
+""")
+
 SWEEP = Script("""#!lua flags=allow-oom
 -- tag, then blocks' keys: takes dead holders out; returns how many there were
 local tag, alive, dead = ARGV[1], {}, 0

@@ -56,6 +56,7 @@ class StoreStream:
         """The eras of the partitions but the first in which they were found to have everything."""
         self._numbers: list[int] = []
         self._waiting: list[deque[bytes]] = []
+        self._under_way: dict[int, tuple[str, Sequence[Argument]]] = {}
         self._described = b""
         self._description = b""
 
@@ -173,6 +174,7 @@ class StoreStream:
             self.looked = ()
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
+            self._under_way = {}
             self._described = b""
         if came_back:
             self._gained(self.pod, self.rank)
@@ -186,11 +188,14 @@ class StoreStream:
             if not self._native.closed:
                 self._native.close()
 
-    def take(self) -> None:
-        """Line up what has changed."""
+    def take(self, *, anew: bool = False) -> None:
+        """Line up what has changed; `anew`, because some of it did not fit, the next time all that is held."""
         partitions = len(self._numbers)
         with self._lock:
             dropped, lost, rows, groups = self._native.take_changes(partitions)
+            if anew:  # in the same moment: a removal in between would be forgotten
+                self._native.follow_changes(self._max_changes)
+                self.full = False
             block_size, tiers = self._index.block_size, self._index.tiers
         if dropped or lost:
             self.life = 0
@@ -200,12 +205,18 @@ class StoreStream:
             waiting.extend(of_partition[at : at + self._batch] for at in range(0, len(of_partition), self._batch))
 
     def next_batches(self, tags: Sequence[str]) -> list[tuple[int, tuple[str, Sequence[Argument]]]]:
-        """(partition, call) of what can be sent now; the description goes first and alone."""
+        """(partition, call) of what can be sent now; the description goes first and alone.
+
+        What has no answer yet goes again as it was: the store may have it, and takes nothing else under its number.
+        """
         if not self.life:
             return []
-        if self._described != self._description:
-            return [(0, self._call(0, tags[0], self._description))]
-        return [(at, self._call(at, tag, b"")) for at, tag in enumerate(tags) if self._waiting[at]]
+        if not self._under_way:
+            if self._described != self._description:
+                self._under_way = {0: self._call(0, tags[0], self._description)}
+            else:
+                self._under_way = {at: self._call(at, tag, b"") for at, tag in enumerate(tags) if self._waiting[at]}
+        return list(self._under_way.items())
 
     def _call(self, at: int, tag: str, description: bytes) -> tuple[str, Sequence[Argument]]:
         rows = self._waiting[at][0] if self._waiting[at] else b""
@@ -227,21 +238,17 @@ class StoreStream:
             raise answer
         if isinstance(answer, bytes) and answer.startswith(b"OK"):
             self._numbers[at] += 1
-            if self._waiting[at]:
+            self._under_way.pop(at, None)
+            *_, description, rows = call[1]
+            if rows:
                 self._waiting[at].popleft()
-            if call[1][4]:
-                self._described = bytes(call[1][4])  # type: ignore[arg-type]
+            if description:
+                self._described = bytes(description)  # type: ignore[arg-type]
             self.behind = self.behind and not self.idle
         else:
             # Another replica has the lease, or the store has lost something: asking for the lease shows which.
             self.life = 0
         return refused
-
-    def send_again(self) -> None:
-        """All that is held, under the same life: some of it did not fit."""
-        with self._lock:
-            self._native.follow_changes(self._max_changes)
-            self.full = False
 
     @property
     def blind(self) -> bool:
@@ -251,7 +258,8 @@ class StoreStream:
     @property
     def idle(self) -> bool:
         """Everything taken is in the store."""
-        return bool(self.life) and not any(self._waiting) and self._described == self._description
+        sent = not self._under_way and not any(self._waiting)
+        return bool(self.life) and sent and self._described == self._description
 
     @property
     def numbers(self) -> list[int]:

@@ -30,14 +30,20 @@ def markers(fast: FastTokenizer) -> list[str]:
     inner = set(_inner(contents))
     tails = {content[start:] for content in contents for start in range(1, len(content))}
     shifting = tuple(each["content"] for each in early if each["lstrip"] or each["single_word"])
+    looks_behind = any(each["single_word"] for each in early)
     return [
         content
         for content in contents
-        if not content[0].isspace()  # a token before it with rstrip would take that away
+        if not (looks_behind and _may_be_of_a_word(content[0]))  # a token just before it is looked for by what follows
+        and not content[0].isspace()  # a token before it with rstrip would take that away
         and content not in inner  # another token has it inside, and may have begun before
         and not any(content[:end] in tails for end in range(1, len(content) + 1))  # another may end within it
         and not any(each.startswith(content) for each in shifting)  # what is found there is this or a longer one
     ]
+
+
+def _may_be_of_a_word(char: str) -> bool:
+    return not char.isascii() or char.isalnum() or char == "_"
 
 
 def _inner(contents: Sequence[str]) -> Iterator[str]:

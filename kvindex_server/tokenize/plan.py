@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers
 
 from kvindex_server.tokenize import charsets
 from kvindex_server.tokenize.pattern import Table, Unsupported, compile_table, parse
@@ -44,6 +45,9 @@ def plan(fast: FastTokenizer, word_slots: int) -> Plan:
         if model.get(option):
             raise Unsupported(f"BPE with {option}")
     added = [_added(each) for each in definition["added_tokens"]]
+    if any(each[3] for each in added) and any(each[2] and each[0].isspace() for each in added):
+        # Both take the same blanks; the library then fails in itself, or gives them to either.
+        raise Unsupported("an added token of blanks with lstrip beside one with rstrip")
     shape = _by_character(definition, added) if model.get("byte_fallback") else _byte_level(definition, added)
     return {**shape, "added": added, "merges": _merges(model).tobytes(), "word_slots": word_slots}
 
@@ -53,6 +57,9 @@ def _byte_level(definition: Mapping[str, Any], added: Sequence[Added]) -> Plan:
     kinds = {each["type"] for each in _flat(definition["normalizer"], "Sequence", "normalizers")}
     if kinds - {"NFC"}:
         raise Unsupported(f"normalizer {', '.join(sorted(kinds - {'NFC'}))}")
+    nfc = normalizers.NFC()
+    if kinds and any(normalized and nfc.normalize_str(content) != content for content, *_, normalized in added):
+        raise Unsupported("an added token that the normalizer changes")
     vocab: dict[str, int] = definition["model"]["vocab"]
     letters = _byte_letters()
     if not all(letter in vocab for letter in letters):

@@ -10,19 +10,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kvindex_server import _core
 from kvindex_server.errors import InvalidArgument
+from kvindex_server.tokenize import declared, library
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.tokenizer import UNLIMITED, Tokenizer
-
-# The named tokens that transformers gives to a chat template.
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 def load_tokenizer(
@@ -36,16 +26,22 @@ def load_tokenizer(
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise InvalidArgument("tokenizer", f"{directory} has no tokenizer.json")
-    try:
-        fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
-        raise InvalidArgument("tokenizer", f"{path} cannot be loaded: {error}") from None
     config = _read_object(directory / "tokenizer_config.json")
-    special = _special_tokens(_read_object(directory / "special_tokens_map.json")) | _special_tokens(config)
-    templates = ChatTemplates(_chat_templates(directory, config), special)
-    tokenizer = Tokenizer(fast, templates, cache, word_slots=word_slots, max_reference_bytes=max_reference_bytes)
-    _give_back_memory()
-    return tokenizer
+    special_tokens_map = _read_object(directory / "special_tokens_map.json")
+    try:
+        tokens = declared.merged(config, special_tokens_map)
+        templates = ChatTemplates(_chat_templates(directory, config), declared.named_tokens(tokens))
+        fast = FastTokenizer.from_file(str(path))
+        declared.complete(fast, tokens)
+        return Tokenizer(fast, templates, cache, word_slots=word_slots, max_reference_bytes=max_reference_bytes)
+    except InvalidArgument:
+        raise
+    except BaseException as error:  # the library raises bare Exception for a bad file, or panics
+        if not (isinstance(error, Exception) or library.panic(error)):
+            raise
+        raise InvalidArgument("tokenizer", f"{path} cannot be loaded: {str(error) or type(error).__name__}") from None
+    finally:
+        _give_back_memory()
 
 
 def _give_back_memory() -> None:
@@ -54,17 +50,6 @@ def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None
     if trim is not None:
         trim(0)
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    tokens: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
 
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:

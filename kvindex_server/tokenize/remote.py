@@ -5,6 +5,7 @@ import sys
 import time
 import urllib.request
 from array import array
+from collections.abc import Callable
 from typing import Any, Literal
 
 from kvindex_server import _core
@@ -12,21 +13,35 @@ from kvindex_server.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from kvindex_server.tokenize.tokenizer import NO_DEADLINE, UNLIMITED, Body, Keyed, checked, next_root
 
 MAX_SECONDS = 10.0
+CHAT_SECONDS = 60
+"""Chats are remembered until the next full minute: the engine's template may write the date into them."""
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 
 class RemoteTokenizer:
-    """Asks `POST {url}` as vLLM's `/tokenize` understands it; whole texts, and whole chats, are remembered."""
+    """Asks `POST {url}` as vLLM's `/tokenize` understands it; whole texts are remembered, whole chats for a minute."""
 
     mode: Literal["remote"] = "remote"
     reason = "the engine is asked for every new text"
     cuts: Literal["nowhere"] = "nowhere"
     has_chat_template = True
 
-    def __init__(self, url: str, model: str, cache: _core.TextCache) -> None:
-        engine = _Engine(url, model)
-        self._prompts = _core.Text(cache, None, next_root(), (), (), engine.prompt)
-        self._chats = _core.Text(cache, None, next_root(), (), (), engine.chat)
+    def __init__(self, url: str, model: str, cache: _core.TextCache, clock: Callable[[], float] = time.time) -> None:
+        self._engine = _Engine(url, model)
+        self._cache = cache
+        self._clock = clock
+        self._prompts = self._text(self._engine.prompt)
+        self._of_minute = (0, self._text(self._engine.chat))
+
+    def _text(self, ask: Callable[[str, float], bytes]) -> _core.Text:
+        return _core.Text(self._cache, None, next_root(), (), (), ask)
+
+    def _chats(self) -> _core.Text:
+        minute, chats = self._of_minute
+        if (now := int(self._clock() // CHAT_SECONDS)) != minute:
+            chats = self._text(self._engine.chat)
+            self._of_minute = now, chats
+        return chats
 
     def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """As Tokenizer.encode_prompt."""
@@ -35,7 +50,7 @@ class RemoteTokenizer:
     def encode_chat(self, body: str | bytes, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """As Tokenizer.encode_chat."""
         text = body.decode() if isinstance(body, bytes) else body
-        return checked(lambda: self._chats.ids(text, max_tokens, seconds), "chat", max_tokens)[0]
+        return checked(lambda: self._chats().ids(text, max_tokens, seconds), "chat", max_tokens)[0]
 
     def keys(
         self,
@@ -50,7 +65,7 @@ class RemoteTokenizer:
         seconds: float = NO_DEADLINE,
     ) -> Keyed:
         """As Tokenizer.keys."""
-        bound = self._prompts if kind == "prompt" else self._chats
+        bound = self._prompts if kind == "prompt" else self._chats()
         ask = lambda: bound.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
         return Keyed(*checked(ask, kind, max_tokens))
 

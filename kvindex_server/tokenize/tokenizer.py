@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kvindex_server import _core, logs
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
-from kvindex_server.tokenize import selftest
+from kvindex_server.tokenize import library, selftest
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.markers import markers
 from kvindex_server.tokenize.pattern import Unsupported
@@ -145,7 +145,7 @@ class Tokenizer:
     def cuts(self) -> Cuts:
         """Where texts are cut, so that of what was seen before nothing is encoded again."""
         if self._encoder is not None:
-            return "anywhere"
+            return "nowhere" if self._encoder.refuted else "anywhere"
         return "added_tokens" if self._markers is not None else "nowhere"
 
     @property
@@ -215,6 +215,8 @@ def checked(ask: Callable[[], tuple[bytes, int] | str], field: str, max_tokens: 
         answer = ask()
     except (TypeError, UnicodeError):
         raise InvalidArgument(field, "the text is not valid Unicode") from None
+    except library.Refused:
+        raise InvalidArgument(field, "the model's tokenizer has no tokens for the text") from None
     if answer == "too_many_tokens":
         raise InvalidArgument(field, f"its tokens exceed the limit of {max_tokens}")
     if answer == "too_long":
@@ -258,11 +260,18 @@ class _Reference:
 
 
 def _reference_ids(fast: FastTokenizer, text: str, add_special_tokens: bool) -> bytes:
-    # The batch call releases the GIL, which encode() holds for the whole text.
-    ids = array("I", fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+    ids = array("I", library.ids(fast, text, add_special_tokens))
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tobytes()
+
+
+def _known_ids(fast: FastTokenizer, text: str) -> bytes | None:
+    """Of a self-test's text; None when the library has no ids for it."""
+    try:
+        return _reference_ids(fast, text, False)
+    except library.NoIds:
+        return None
 
 
 def _native(fast: FastTokenizer, word_slots: int, texts: int) -> tuple[_core.TextEncoder | None, str]:
@@ -273,7 +282,7 @@ def _native(fast: FastTokenizer, word_slots: int, texts: int) -> tuple[_core.Tex
         return None, str(error)
     specials = _added_contents(fast)
     wrong = selftest.first_difference(
-        selftest.texts(texts, specials), encoder.encode, lambda text: _reference_ids(fast, text, False)
+        selftest.texts(texts, specials), encoder.encode, lambda text: _known_ids(fast, text)
     )
     if wrong is None:
         wrong = selftest.first_bad_cut(selftest.texts(texts, specials), encoder.encode, encoder.next_cut)
@@ -290,7 +299,7 @@ def _markers(fast: FastTokenizer, texts: int) -> _core.TextMarkers | None:
         return None
     cuts = _core.TextMarkers(contents)
     samples = selftest.texts(min(texts, MARKER_TEXTS), _added_contents(fast))
-    wrong = selftest.first_bad_cut(samples, lambda text: _reference_ids(fast, text, False), cuts.next_cut)
+    wrong = selftest.first_bad_cut(samples, lambda text: _known_ids(fast, text), cuts.next_cut)
     if wrong is None:
         return cuts
     logs.event(logger, logging.WARNING, "cuts before added tokens failed their self-test", sample=wrong)
@@ -303,15 +312,19 @@ def _added_contents(fast: FastTokenizer) -> list[str]:
 
 def _affixes(fast: FastTokenizer, texts: int) -> tuple[list[int], list[int]] | None:
     """The ids that the post-processor puts before and behind every text; None when it does anything else."""
-    probe = "a"
-    inner = fast.encode_batch_fast([probe], add_special_tokens=False)[0].ids
-    outer = fast.encode_batch_fast([probe], add_special_tokens=True)[0].ids
+    try:
+        inner, outer = library.ids(fast, "a", False), library.ids(fast, "a", True)
+    except library.NoIds:
+        return None
     starts = [at for at in range(len(outer)) if outer[at : at + len(inner)] == inner]
     if len(starts) != 1:
         return None
     prefix, suffix = outer[: starts[0]], outer[starts[0] + len(inner) :]
     for text in selftest.texts(min(texts, 200), _added_contents(fast)):
-        plain = fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if fast.encode_batch_fast([text], add_special_tokens=True)[0].ids != [*prefix, *plain, *suffix]:
+        try:
+            plain, added = library.ids(fast, text, False), library.ids(fast, text, True)
+        except library.NoIds:
+            continue
+        if added != [*prefix, *plain, *suffix]:
             return None
     return prefix, suffix

@@ -10,12 +10,13 @@
 namespace kvindex {
 
 Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes,
-             uint64_t max_removals)
+             uint64_t max_removals, uint64_t max_claims_per_stream)
     : block_size_(block_size),
       seed_(seed),
       max_claims_(max_claims),
       max_bytes_(max_bytes),
       max_removals_(max_removals),
+      max_claims_per_stream_(max_claims_per_stream),
       placements_(max_placements) {
   auto* first = new Topology;
   first->lanes.emplace_back();

@@ -52,7 +52,7 @@ class Index : public std::enable_shared_from_this<Index> {
 
   // Limits of 0 mean none, but for `max_removals`: so many removals are remembered of each stream.
   Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes = 0,
-        uint64_t max_removals = kRemovals);
+        uint64_t max_removals = kRemovals, uint64_t max_claims_per_stream = 0);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
@@ -104,6 +104,7 @@ class Index : public std::enable_shared_from_this<Index> {
   void close_stream(uint32_t stream);
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
+  uint64_t max_claims_per_stream() const { return max_claims_per_stream_; }
   void unclaim(uint64_t count) { claims_.fetch_sub(count, std::memory_order_relaxed); }
 
  private:
@@ -116,7 +117,7 @@ class Index : public std::enable_shared_from_this<Index> {
 
   std::atomic<uint32_t> block_size_;
   const uint64_t seed_;
-  const uint64_t max_claims_, max_bytes_, max_removals_;
+  const uint64_t max_claims_, max_bytes_, max_removals_, max_claims_per_stream_;
   std::atomic<uint64_t> claims_{0};
   Placements placements_;
 

@@ -353,13 +353,13 @@ NB_MODULE(_core, m) {
   nb::class_<Index> index(m, "Index");
   index
       .def(nb::new_([](uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements,
-                       uint64_t max_bytes, uint64_t max_removals) {
-             return std::shared_ptr<Index>(
-                 std::make_shared<BoundIndex>(block_size, seed, max_claims, max_placements, max_bytes, max_removals));
+                       uint64_t max_bytes, uint64_t max_removals, uint64_t max_claims_per_stream) {
+             return std::shared_ptr<Index>(std::make_shared<BoundIndex>(
+                 block_size, seed, max_claims, max_placements, max_bytes, max_removals, max_claims_per_stream));
            }),
            nb::arg("block_size") = 0, nb::arg("seed") = 1337, nb::arg("max_claims") = 0,
            nb::arg("max_placements") = uint64_t{1} << 20, nb::arg("max_bytes") = 0,
-           nb::arg("max_removals") = Index::kRemovals)
+           nb::arg("max_removals") = Index::kRemovals, nb::arg("max_claims_per_stream") = 0)
       .def_prop_ro("block_size", &Index::block_size)
       .def_prop_ro("seed", &Index::seed)
       .def_prop_ro("blocks", &Index::blocks)

@@ -327,7 +327,7 @@ void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, u
     return;
   }
   if (!known && unresolved_ >= kMaxUnresolved) return applied.count(Reason::kUnresolvedLimit);
-  if (index_->claim(1) == 0) return applied.count(Reason::kClaimLimit);
+  if (claim(1) == 0) return applied.count(Reason::kClaimLimit);
   Special claim{hash, key, 1, 0, known, false, false};
   if (known) {
     hold(claim, group, tier, before);
@@ -351,7 +351,7 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
   // Normally there is room, and all of them are held before it shows which were claimed already. Without room for
   // all, those are looked for first, so that the room goes to the others.
   const HolderId holder = holder_of(group, tier);
-  uint64_t granted = index_->claim(count);
+  uint64_t granted = claim(count);
   if (granted == count) {
     blocks.hold(keys_.data(), count, before, holder, pen_, nodes_.data(), is_new_.get());
   } else {
@@ -362,7 +362,7 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
       const uint32_t* ref = book.claims.find(hashes[i]);
       if (ref != nullptr) {
         before = (*ref & kSpecial) != 0 ? specials_[*ref & ~kSpecial].node : *ref;
-      } else if (index_->claim(1) == 1) {
+      } else if (claim(1, granted) == 1) {
         ++granted;
         blocks.hold(&keys_[i], 1, before, holder, pen_, &nodes_[i], &is_new_[i]);
         before = nodes_[i];
@@ -899,6 +899,14 @@ uint64_t Stream::size() const {
   uint64_t all = 0;
   for (const Book& book : books_) all += book.claims.size();
   return all;
+}
+
+uint64_t Stream::claim(uint64_t count, uint64_t taken) const {
+  if (const uint64_t most = index_->max_claims_per_stream(); most != 0) {
+    const uint64_t have = size() + taken;
+    count = std::min(count, have < most ? most - have : 0);
+  }
+  return index_->claim(count);
 }
 
 uint64_t Stream::claims() const {

@@ -151,6 +151,8 @@ class Stream {
   // All claims go; how they leave is remembered, unless it is of no use to anyone.
   uint64_t drop_all(std::optional<Left> left);
   uint64_t size() const;
+  // As Index::claim, within the stream's own limit; `taken` are claims granted already that no book has yet.
+  uint64_t claim(uint64_t count, uint64_t taken = 0) const;
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
   uint32_t tier_of(std::string_view medium);
 

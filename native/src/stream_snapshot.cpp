@@ -275,7 +275,7 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
       claims.prefetch(hashes[i]);
       blocks.prefetch_key(keys[i]);
     }
-    const uint64_t granted = index_->claim(count);
+    const uint64_t granted = claim(count);
     if (granted < count) return index_->unclaim(granted), false;
     blocks.hold(keys, count, before, holder, pen_, nodes, is_new);
     before = nodes[count - 1];
@@ -303,7 +303,7 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
     claim.resolved = in.number<uint8_t>() != 0;
     if (!in.ok() || claim.count == 0 || claims.find(claim.hash) != nullptr) return false;
     if (!claim.resolved && unresolved_ >= kMaxUnresolved) return false;
-    if (index_->claim(1) == 0) return false;
+    if (Stream::claim(1) == 0) return false;
     if (claim.resolved) {
       hold(claim, group, tier, 0);
     } else {

@@ -36,8 +36,12 @@ TextAnswer TextCache::ids(const TextRequest& request) { return answer(request, n
 TextAnswer TextCache::keys(const TextRequest& request, const KeyContext& context) { return answer(request, &context); }
 
 TextAnswer TextCache::answer(const TextRequest& request, const KeyContext* context) {
+  const bool native = request.encoder != nullptr && !request.encoder->refuted();
   try {
-    return walk(request, context);
+    TextAnswer given = walk(request, context);
+    // Refuted meanwhile: what it gave for this text may be wrong too.
+    if (native && request.encoder->refuted()) given = walk(request, context);
+    return given;
   } catch (const TooLong&) {
     TextAnswer refused;
     refused.outcome = TextOutcome::kTooLong;

@@ -99,6 +99,7 @@ bool TextEncoder::is_inert(std::string_view text) const {
 size_t TextEncoder::next_cut(std::string_view text, size_t from) const {
   if (from == 0 || from >= text.size()) from = std::min(std::max<size_t>(from, 1), text.size());
   if (text.empty()) return 0;
+  if (refuted_) return text.size();  // what is wrong may be the very patterns that the cuts come from
   size_t at = from;
   while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xC0) == 0x80) ++at;
   size_t size = 0, left = point_before(text, at);

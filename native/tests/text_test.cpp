@@ -250,8 +250,18 @@ void test_a_wrong_encoder_is_refuted() {
     });
   for (auto& each : threads) each.join();
   CHECK(encoder.refuted());
+  CHECK(encoder.next_cut("abc abc", 1) == 7);  // its cuts are no better than its ids
   const std::string text = " abc abc abc abc abc abc abc abc abc abc abc abc abc abc abc";
   CHECK(cache.ids(request_of(encoder, text)).ids == reference(text));
+}
+
+// What the encoder gave for the same text before it was refuted is not answered either.
+void test_the_text_that_refutes_is_answered_by_the_reference_alone() {
+  const TextEncoder encoder(small_plan());
+  TextCache cache(60'000, 3, 8);
+  const std::string text = " abc abc abc abc abc abc abc abc abc abc abc abc abc abc abc";
+  CHECK(cache.ids(request_of(encoder, text)).ids == reference(text));
+  CHECK(encoder.refuted());
 }
 
 }  // namespace
@@ -263,5 +273,6 @@ int main() {
   test_malformed_plans();
   test_concurrency();
   test_a_wrong_encoder_is_refuted();
+  test_the_text_that_refutes_is_answered_by_the_reference_alone();
   std::printf("%d passed, 0 failed\n", checks);
 }

@@ -644,7 +644,7 @@ type ScoreRequest struct {
 	//	*ScoreRequest_Tokens
 	//	*ScoreRequest_Keys
 	Input isScoreRequest_Input `protobuf_oneof:"input"`
-	// Candidates; empty means all pods known for the model.
+	// Candidates; empty means all pods known for the model. One that is named several times is answered once.
 	Pods       []string     `protobuf:"bytes,6,rep,name=pods,proto3" json:"pods,omitempty"`
 	LoraName   string       `protobuf:"bytes,7,opt,name=lora_name,json=loraName,proto3" json:"lora_name,omitempty"`
 	CacheSalt  string       `protobuf:"bytes,8,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
@@ -1588,7 +1588,8 @@ func (*RecordPlacementRequest_Keys) isRecordPlacementRequest_Input() {}
 
 type RecordPlacementResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The prompt's full blocks; 0 while the model's block size is not known, and then nothing is recorded.
+	// The prompt's full blocks; of a prompt sent as text or tokens 0 while the model's block size is not known, and then
+	// nothing is recorded.
 	TotalBlocks uint32 `protobuf:"varint,1,opt,name=total_blocks,json=totalBlocks,proto3" json:"total_blocks,omitempty"`
 	// Those of them that need no placement: the rank holds them already.
 	HeldBlocks uint32 `protobuf:"varint,2,opt,name=held_blocks,json=heldBlocks,proto3" json:"held_blocks,omitempty"`

@@ -64,6 +64,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if and (include "kvindex.keepsSnapshots" .) .Values.snapshot.peers .Values.service.headless (not $stranger) (not $unknown) -}}true{{- end -}}
 {{- end -}}
 
+{{- /* Half of the container's memory limit, for each configured model alike; empty without a limit that can be read. */ -}}
+{{- define "kvindex.maxIndexBytes" -}}
+{{- $limit := dig "limits" "memory" "" .Values.resources -}}
+{{- $limit = kindIs "float64" $limit | ternary (printf "%.0f" $limit) (toString $limit) -}}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- if regexMatch "^[0-9]+([kMGT]|[KMGT]i)?$" $limit -}}
+{{- $number := regexFind "^[0-9]+" $limit -}}
+{{- $bytes := mul (int64 $number) (get $units (trimPrefix $number $limit)) -}}
+{{- div $bytes (mul 2 (max 1 (len (dig "models" list .Values.config)))) -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* The server's configuration file: the user's values, and what follows from the chart's. */ -}}
 {{- define "kvindex.config" -}}
 {{- $made := dict
@@ -91,6 +103,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 {{- $_ := set $made "snapshot" $snapshot -}}
+{{- end -}}
+{{- /* Said explicitly, 0 too, it stays; a shared store keeps the index elsewhere. */ -}}
+{{- $ownBound := hasKey (dig "limits" dict .Values.config) "max_index_bytes" -}}
+{{- $elsewhere := or .Values.store.url (dig "store" "addresses" list .Values.config) -}}
+{{- with include "kvindex.maxIndexBytes" . -}}
+{{- if not (or $ownBound $elsewhere) -}}
+{{- $_ := set $made "limits" (dict "max_index_bytes" (int64 .)) -}}
+{{- end -}}
 {{- end -}}
 {{- $store := dict -}}
 {{- if .Values.store.url -}}

@@ -369,7 +369,7 @@ class ScoreRequest(_message.Message):
     def keys(self) -> Global___Keys: ...
     @_builtins.property
     def pods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Candidates; empty means all pods known for the model."""
+        """Candidates; empty means all pods known for the model. One that is named several times is answered once."""
 
     @_builtins.property
     def mm_features(self) -> _containers.RepeatedCompositeFieldContainer[Global___MmFeature]: ...
@@ -751,7 +751,9 @@ class RecordPlacementResponse(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     total_blocks: _builtins.int
-    """The prompt's full blocks; 0 while the model's block size is not known, and then nothing is recorded."""
+    """The prompt's full blocks; of a prompt sent as text or tokens 0 while the model's block size is not known, and then
+    nothing is recorded.
+    """
     held_blocks: _builtins.int
     """Those of them that need no placement: the rank holds them already."""
     rank: _builtins.int
