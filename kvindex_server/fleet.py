@@ -3,14 +3,17 @@
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from kvindex_server import wire
+from kvindex_server._core import Index
 from kvindex_server.divergence import Side
+from kvindex_server.ears import Ears, close_ears, open_ears
 from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
-from kvindex_server.pods import PodSpec
+from kvindex_server.pods import PodSpec, bind_the_same
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Dialect, StreamStatus, Trust
 from kvindex_server.subscriber import Subscriber
@@ -38,6 +41,9 @@ class Fleet:
         self._max_pods = max_pods
         self._saved = saved
         self._lock = threading.Lock()
+        # Pods that are just being registered or taken away: one call each at a time, and none waits for another pod's.
+        self._changed = threading.Condition(self._lock)
+        self._changing: set[tuple[str, str]] = set()
         self._subscribers: dict[tuple[str, str], Subscriber] = {}
         self._awaited: set[tuple[str, str]] = set()
         self._discovered: set[tuple[str, str]] = set()
@@ -78,49 +84,120 @@ class Fleet:
         takes over what discovery has found. An `awaited` pod counts into the server's readiness.
         """
         spec = spec.validate()
-        with self._lock:
-            model = self._models.seen(spec.model, spec.block_size)
-            if spec.block_size and (known := model.index.learn_block_size(spec.block_size)) != spec.block_size:
-                raise InvalidArgument("block_size", f"{spec.block_size} is not the model's block size {known}")
-            spec = replace(spec, model=model.name)
-            key = (model.name, spec.pod)
+        key = self.key_of(spec)
+        spec = replace(spec, model=key[0])
+        with self._turn(key):
             standing = self._subscribers.get(key)
-            if standing is not None:
-                if discovered and key not in self._discovered:
-                    raise FailedPrecondition(f"pod: {spec.pod!r} is registered by configuration or RPC")
+            if standing is not None and discovered and key not in self._discovered:
+                raise FailedPrecondition(f"pod: {spec.pod!r} is registered by configuration or RPC")
+            if standing is not None and standing.spec == spec:
                 if not discovered:
                     self._discovered.discard(key)
-                if standing.spec == spec:
-                    return False
-                self._replace_without(key)
-                standing.stop()
-            if len(self._subscribers) >= self._max_pods:
+                return False
+            self._check_limit()
+            self._check_block_size(spec)
+            subscriber = self._subscribe(spec, standing)
+            self._add(subscriber, discovered=discovered)
+            if awaited:
+                self._awaited = self._awaited | {key}
+        _log.info("pod registered", extra={"fields": {"pod": spec.pod, "model": spec.model, "ranks": spec.ranks}})
+        return True
+
+    def _check_limit(self) -> None:
+        with self._lock:
+            if len(self._subscribers.keys() | self._changing) > self._max_pods:
                 raise ResourceExhausted(f"{self._max_pods} pods are registered, which is the limit")
+
+    def _check_block_size(self, spec: PodSpec) -> None:
+        if spec.model in self._models.names and (known := self._models.get(spec.model).index.block_size):
+            _agree(spec, known)
+
+    def _subscribe(self, spec: PodSpec, standing: Subscriber | None) -> Subscriber:
+        """A subscriber in the place of the standing one, which stays, or comes back, when that fails."""
+        discovered = self.key_of(spec) in self._discovered
+        in_the_way = standing is not None and bind_the_same(standing.spec, spec)
+        if in_the_way:
+            self._take_away(standing)
+        try:
+            ears = self._open(spec)
             try:
-                subscriber = Subscriber(spec, model.index, self._bounds, self._drain_messages, self._saved)
-            except wire.BindError as error:
-                raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
+                index = self._index(spec)
+                if not in_the_way:
+                    self._take_away(standing)
+                return Subscriber(spec, ears, index, self._bounds, self._drain_messages, self._saved)
+            except Exception:
+                close_ears(ears)  # nobody else would, and they must not be left unread
+                raise
+        except Exception:
+            if in_the_way and standing is not None:
+                self._bring_back(standing.spec, discovered=discovered)
+            raise
+
+    def _open(self, spec: PodSpec) -> list[Ears]:
+        try:
+            return open_ears(spec)
+        except wire.BindError as error:
+            for (_, pod), each in self._subscribers.items():
+                if bind_the_same(each.spec, spec):
+                    raise InvalidArgument("endpoint", f"is bound for pod {pod!r}; each pod needs its own") from error
+            raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
+
+    def _index(self, spec: PodSpec) -> Index:
+        """Of the spec's model, which is known from now on, as is its block size."""
+        model = self._models.seen(spec.model, spec.block_size)
+        if spec.block_size:
+            _agree(spec, model.index.learn_block_size(spec.block_size))
+        return model.index
+
+    def _bring_back(self, spec: PodSpec, *, discovered: bool) -> None:
+        try:
+            ears = self._open(spec)
+        except InvalidArgument as error:
+            _log.error(
+                "pod lost: its endpoint was taken meanwhile", extra={"fields": {"pod": spec.pod, "why": str(error)}}
+            )
+            return
+        subscriber = Subscriber(spec, ears, self._index(spec), self._bounds, self._drain_messages, self._saved)
+        self._add(subscriber, discovered=discovered)
+
+    def _add(self, subscriber: Subscriber, *, discovered: bool) -> None:
+        key = self.key_of(subscriber.spec)
+        with self._lock:
             self._subscribers = {**self._subscribers, key: subscriber}
             if discovered:
                 self._discovered.add(key)
-            if awaited:
-                self._awaited = self._awaited | {key}
             subscriber.start()
-        _log.info("pod registered", extra={"fields": {"pod": spec.pod, "model": spec.model, "ranks": spec.ranks}})
-        return True
+
+    def _take_away(self, subscriber: Subscriber | None) -> int:
+        """Returns the claims it had."""
+        if subscriber is None:
+            return 0
+        with self._lock:
+            self._replace_without(self.key_of(subscriber.spec))
+        return subscriber.stop()
+
+    @contextmanager
+    def _turn(self, key: tuple[str, str]) -> Iterator[None]:
+        with self._lock:
+            self._changed.wait_for(lambda: key not in self._changing)
+            self._changing.add(key)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing.discard(key)
+                self._changed.notify_all()
 
     def unregister(self, pod: str, model: str, *, discovered: bool = False) -> int:
         """Take a pod away; returns the claims it had. NotFound when it is not registered.
 
         With `discovered`, FailedPrecondition when the registration is not discovery's own.
         """
-        with self._lock:
-            key = self._key(pod, model)
+        with self._turn(self._key(pod, model)):
+            key = self._key(pod, model)  # it may have been taken away while this call waited
             if discovered and key not in self._discovered:
                 raise FailedPrecondition(f"pod: {pod!r} is registered by configuration or RPC")
-            subscriber = self._subscribers[key]
-            self._replace_without(key)
-        dropped = subscriber.stop()
+            dropped = self._take_away(self._subscribers[key])
         _log.info("pod unregistered", extra={"fields": {"pod": pod, "model": model, "claims": dropped}})
         return dropped
 
@@ -201,6 +278,11 @@ class Fleet:
     def _replace_without(self, key: tuple[str, str]) -> None:
         self._subscribers = {each: value for each, value in self._subscribers.items() if each != key}
         self._discovered.discard(key)
+
+
+def _agree(spec: PodSpec, known: int) -> None:
+    if spec.block_size and known != spec.block_size:
+        raise InvalidArgument("block_size", f"{spec.block_size} is not the model's block size {known}")
 
 
 def _share(subscribers: Sequence[Subscriber]) -> float:

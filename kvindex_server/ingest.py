@@ -1,5 +1,6 @@
 """The write path of one stream on one screen: order, repair by replay, and what it says of trust."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ MAX_REPLAY_ASKS = 64
 
 LONG_REPLAY = 512
 """So many messages may have lost their end without a word (see `Ingest._replay_over`)."""
+
+ARRIVAL_SECONDS = 1.0
+"""So long the first question waits for the subscription: asked for later, nothing falls between the two."""
 
 MAX_JUMP = 1 << 40
 """No stream loses so many messages: such a number is damage, and believing it would fence the pod for nothing."""
@@ -39,7 +43,8 @@ class Bounds:
 class Ingest:
     """One stream's order and trust. All calls but `status` come from the stream's own thread.
 
-    `ask` sends a replay request from a sequence; None when the pod has no replay endpoint.
+    `ask` sends a replay request from a sequence; None when the pod has no replay endpoint. When `watched`, `connection`
+    tells of every connection of the event socket, and nothing is complete before the first one.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Ingest:
         ask: Callable[[int], None] | None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        *,
+        watched: bool = False,
     ) -> None:
         self._applier = Applier(stream, status, clock, wall)
         self._stream = stream
@@ -62,6 +69,11 @@ class Ingest:
         self.marks = Marks()
         """What was held after certain messages; to be read from any thread."""
         self._wall = wall
+        # Whether an engine was ever connected, and until when the first question waits for that.
+        self._reached = not watched
+        self._postponed: float | None = None
+        self._begun_wall = 0.0
+        self._epoch_made = 0
         self._lost_at: float | None = None
         self._lost_wall = 0.0
         self._tried = False
@@ -78,7 +90,11 @@ class Ingest:
         # A replay under way.
         self._syncing = False
         self._behind = False
-        self._clearing = False
+        self._clearing = 0
+        self._clearing_lock = threading.Lock()
+        self._first_applied = 0
+        self._unsure = False
+        self._unread: int | None = None
         self._buffer: list[tuple[int, bytes]] = []
         self._buffered_bytes = 0
         self._asks = 0
@@ -94,10 +110,13 @@ class Ingest:
 
     def start(self) -> None:
         """Subscribed: ask for what was published before."""
+        self._begun_wall = self._wall()
         if self._ask_replay is None:
             self._tried = True
-        else:
+        elif self._reached:
             self._sync()
+        else:
+            self._postponed = self._clock() + ARRIVAL_SECONDS
 
     def resume(self, saved: SavedStream) -> None:
         """Go on behind a saved state that the stream holds again; before `start`."""
@@ -113,7 +132,13 @@ class Ingest:
     def save(self) -> dict[str, Any] | None:
         """Up to where the stream's state goes and how it is trusted; None when it is not worth saving."""
         status, last = self._applier.status(), self.order.last
-        if last is None or self._doubt or self._stranger or status.trust not in (Trust.EXACT, Trust.PARTIAL):
+        if (
+            last is None
+            or self._clearing
+            or self._doubt
+            or self._stranger
+            or status.trust not in (Trust.EXACT, Trust.PARTIAL)
+        ):
             return None
         return {
             "epoch": status.epoch,
@@ -126,6 +151,8 @@ class Ingest:
 
     def live(self, messages: Sequence[tuple[int, bytes]]) -> None:
         """Published messages (sequence, payload), in order of arrival."""
+        if not self._reached:
+            self._arrived()  # the monitor tells it a moment later
         run: list[Message] = []
         for sequence, payload in messages:
             if self._syncing:
@@ -155,7 +182,7 @@ class Ingest:
     @property
     def in_order(self) -> bool:
         """True while the core may apply messages that are next in order itself; see `drained`."""
-        return not self._syncing and self.order.last is not None
+        return self._reached and not self._syncing and self.order.last is not None
 
     @property
     def until_mark(self) -> int:
@@ -205,8 +232,35 @@ class Ingest:
             self._replay_over()
 
     def bad_message(self, reason: str) -> None:
-        """A message whose frames could not be read."""
+        """Something that was no message of the stream."""
         self._applier.bad_message(reason)
+
+    def unread(self, reason: str, sequence: int | None, *, replayed: bool = False) -> None:
+        """A message that was dropped unread; `sequence` is its number if that is known."""
+        self.bad_message(reason)
+        last = self.order.last
+        if sequence is None or sequence - (last or 0) > MAX_JUMP:
+            return
+        if replayed and self._probing:
+            self._probe_unread(sequence)
+        elif self._syncing:
+            self._heard = self._heard or replayed
+            self._unread = max(sequence, self._unread or 0)
+        elif not replayed and last is not None and sequence > last:
+            self._doubt_unread(reason)
+
+    def ended(self) -> None:
+        """The connection was ended over what came on it, perhaps a message of the stream."""
+        self.bad_message("protocol")
+        if self.order.last is not None:
+            self._doubt_unread("connection ended by what is no message, or too large")
+
+    def peer_left(self) -> None:
+        """One of several peers of a bound endpoint went; those that stay may be another engine."""
+        if self._ask_replay is None and self._epoch_made != self._counters.epoch:
+            return  # the numbers have told it already: what is followed is the newcomer
+        self.connection(False)
+        self.connection(True)
 
     def connection(self, up: bool) -> None:
         """The connection to the engine came up or was lost."""
@@ -215,6 +269,10 @@ class Ingest:
                 self._lost_at, self._lost_wall = self._clock(), self._wall()
             # Another engine may answer next; if it is the same one, its replay brings these again.
             self._forget_buffer()
+            return
+        self._epoch_made = self._counters.epoch
+        if not self._reached:
+            self._arrived()
             return
         was_lost, self._lost_at = self._lost_at is not None, None
         self._unanswered = False
@@ -231,14 +289,30 @@ class Ingest:
         if self._ask_replay is not None and (was_lost or (last is None and not self._syncing)):
             self._sync()  # a question under way may have died with the old engine
 
+    def _arrived(self) -> None:
+        """The first connection: from now on nothing is missed, but since an answer that came before there may be."""
+        self._reached = True
+        self._lost_at = None
+        self._unanswered = False
+        if self._ask_replay is None:
+            self._applier.touch()
+            return
+        if self.order.last is not None and not self._stranger:
+            self._verify = self.order.last if self._verify is None else self._verify
+            self._stranger = "connected after the replay, and the engine is being asked whether it is the same"
+            self._date_doubt()
+        self._sync()
+
     def clearing(self) -> None:
         """From any thread: the claims are being dropped, and `resync` follows; until then nothing is known."""
-        self._clearing = True
+        with self._clearing_lock:
+            self._clearing += 1
 
     def resync(self) -> None:
-        """Drop every claim and begin again, as after an operator's ClearPod."""
+        """Drop every claim and begin again, as after an operator's ClearPod; once for every `clearing`."""
         self._restart("cleared by request", count=False, left=Left.REQUESTED)
-        self._clearing = False
+        with self._clearing_lock:
+            self._clearing = max(0, self._clearing - 1)
         if self._ask_replay is not None:
             self._sync()
 
@@ -253,7 +327,7 @@ class Ingest:
 
         False when the stream is busy, in another epoch, exact by now, or could not ask its engine whose they are.
         """
-        busy = self._syncing or self._lost_at is not None or self._ask_replay is None
+        busy = self.waiting_for_replay or self._lost_at is not None or not self._reached or self._ask_replay is None
         if busy or epoch != self._counters.epoch or self.status().trust is Trust.EXACT:
             return False
         self._restart("replaced by a sibling's state", count=False, left=Left.REBUILT)
@@ -263,6 +337,8 @@ class Ingest:
     def tick(self) -> None:
         """Time has passed: deadlines."""
         now = self._clock()
+        if self._postponed is not None and now >= self._postponed:
+            self._sync()
         if self._syncing:
             progressed = self.order.last is not None and self.order.last != self._asked_last
             if progressed and not self._buffer and now >= self._sync_ends:
@@ -283,12 +359,13 @@ class Ingest:
     @property
     def waiting_for_replay(self) -> bool:
         """True while `tick` must be called soon."""
-        return self._syncing or self._probing
+        return self._syncing or self._probing or self._postponed is not None
 
     @property
     def synced(self) -> bool:
         """The engine has told what it could of the past; without a replay endpoint there is nothing to wait for."""
-        return self._tried and not self._unanswered and not self._doubt and not self._stranger
+        blind = not self._reached and self.order.last is not None
+        return self._tried and not self._unanswered and not self._doubt and not self._stranger and not blind
 
     # --- what others read ---
 
@@ -303,6 +380,10 @@ class Ingest:
             status.stale_since = self._doubted_at
             status.trust, status.trust_reason = Trust.STALE, doubt
             status.trust_cause = self._doubt_cause if self._doubt else Cause.CONNECTION_LOST
+        elif not self._reached and status.trust in (Trust.EXACT, Trust.PARTIAL):
+            status.trust, status.trust_cause = Trust.STALE, Cause.CONNECTION_LOST
+            status.trust_reason = "event socket not reached: what is known comes from a replay"
+            status.stale_since = self._begun_wall
         elif self._behind and status.trust is Trust.EXACT:
             # Nobody knows yet how much there is still to come.
             status.trust, status.trust_cause = Trust.PARTIAL, Cause.CATCHING_UP
@@ -311,7 +392,7 @@ class Ingest:
             status.state = StreamState.SYNCING
         elif self._doubt and self._doubt_cause is Cause.GAP:
             status.state = StreamState.GAP
-        elif status.last_sequence is not None:
+        elif status.last_sequence is not None and self._reached:
             status.state = StreamState.LIVE
         if lost_at is not None and self._clock() - lost_at > self._bounds.disconnect_grace:
             status.state = StreamState.DOWN
@@ -346,6 +427,7 @@ class Ingest:
 
     def _first(self, sequence: int, late: str) -> None:
         """What the first applied message says of the past; `late` when it has one."""
+        self._first_applied = sequence
         if sequence == 0:
             self._believe(Trust.EXACT, Cause.IN_SEQUENCE, "in sequence from the first event")
             return
@@ -373,6 +455,9 @@ class Ingest:
         self._asked_last = None
         self._unanswered = False
         self._verify = None
+        self._first_applied = 0
+        self._unsure = False
+        self._unread = None
         if count:
             self._counters.restarts += 1
         self._counters.epoch += 1
@@ -390,6 +475,7 @@ class Ingest:
     def _sync(self, *, evident: bool = False) -> None:
         """Ask; `evident` when a message that came already is what the replay has to reach."""
         self._syncing = self._behind = True
+        self._postponed = None
         self._applier.touch()
         self._probing = False
         self._asks = 0
@@ -417,6 +503,9 @@ class Ingest:
         if sequence - (self._buffer[-1][0] if self._buffer else self.order.last or 0) > MAX_JUMP:
             self.bad_message("sequence_jump")
             return
+        if not self._buffer and self._foreign(sequence, xxh3_64(payload), ()):
+            self._restart("sequence fell back during a replay")
+            self._sync(evident=True)
         if self._buffer and sequence <= self._buffer[-1][0]:
             known = any(each == (sequence, payload) for each in self._buffer)
             if known or self.order.judge(sequence, xxh3_64(payload)) is Outcome.DUPLICATE:
@@ -480,7 +569,16 @@ class Ingest:
             for each in foreign:
                 self._keep(*each)
             return
-        self._behind = False
+        if self._unsure and self._verify is None and self.order.last is not None:
+            # Numbers that cannot be compared may be those of another life: ask whether the engine is still the same.
+            self._unsure = False
+            self._verify = self.order.last
+            self._sync()
+            return
+        self._behind = self._unsure = False
+        unread, self._unread = self._unread, None
+        if unread is not None and self.order.last is not None and unread > self.order.last:
+            self._doubt_unread("during a replay")
         self._applier.touch()
 
     def _work_off(self, over_holes: str = "") -> list[tuple[int, bytes]]:
@@ -497,6 +595,7 @@ class Ingest:
                 if self._foreign(sequence, digest, run):
                     self._apply(run)
                     return held[number:]
+                self._unsure = self._unsure or not self._comparable(sequence)
                 continue  # the replay brought it already
             if sequence > (-1 if last is None else last) + 1:
                 if not over_holes:
@@ -515,10 +614,12 @@ class Ingest:
 
     def _foreign(self, sequence: int, digest: int, run: Sequence[Message]) -> bool:
         """A waiting message, not above the last applied one, is not the one applied under its number."""
+        return self._comparable(sequence) and self._judge(sequence, digest, run) is Outcome.RESTART
+
+    def _comparable(self, sequence: int) -> bool:
+        """False when it was too long ago, before a long replay, or before all that the replay still had."""
         last = self.order.last
-        if last is not None and sequence <= last - Order.REMEMBERED:
-            return False  # too long ago to compare: a long replay brought it
-        return self._judge(sequence, digest, run) is Outcome.RESTART
+        return last is None or (sequence > last - Order.REMEMBERED and sequence >= self._first_applied)
 
     def _forget_buffer(self) -> None:
         self._buffer = []
@@ -544,7 +645,8 @@ class Ingest:
             first = max(last, self._rearm.last)
             self._rearm.aim, self._rearm.first, self._rearm.last, self._rearm.start = Aim.REBUILD, first, first, first
         self._applier.touch()
-        self._drop_doubtful(reason)
+        if aim is not Aim.COMPARE:  # one message spoils only itself
+            self._drop_doubtful(reason)
 
     def _doubt_identity(self, reason: str) -> None:
         """The claims may be those of an engine that is gone."""
@@ -554,6 +656,18 @@ class Ingest:
             self._rearm = self._new_rearm(Aim.VERIFY, self._verify, self._verify)
         self._applier.touch()
         self._drop_doubtful(reason)
+
+    def _doubt_unread(self, why: str) -> None:
+        """A message behind the last applied one was dropped."""
+        following = (self.order.last or 0) + 1
+        self._doubt_claims(f"message {following} or a later one was not read: {why}", Aim.REBUILD, following)
+
+    def _probe_unread(self, sequence: int) -> None:
+        """What was asked for again cannot be read either."""
+        self._heard = True
+        if self._rearm is not None and self._rearm.aim is Aim.REBUILD and sequence <= self._rearm.first:
+            self._probing = False
+            self._unfillable, self._rearm = self._rearm.first, None
 
     def _date_doubt(self) -> None:
         self._doubted_at = self._doubted_at or self._wall()

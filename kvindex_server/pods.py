@@ -72,6 +72,8 @@ class PodSpec:
             raise InvalidArgument("endpoint", "host * can only be bound; set bind or name a host")
         if self.replay_endpoint:
             replay_host, replay_port = split_tcp(self.replay_endpoint, "replay_endpoint")
+            if replay_host == "*":
+                raise InvalidArgument("replay_endpoint", "host * can only be bound; name the host that answers")
             if replay_port + self.ranks - 1 > 65535:
                 raise InvalidArgument("replay_endpoint", "port + ranks - 1 is above 65535")
             if replay_host == host and abs(replay_port - port) < self.ranks:
@@ -85,6 +87,14 @@ class PodSpec:
     def replay_endpoint_of(self, rank: int) -> str:
         """Where rank's events can be asked for again; empty when nowhere."""
         return at_rank(self.replay_endpoint, rank) if self.replay_endpoint else ""
+
+
+def bind_the_same(one: PodSpec, other: PodSpec) -> bool:
+    """Both are bound here, at a port of the same number: one may be in the other's way."""
+    if not (one.bind and other.bind):
+        return False
+    first, second = split_tcp(one.endpoint, "endpoint")[1], split_tcp(other.endpoint, "endpoint")[1]
+    return first < second + other.ranks and second < first + one.ranks
 
 
 def at_rank(endpoint: str, rank: int) -> str:

@@ -111,7 +111,9 @@ class Siblings:
             answers = rpc.KVIndexAdminStub(channel).PullDigests(
                 pb.PullDigestsRequest(), timeout=self._peers.timeout, metadata=self._peers.metadata()
             )
-            first = next(answers)
+            first = next(answers, None)
+            if first is None:  # no server of ours: one tells of itself first
+                return PeerState(address, 0, None)
             if first.instance == self._instance:
                 answers.cancel()
                 return None

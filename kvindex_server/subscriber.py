@@ -1,6 +1,5 @@
 """One pod's subscription: a thread per data-parallel rank that owns its sockets and feeds the index."""
 
-import itertools
 import logging
 import queue
 import threading
@@ -10,13 +9,13 @@ from dataclasses import replace
 from kvindex_server import wire
 from kvindex_server._core import Drained, Index, Stream
 from kvindex_server.divergence import Side
+from kvindex_server.ears import Ears
 from kvindex_server.ingest import Bounds, Ingest
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Dialect, StreamStatus
 
 _log = logging.getLogger(__name__)
-_names = itertools.count()
 
 SYNC_WAIT_MS = 50
 IDLE_WAIT_MS = 5_000
@@ -30,21 +29,16 @@ class Subscriber:
     def __init__(
         self,
         spec: PodSpec,
+        ears: Sequence[Ears],
         index: Index,
         bounds: Bounds,
         drain_messages: int,
         saved: Callable[[PodSpec, int], SavedStream | None] = lambda _spec, _rank: None,
     ) -> None:
-        """`saved` gives the state in which a rank was left, if there is one."""
+        """`ears` of all ranks are its own from now on; `saved` gives the state in which a rank was left, if any."""
         self.spec = spec
         self._index = index
-        self._ranks: list[_Rank] = []
-        try:
-            for rank in range(spec.ranks):
-                self._ranks.append(_Rank(spec, rank, index, bounds, drain_messages, saved))
-        except wire.BindError:
-            self.stop()
-            raise
+        self._ranks = [_Rank(spec, rank, each, index, bounds, drain_messages, saved) for rank, each in enumerate(ears)]
 
     def start(self) -> None:
         """Begin to listen."""
@@ -126,6 +120,7 @@ class _Rank(threading.Thread):
         self,
         spec: PodSpec,
         rank: int,
+        ears: Ears,
         index: Index,
         bounds: Bounds,
         drain_messages: int,
@@ -140,16 +135,12 @@ class _Rank(threading.Thread):
         self._drain_messages = drain_messages
         self._replay_endpoint = spec.replay_endpoint_of(rank)
         self._halt = threading.Event()
-        self._resync = threading.Event()
         self._told: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # Bound here, so that an address in use is told to whoever registers; owned by the thread from start on.
-        self._events = wire.subscriber(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
-        self._monitor = wire.Monitor(self._events)
-        self._woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
+        self._ears = ears
         self._replay: wire.Socket | None = None
         self._topic: str | None = None
         self._waiter = wire.Waiter()
-        for socket in (self._events, self._monitor.socket, self._woken):
+        for socket in (ears.events, *ears.others):
             self._waiter.add(socket)
         self.stream: Stream = index.add_stream(spec.pod, rank)
         self.ingest = Ingest(
@@ -163,6 +154,7 @@ class _Rank(threading.Thread):
             ),
             bounds,
             self._ask if self._replay_endpoint else None,
+            watched=True,
         )
 
     def status(self, tiers: list[str]) -> StreamStatus:
@@ -178,25 +170,22 @@ class _Rank(threading.Thread):
 
     def signal_stop(self) -> None:
         self._halt.set()
-        self._wake()
+        self._ears.wake()
 
     def join(self, timeout: float | None = None) -> int:  # type: ignore[override]
         if self.ident is not None:
             super().join(timeout)
         else:
             self._close_sockets()
-        self._waker.close()
+        self._ears.close_waker()
         return self.stream.close()
 
     def clear(self) -> int:
         self.ingest.clearing()
         dropped = self.stream.clear()
-        self._resync.set()
-        self._wake()
+        self._told.put(self.ingest.resync)
+        self._ears.wake()
         return dropped
-
-    def _wake(self) -> None:
-        self._waker.send([b""])
 
     def save(self, timeout: float = 30.0) -> SavedStream | None:
         """The state, taken by the stream's own thread between two messages; None when it is not worth saving.
@@ -206,7 +195,7 @@ class _Rank(threading.Thread):
         while not self._saves.empty():  # of a question that was given up
             self._saves.get()
         self._save_asked.set()
-        self._wake()
+        self._ears.wake()
         try:
             return self._saves.get(timeout=timeout)
         except queue.Empty:
@@ -214,11 +203,11 @@ class _Rank(threading.Thread):
 
     def doubt(self, epoch: int, why: str) -> None:
         self._told.put(lambda: self.ingest.diverged(epoch, why))
-        self._wake()
+        self._ears.wake()
 
     def adopt(self, saved: SavedStream, epoch: int) -> None:
         self._told.put(lambda: self._replace(saved, epoch))
-        self._wake()
+        self._ears.wake()
 
     def _replace(self, saved: SavedStream, epoch: int) -> None:
         if not self.ingest.replaced(saved, epoch):
@@ -233,6 +222,9 @@ class _Rank(threading.Thread):
         known = self.ingest.save()
         if known is None:
             return None
+        claims, state = self.stream.claims, self.stream.snapshot()
+        if self.ingest.save() != known:
+            return None  # a ClearPod of another thread has begun to drop what was read
         spec, rank = self._spec, self._rank
         return SavedStream(
             model=spec.model,
@@ -241,8 +233,8 @@ class _Rank(threading.Thread):
             endpoint=spec.endpoint_of(rank),
             replay_endpoint=self._replay_endpoint,
             incarnation=spec.incarnation,
-            claims=self.stream.claims,
-            state=self.stream.snapshot(),
+            claims=claims,
+            state=state,
             **known,
         )
 
@@ -259,15 +251,22 @@ class _Rank(threading.Thread):
             _log.warning("saved stream does not fit this server", extra={"fields": fields})
 
     def run(self) -> None:
-        self._restore()
-        self.ingest.start()
+        if not self._guarded(self._restore):
+            self._guarded(self.ingest.resync)  # nothing, or a part, was restored
+        self._guarded(self.ingest.start)
         while not self._halt.is_set():
-            try:
-                self._turn(self._wait())
-            except Exception:  # noqa: BLE001 - one bad turn must not end the stream; it is logged and counted
-                self.ingest.bad_message("internal")
-                _log.exception("stream turn failed", extra={"fields": {"stream": self.name}})
+            self._guarded(lambda: self._turn(self._wait()))
         self._close_sockets()
+
+    def _guarded(self, step: Callable[[], None]) -> bool:
+        """One bad step must not end the stream; it is logged and counted, and False."""
+        try:
+            step()
+        except Exception:  # noqa: BLE001
+            self.ingest.bad_message("internal")
+            _log.exception("stream turn failed", extra={"fields": {"stream": self.name}})
+            return False
+        return True
 
     def _wait(self) -> Sequence[wire.Socket]:
         """Until something is to be done here. While all is in order, the core applies what comes by itself."""
@@ -285,32 +284,39 @@ class _Rank(threading.Thread):
         return self.ingest.in_order and self._topic is not None
 
     def _turn(self, ready: Sequence[wire.Socket]) -> None:
-        if self._woken in ready:
-            while self._woken.receive() is not None:
+        if self._ears.woken in ready:
+            while self._ears.woken.receive() is not None:
                 pass
         if self._save_asked.is_set():
             self._save_asked.clear()
             self._saves.put(self._save())
         while not self._told.empty():
             self._told.get()()
-        if self._resync.is_set():
-            self._resync.clear()
-            self.ingest.resync()
-        if self._monitor.socket in ready:
-            for up in self._monitor.changes():
-                self.ingest.connection(up)
+        if self._ears.monitor.socket in ready or self._ears.monitor.abandoned:
+            for change in self._ears.monitor.changes():
+                self._connection(change)
         # A replay is worked off before live messages, which wait in the buffer for its end.
         if self._replay is not None and self._replay in ready:
             self._read_replay(self._replay)
-        if self._events in ready:
+        if self._ears.events in ready:
             self._read_events()
         self.ingest.tick()
         if self._replay is not None and not self.ingest.waiting_for_replay:
             self._close_replay()
 
+    def _connection(self, change: wire.Connection) -> None:
+        if change is wire.Connection.LEFT:
+            self.ingest.peer_left()
+        elif change is wire.Connection.ENDED:
+            self.ingest.ended()
+            fields = {"stream": self.name, "endpoint": self._spec.endpoint_of(self._rank)}
+            _log.warning("connection ended over what is no message, or too large; connecting", extra={"fields": fields})
+        else:
+            self.ingest.connection(change is wire.Connection.MADE)
+
     def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
-        others = (self._monitor.socket, self._woken)
-        drained = self._events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
+        events, others = self._ears.events, self._ears.others
+        drained = events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
         if drained is not None:
             self.ingest.drained(drained)
             if odd := drained.odd:
@@ -327,7 +333,7 @@ class _Rank(threading.Thread):
                 return
             left -= drained.messages + 1
         received: list[list[bytes]] = []
-        while len(received) < left and (frames := self._events.receive()) is not None:
+        while len(received) < left and (frames := self._ears.events.receive()) is not None:
             received.append(frames)
         self._take(received)
 
@@ -338,7 +344,10 @@ class _Rank(threading.Thread):
                 messages.append(wire.read_event(frames))
                 self._topic = _shown(frames[0])
             except wire.BadFrames as bad:
-                self.ingest.bad_message(bad.reason)
+                if messages:
+                    self.ingest.live(messages)
+                    messages = []
+                self.ingest.unread(bad.reason, bad.sequence)
         if messages:
             self.ingest.live(messages)
 
@@ -352,7 +361,7 @@ class _Rank(threading.Thread):
             try:
                 sequence, payload = wire.read_replay(frames)
             except wire.BadFrames as bad:
-                self.ingest.bad_message(bad.reason)
+                self.ingest.unread(bad.reason, bad.sequence, replayed=True)
                 continue
             if sequence == wire.END_SEQUENCE:
                 ended = True
@@ -378,9 +387,7 @@ class _Rank(threading.Thread):
 
     def _close_sockets(self) -> None:
         self._close_replay()
-        self._monitor.close()
-        self._events.close()
-        self._woken.close()
+        self._ears.close()
 
 
 def _shown(topic: bytes) -> str:

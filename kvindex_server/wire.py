@@ -1,9 +1,12 @@
 """ZeroMQ sockets and frames of KV-event streams, both ends; the only module that imports zmq."""
 
+import enum
 import functools
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import zmq
@@ -17,21 +20,30 @@ END_SEQUENCE = 0xFFFF_FFFF_FFFF_FFFF
 """Sequence of the marker that ends a replay."""
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-"""A larger frame is refused: no engine sends one, and a hostile one must not fill the memory."""
+"""A larger frame is refused: no engine sends one, and a hostile one must not fill the memory.
+
+The message is dropped and counted; above four times as much ZeroMQ ends the connection before it has read it.
+"""
+
+HEARTBEAT_MS = 10_000
+HEARTBEAT_TIMEOUT_MS = 20_000
+"""An engine's host that went away without a word is noticed after the two together, at the latest."""
 
 
 class BadFrames(Exception):
-    """A message that is no event message; `reason` is a metric label."""
+    """A message that is no event message; `reason` is a metric label, `sequence` its number if that can be read."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, sequence: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.sequence = sequence
 
 
 def read_event(frames: Sequence[bytes]) -> tuple[int, bytes]:
     """(sequence, payload) of a published message [topic, seq, payload]."""
     if len(frames) != 3:
-        raise BadFrames("frame_count")
+        numbered = len(frames) > 1 and len(frames[1]) == 8
+        raise BadFrames("frame_count", int.from_bytes(frames[1], "big") if numbered else None)
     sequence, payload = _read(frames[1], frames[2])
     if sequence == END_SEQUENCE:  # means the end of a replay, and nothing on a live socket
         raise BadFrames("sequence_frame")
@@ -49,9 +61,10 @@ def read_replay(frames: Sequence[bytes]) -> tuple[int, bytes]:
 def _read(sequence: bytes, payload: bytes) -> tuple[int, bytes]:
     if len(sequence) != 8:
         raise BadFrames("sequence_frame")
+    number = int.from_bytes(sequence, "big")
     if len(payload) > MAX_FRAME_BYTES:
-        raise BadFrames("oversized")
-    return int.from_bytes(sequence, "big"), payload
+        raise BadFrames("oversized", number)
+    return number, payload
 
 
 class Socket:
@@ -167,44 +180,79 @@ def _secure(socket: "zmq.Socket[bytes]", bind: bool) -> None:
         socket.setsockopt(zmq.CURVE_SERVERKEY, _curve["server"])
 
 
-def _open(kind: int, endpoint: str, *, bind: bool, hwm: int) -> "zmq.Socket[bytes]":
+def _made(kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int]) -> "zmq.Socket[bytes]":
+    """A socket that is neither bound nor connected yet: ZeroMQ takes most options over only at that moment."""
     try:
         socket: zmq.Socket[bytes] = _context().socket(kind)
     except zmq.ZMQError as error:
         raise BindError(f"{endpoint}: {error.strerror}") from error
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.RCVHWM, hwm)
-    socket.setsockopt(zmq.SNDHWM, hwm)
-    socket.setsockopt(zmq.IPV6, 1 if "[" in endpoint else 0)
+    settings = {zmq.LINGER: 0, zmq.RCVHWM: hwm, zmq.SNDHWM: hwm, zmq.IPV6: 1 if "[" in endpoint else 0, **options}
+    if not bind:
+        settings |= {zmq.RECONNECT_IVL: 50, zmq.RECONNECT_IVL_MAX: 2000}
+    for option, value in settings.items():
+        socket.setsockopt(option, value)
     if _curve and kind in (zmq.SUB, zmq.DEALER):
         _secure(socket, bind)
+    return socket
+
+
+def _attach(socket: "zmq.Socket[bytes]", endpoint: str, *, bind: bool) -> None:
     try:
         if bind:
             socket.bind(endpoint)
         else:
-            socket.setsockopt(zmq.RECONNECT_IVL, 50)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
             socket.connect(endpoint)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
         raise BindError(f"{endpoint}: {error.strerror}") from error
+
+
+def _open(
+    kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int] | None = None
+) -> "zmq.Socket[bytes]":
+    socket = _made(kind, endpoint, bind=bind, hwm=hwm, options=options or {})
+    try:
+        _attach(socket, endpoint, bind=bind)
+    except BindError:
+        socket.close(linger=0)
+        raise
     return socket
+
+
+def _limit() -> dict[int, int]:
+    return {zmq.MAXMSGSIZE: MAX_FRAME_BYTES * 4}
+
+
+def _subscribing() -> dict[int, int]:
+    return _limit() | {zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS}
 
 
 def subscriber(endpoint: str, topic: str, *, bind: bool, hwm: int = 100_000) -> Socket:
     """Receives published messages whose topic starts with `topic`."""
-    socket = _open(zmq.SUB, endpoint, bind=bind, hwm=hwm)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES * 4)
+    socket = _open(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing())
     socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
     return Socket(socket)
+
+
+def watched_subscriber(endpoint: str, topic: str, *, bind: bool, hwm: int = 100_000) -> "tuple[Socket, Monitor]":
+    """The same, and what tells of its connection, from the first moment on."""
+    socket = _made(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing())
+    socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    try:
+        monitor = Monitor(socket, endpoint, bind=bind)
+        try:
+            _attach(socket, endpoint, bind=bind)
+        except BindError:
+            monitor.end()
+            raise
+    except BindError:
+        socket.close(linger=0)
+        raise
+    return Socket(socket), monitor
 
 
 def replay_client(endpoint: str) -> Socket:
     """Asks an engine's replay socket; see `request_replay` and `read_replay`."""
-    socket = _open(zmq.DEALER, endpoint, bind=False, hwm=0)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES * 4)
-    return Socket(socket)
+    return Socket(_open(zmq.DEALER, endpoint, bind=False, hwm=0, options=_limit()))
 
 
 def request_replay(socket: Socket, start_sequence: int) -> bool:
@@ -251,21 +299,121 @@ class Waiter:
         return [self._sockets[each] for each, _ in self._poller.poll(timeout_ms)]
 
 
+class Connection(enum.Enum):
+    """What became of a socket's connections."""
+
+    MADE = "an engine is connected"
+    LOST = "no engine is connected any more"
+    LEFT = "one of several went, and those that stay may be another engine"
+    ENDED = "it was ended over bytes that are no message, or above the limit, and is being made anew"
+
+
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
+_monitors = itertools.count()
+_ABANDONED_SECONDS = 1.0
+_CLOSING_MS = 1_000
+
+
 class Monitor:
-    """Tells when a socket's connection comes and goes."""
+    """Tells when an engine's connection to a socket comes and goes.
 
-    def __init__(self, socket: Socket) -> None:
-        self._watched = socket._socket
-        self.socket = Socket(self._watched.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED))
+    An endpoint that is bound also meets port scans and probes, and the next engine before the last one is gone:
+    only a connection over which ZeroMQ's handshake was made counts.
+    """
 
-    def changes(self) -> list[bool]:
-        """True for each connection made, False for each lost, in order."""
-        seen = []
+    def __init__(self, watched: "zmq.Socket[bytes]", endpoint: str, *, bind: bool) -> None:
+        """Before the socket is bound or connected."""
+        self._watched = watched
+        self._endpoint = endpoint
+        self._bind = bind
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        events |= sum(_FAILED) | (zmq.EVENT_CLOSED if bind else zmq.EVENT_CONNECT_RETRIED)
+        address = f"inproc://monitor-{next(_monitors)}"
+        watched.monitor(address, events)
+        try:
+            # Without a bound: ZeroMQ's own thread, which serves every stream, waits where an event finds no room.
+            self.socket = Socket(_open(zmq.PAIR, address, bind=False, hwm=0))
+        except BindError:
+            watched.disable_monitor()
+            raise
+        # By file descriptor, and whether it may be an engine's: the handshake's event does not say which one's it is.
+        self._peers: dict[int, bool] = {}
+        self._up = False
+        self._failed = False
+        self._ended_at: float | None = None
+
+    def changes(self) -> list[Connection]:
+        """What has happened, in order; a connection that ZeroMQ will not make anew by itself is made anew here."""
+        seen: list[Connection] = []
         while (frames := self.socket.receive()) is not None:
-            event = int.from_bytes(frames[0][:2], sys.byteorder)
-            seen.append(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            event, value = (int.from_bytes(frames[0][part], sys.byteorder) for part in (slice(2), slice(2, 6)))
+            if event in _FAILED:
+                self._failed = True  # it tells of the connection that is ended next
+                continue
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._up = True
+                self._peers = dict.fromkeys(self._peers, True)
+                seen.append(Connection.MADE)
+            elif event == zmq.EVENT_DISCONNECTED:
+                seen += self._gone(value)
+            elif event == zmq.EVENT_CONNECT_RETRIED:
+                self._ended_at = None
+            elif event in (zmq.EVENT_CONNECTED, zmq.EVENT_ACCEPTED):
+                self._ended_at = None
+                self._peers[value] = False
+            self._failed = False
+        if self.abandoned:
+            self._ended_at = None
+            self._connect_anew()
+            seen.append(Connection.ENDED)
         return seen
 
+    @property
+    def abandoned(self) -> bool:
+        """ZeroMQ has ended the connection and will not make it anew; `changes` will."""
+        return self._ended_at is not None and time.monotonic() - self._ended_at > _ABANDONED_SECONDS
+
+    def _gone(self, peer: int) -> list[Connection]:
+        was_engine = self._peers.pop(peer, False) and not self._failed
+        if not self._bind:
+            # A lost connection is tried again, which is told at once; not one that broke the protocol.
+            self._ended_at = time.monotonic()
+        if self._up and not any(self._peers.values()):
+            self._up = False
+            return [Connection.LOST]
+        return [Connection.LEFT] if was_engine else []
+
+    def _connect_anew(self) -> None:
+        try:
+            self._watched.disconnect(self._endpoint)
+        except zmq.ZMQError as error:
+            _log.debug("nothing to disconnect", extra={"fields": {"endpoint": self._endpoint, "reason": str(error)}})
+        self._watched.connect(self._endpoint)
+
     def close(self) -> None:
-        """Stop watching; before the watched socket is closed."""
+        """Stop watching; before the watched socket is closed. An endpoint that was bound is free then."""
+        if self._bind:
+            self._release()
+        self.end()
+
+    def end(self) -> None:
+        """The same of a socket that was never bound or connected; never left to the collector."""
         self._watched.disable_monitor()
+        self.socket.close()
+
+    def _release(self) -> None:
+        # ZeroMQ closes what listens on a thread of its own, and the next registration may want the same endpoint.
+        try:
+            self._watched.unbind(self._watched.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+        except zmq.ZMQError as error:
+            _log.warning("endpoint not released", extra={"fields": {"endpoint": self._endpoint, "reason": str(error)}})
+            return
+        ends = time.monotonic() + _CLOSING_MS / 1000
+        while self.socket.wait(max(0, int((ends - time.monotonic()) * 1000))):
+            frames = self.socket.receive()
+            if frames is not None and int.from_bytes(frames[0][:2], sys.byteorder) == zmq.EVENT_CLOSED:
+                return

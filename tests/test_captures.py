@@ -301,6 +301,7 @@ def test_a_hole_is_replayed(server: Server, model: str) -> None:
     with Publisher() as engine:
         server.register(model, endpoint=engine.endpoint, replay_endpoint=engine.replay_endpoint)
         engine.wait_subscriber()
+        server.wait(model, lambda each: each.replays == 1 and each.state == pb.STREAM_STATE_CONNECTING)
         for number, frames in enumerate(capture.frames):
             engine.publish(frames[2], lose=number in lost)
         seen = server.wait(

@@ -47,6 +47,7 @@ class Still:
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setattr(fleet_module, "Subscriber", Still)
+    monkeypatch.setattr(fleet_module, "open_ears", lambda spec: [])
     return Fleet(Models([]))
 
 

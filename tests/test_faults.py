@@ -104,6 +104,10 @@ class Faults:
     """The replay loses messages and markers as vLLM before 0.33 does."""
     deaf: bool
     """Replay requests and answers may be lost whole, at once or half way."""
+    late: bool
+    """The subscription arrives some time after the start, when the replay may be over."""
+    huge: float
+    """A message above the limit: dropped unread whenever it comes."""
 
     @classmethod
     def of(cls, rng: random.Random) -> "Faults":
@@ -122,12 +126,14 @@ class Faults:
             freeze=maybe(0.04, 0.3),
             lossy=rng.random() < 0.4,
             deaf=rng.random() < 0.3,
+            late=rng.random() < 0.3,
+            huge=maybe(0.02, 0.2),
         )
 
     @property
     def repairable(self) -> bool:
         """Whatever is lost can be fetched again: the stream must end exact."""
-        return self.replay and self.buffer_steps == 10_000
+        return self.replay and self.buffer_steps == 10_000 and not self.huge
 
 
 class Network:
@@ -142,6 +148,8 @@ class Network:
         self.lives: list[Engine] = []
         self.engine = self._new_life()
         self.connected = True
+        self.reached = not self.faults.late
+        self.huge: set[bytes] = set()
         self.frozen = 0
         self.flight: list[tuple[str, int, bytes]] = []
         self.late: list[tuple[int, int, bytes]] = []
@@ -155,7 +163,10 @@ class Network:
             Bounds(seconds=3000.0),
             self._asked if self.faults.replay else None,
             clock=lambda: self.now,
+            watched=True,
         )
+        if self.reached:
+            self.flight.append(("up", 0, b""))
         if self.rng.random() < 0.3:
             for _ in range(self.rng.randint(1, 20)):
                 self.engine.step(own=True)
@@ -166,6 +177,8 @@ class Network:
             self._engine_turn()
             self._network_turn()
         self.calm = True
+        if not self.reached:
+            self._arrive()
         if not self.connected:
             self._up()
         self.frozen = 0
@@ -195,7 +208,9 @@ class Network:
         chance = self.rng.random
         if chance() < self.faults.restart:
             self._restart()
-        if self.connected and chance() < self.faults.cut:
+        if not self.reached and chance() < 0.15:
+            self._arrive()
+        if self.reached and self.connected and chance() < self.faults.cut:
             self._down()
         elif not self.connected and chance() < 0.4:
             self._up()
@@ -206,8 +221,19 @@ class Network:
         for _ in range(self.rng.choice([0, 0, 1, 1, 2, 4])):
             self._publish()
 
+    def _arrive(self) -> None:
+        self.reached = True
+        self.flight.append(("up", 0, b""))
+
     def _restart(self) -> None:
         self.late = []
+        if not self.reached:  # nobody sees it but by what a replay says
+            self.engine = self._new_life()
+            self.answer = None
+            if self.rng.random() < 0.5:
+                self.request = None
+            self.log.append(f"life {self.engine.life} before the subscription")
+            return
         # A replay mixed from two lives cannot be told; on one address the lost connection tells.
         witnessed = not self.connected or self.rng.random() < 0.6 or self.ingest.waiting_for_replay
         if witnessed and self.connected:
@@ -222,7 +248,9 @@ class Network:
 
     def _publish(self) -> None:
         sequence, payload = self.engine.step(own=self.engine.sequence == 0)
-        if not self.connected:
+        if not self.calm and self.rng.random() < self.faults.huge:
+            self.huge.add(payload)
+        if not self.connected or not self.reached:
             return
         if self.calm:
             self.flight.append(("live", sequence, payload))
@@ -281,7 +309,10 @@ class Network:
         part, rest = self.answer[:count], self.answer[count:]
         self.answer = rest or None
         self.log.append(f"{self.now:.1f} replayed {[each[0] if each else 'END' for each in part]}")
-        self.ingest.replayed([each for each in part if each], ended=None in part)
+        for sequence, payload in (each for each in part if each):
+            if payload in self.huge:
+                self.ingest.unread("oversized", sequence, replayed=True)
+        self.ingest.replayed([each for each in part if each and each[1] not in self.huge], ended=None in part)
 
     # --- the index's side ---
 
@@ -313,6 +344,12 @@ class Network:
         flight, self.flight = self.flight, []
         messages: list[tuple[int, bytes]] = []
         for kind, sequence, payload in flight:
+            if kind == "live" and payload in self.huge:
+                self._deliver(messages)
+                messages = []
+                self.log.append(f"{self.now:.1f} unread {sequence}")
+                self.ingest.unread("oversized", sequence)
+                continue
             if kind == "live":
                 messages.append((sequence, payload))
                 continue
@@ -383,7 +420,7 @@ def judge(seed: int) -> tuple[Trust, int]:
         assert not dead, network.story(f"dead blocks {sorted(dead)}")
     if network.faults.repairable:
         assert trust is Trust.EXACT, network.story("all could be repaired")
-    if trust is Trust.STALE and network.faults.replay:
+    if trust is Trust.STALE and network.faults.replay and not network.faults.huge:
         forgotten = max(life.sequence for life in network.lives) > network.faults.buffer_steps
         assert forgotten, network.story("stale, though the engine had forgotten nothing")
     return trust, network.exact_steps

@@ -1,8 +1,10 @@
 """Pods over real ZeroMQ sockets: registration, both modes, ranks, bad frames, restart, removal."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import msgpack
@@ -14,7 +16,8 @@ from kvindex_server.fleet import Fleet
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
-from kvindex_server.stream import StreamState, Trust
+from kvindex_server.stream import Cause, StreamState, Trust
+from kvindex_server.subscriber import Subscriber
 
 
 def free_ports(count: int) -> int:
@@ -78,6 +81,25 @@ def settle(fleet: Fleet, publisher: wire.Socket, body: bytes, rank: int = 0) -> 
         assert time.monotonic() < ends
         send(publisher, 0, body)
         time.sleep(0.02)
+
+
+def answer(router: wire.Socket, past: list[bytes]) -> None:
+    """The next question, answered with all that was published."""
+    assert router.wait(5000)
+    identity, _, start = router.receive() or []
+    for sequence, body in enumerate(past):
+        if sequence >= int.from_bytes(start, "big"):
+            router.send([identity, b"", b"", sequence.to_bytes(8, "big"), body])
+    router.send([identity, b"", b"", b"\xff" * 8, b""])
+
+
+@contextmanager
+def taken_port() -> Iterator[str]:
+    """An endpoint that cannot be bound."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield f"tcp://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_bind_mode_with_ranks(fleet: Fleet) -> None:
@@ -232,6 +254,7 @@ def test_registration_errors_name_the_field(fleet: Fleet) -> None:
         ({"endpoint": "tcp://host:70000"}, "endpoint"),
         ({"endpoint": "tcp://*:5557"}, "endpoint"),
         ({"replay_endpoint": "x"}, "replay_endpoint"),
+        ({"replay_endpoint": "tcp://*:5558"}, "replay_endpoint"),
         ({"ranks": 0}, "ranks"),
         ({"ranks": 2, "replay_endpoint": "tcp://host:2"}, "replay_endpoint"),
         ({"engine": "other"}, "engine"),
@@ -247,6 +270,151 @@ def test_a_wrong_field_is_named(values: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidArgument) as error:
         PodSpec(**spec).validate()  # type: ignore[arg-type]
     assert error.value.field == field
+
+
+def test_a_replacement_that_fails_leaves_the_standing_registration(fleet: Fleet) -> None:
+    """An address in use costs the pod that stands neither its claims nor its place."""
+    with wire.publisher(f"tcp://127.0.0.1:{free_ports(1)}") as publisher, taken_port() as taken:
+        standing = PodSpec("pod", "m", publisher.endpoint)
+        fleet.register(standing, discovered=True)
+        settle(fleet, publisher, payload(1))
+        with pytest.raises(InvalidArgument, match=r"^endpoint: "):
+            fleet.register(PodSpec("pod", "m", taken, bind=True))
+        with pytest.raises(InvalidArgument, match=r"^block_size: "):
+            fleet.register(replace(standing, block_size=32))
+        assert [status.blocks for status in fleet.statuses()] == [1]
+        assert fleet.registrations() == [(standing, True)]
+
+
+def test_a_bound_pod_comes_back_when_its_replacement_fails(fleet: Fleet) -> None:
+    """Both want the same port, so the standing one has to go first; the engine finds it again."""
+    port = free_ports(2)
+    standing = PodSpec("pod", "m", f"tcp://127.0.0.1:{port}", bind=True)
+    fleet.register(standing)
+    with wire.publisher(standing.endpoint, bind=False) as publisher, socket.socket() as taken:
+        settle(fleet, publisher, payload(1))
+        taken.bind(("127.0.0.1", port + 1))
+        taken.listen()
+        with pytest.raises(InvalidArgument, match=r"^endpoint: "):
+            fleet.register(replace(standing, ranks=2))
+        assert fleet.registrations() == [(standing, False)]
+        settle(fleet, publisher, payload(1))
+        eventually(lambda: [status.blocks for status in fleet.statuses()] == [1])
+
+
+def test_a_bound_pod_is_registered_anew_at_its_own_endpoint(fleet: Fleet) -> None:
+    """The last registration's socket is closed before the next one is opened, every time."""
+    spec = PodSpec("pod", "m", f"tcp://127.0.0.1:{free_ports(2)}", bind=True, ranks=2)
+    for number in range(30):
+        assert fleet.register(replace(spec, topic=f"t{number}"))
+    for _ in range(30):
+        fleet.unregister("pod", "m")
+        assert fleet.register(spec)
+
+
+def test_a_bound_endpoint_is_one_pods(fleet: Fleet) -> None:
+    """Engines that share an endpoint and differ by topic are not told apart: the second one is refused and told why."""
+    spec = PodSpec("first", "m", f"tcp://127.0.0.1:{free_ports(1)}", bind=True, topic="kv@first@m")
+    fleet.register(spec)
+    with pytest.raises(InvalidArgument, match=r"^endpoint: is bound for pod 'first'"):
+        fleet.register(replace(spec, pod="second", topic="kv@second@m"))
+    assert fleet.pods("m") == ["first"]
+
+
+def test_a_registration_that_fails_makes_no_model(fleet: Fleet) -> None:
+    """A model that was mistyped with a port in use is not known, nor is its block size."""
+    with taken_port() as taken, pytest.raises(InvalidArgument, match=r"^endpoint: "):
+        fleet.register(PodSpec("pod", "typo", taken, bind=True, block_size=128))
+    with pytest.raises(NotFound):
+        fleet.statuses("typo")
+    assert fleet.register(PodSpec("pod", "typo", "tcp://127.0.0.1:1", block_size=16))
+
+
+def test_a_pod_that_is_slow_to_go_holds_up_no_other(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registrations of one pod are one after the other, those of others go on."""
+    entered, goes = threading.Event(), threading.Event()
+    stop = Subscriber.stop
+
+    def slow(subscriber: Subscriber) -> int:
+        if subscriber.spec.pod == "slow":
+            entered.set()
+            assert goes.wait(5)
+        return stop(subscriber)
+
+    monkeypatch.setattr(Subscriber, "stop", slow)
+    fleet.register(PodSpec("slow", "m", "tcp://127.0.0.1:1"))
+    calls = [
+        threading.Thread(target=fleet.register, args=(PodSpec("slow", "m", f"tcp://127.0.0.1:{n}"),)) for n in (2, 3)
+    ]
+    for each in calls:
+        each.start()
+    assert entered.wait(5)
+    fleet.register(PodSpec("other", "m", "tcp://127.0.0.1:1"))
+    assert "other" in fleet.pods("m")
+    goes.set()
+    for each in calls:
+        each.join(5)
+    assert sorted(fleet.pods("m")) == ["other", "slow"]
+
+
+def test_a_probe_at_a_bound_endpoint_changes_nothing(fleet: Fleet) -> None:
+    """A kubelet that looks whether the port is open is no engine that came and went."""
+    (publisher,) = bound(fleet)
+    settle(fleet, publisher, payload(1))
+    port = int(fleet.statuses()[0].endpoint.rpartition(":")[2])
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as probe:
+            probe.shutdown(socket.SHUT_WR)
+            assert probe.recv(64) is not None
+    send(publisher, 1, payload(2))
+    eventually(lambda: fleet.statuses()[0].blocks == 2)
+    status = fleet.statuses()[0]
+    assert (status.trust, status.state) == (Trust.EXACT, StreamState.LIVE)
+    publisher.close()
+
+
+def test_an_event_port_where_nobody_listens_is_not_exact(fleet: Fleet) -> None:
+    """The replay port answers, but what is published from now on is not heard."""
+    port, past = free_ports(2), [payload(1)]
+    with wire.replay_server(f"tcp://127.0.0.1:{port + 1}") as router:
+        fleet.register(PodSpec("pod", "m", f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}"))
+        answer(router, past)
+        eventually(lambda: fleet.statuses()[0].blocks == 1)
+        eventually(lambda: fleet.statuses()[0].state is StreamState.CONNECTING)
+        status = fleet.statuses()[0]
+        assert (status.trust, status.trust_cause) == (Trust.STALE, Cause.CONNECTION_LOST)
+        with wire.publisher(f"tcp://127.0.0.1:{port}"):
+            answer(router, past)
+            eventually(lambda: fleet.statuses()[0].trust is Trust.EXACT)
+
+
+def test_a_replay_socket_that_cannot_be_opened_ends_no_stream(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few descriptors at the start: counted, given up in time, and what is published is followed."""
+
+    def refused(_endpoint: str) -> wire.Socket:
+        raise wire.BindError("Too many open files")
+
+    monkeypatch.setattr(wire, "replay_client", refused)
+    with wire.publisher(f"tcp://127.0.0.1:{free_ports(1)}") as publisher:
+        fleet.register(PodSpec("pod", "m", publisher.endpoint, "tcp://127.0.0.1:1"))
+        settle(fleet, publisher, payload(1))
+        eventually(lambda: fleet.statuses()[0].blocks == 1)
+        assert fleet.statuses()[0].decode_errors["internal"] >= 1
+
+
+def test_a_saved_state_that_cannot_be_read_ends_no_stream() -> None:
+    """Whatever is wrong with it, the stream begins without."""
+
+    def broken(_spec: PodSpec, _rank: int) -> None:
+        raise OSError("disk")
+
+    fleet = Fleet(Models([]), saved=broken)
+    with wire.publisher(f"tcp://127.0.0.1:{free_ports(1)}") as publisher:
+        fleet.register(PodSpec("pod", "m", publisher.endpoint))
+        settle(fleet, publisher, payload(1))
+        assert fleet.statuses()[0].decode_errors == {"internal": 1}
+        assert fleet.statuses()[0].trust is Trust.EXACT
+    fleet.stop()
 
 
 def test_several_hundred_streams_at_once() -> None:

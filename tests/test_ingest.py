@@ -37,7 +37,7 @@ class Engine:
 
 
 class Rig:
-    def __init__(self, *, replay: bool = True, **bounds: object) -> None:
+    def __init__(self, *, replay: bool = True, watched: bool = False, **bounds: object) -> None:
         self.index = Index()
         self.stream = self.index.add_stream("pod", 0)
         self.now = 0.0
@@ -48,6 +48,7 @@ class Rig:
             Bounds(**bounds),  # type: ignore[arg-type]
             self.asked.append if replay else None,
             clock=lambda: self.now,
+            watched=watched,
         )
         self.ingest.start()
 
@@ -83,6 +84,225 @@ def test_a_stream_that_is_being_cleared_is_not_exact() -> None:
     rig.ingest.resync()
     rig.ingest.live([(0, stored(2))])
     assert rig.trust is Trust.EXACT
+
+
+def test_two_clearings_that_overlap_are_both_waited_for() -> None:
+    """The second ClearPod's claims are going while the first one's new beginning is made: nobody is told EXACT."""
+    rig = Rig(replay=False)
+    rig.ingest.clearing()
+    rig.ingest.clearing()
+    rig.ingest.resync()
+    rig.ingest.live([(0, stored(1))])
+    assert rig.trust is Trust.COLD
+    rig.ingest.resync()
+    rig.ingest.live([(0, stored(1))])
+    assert rig.trust is Trust.EXACT
+
+
+def test_what_is_being_cleared_is_not_saved() -> None:
+    """A snapshot must not call a state exact whose claims are just being dropped."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([engine.publish(stored(1))], ended=True)
+    assert rig.ingest.save() is not None
+    rig.ingest.clearing()
+    rig.stream.clear()
+    assert rig.ingest.save() is None
+
+
+def test_the_first_question_waits_for_the_subscription() -> None:
+    """Asked before, what is published between the answer and the subscription would be missed."""
+    engine, rig = Engine(), Rig(watched=True)
+    engine.publish(stored(1))
+    assert rig.asked == [] and rig.ingest.waiting_for_replay and rig.ingest.status().state is StreamState.CONNECTING
+    rig.ingest.connection(True)
+    assert rig.asked == [0]
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.asked == [0] and rig.ingest.synced
+
+
+def test_a_subscription_that_comes_after_the_replay_is_not_exact_before_it_asked_again() -> None:
+    """Nobody listened while the engine went on; the replay port alone proves nothing."""
+    engine, rig = Engine(), Rig(watched=True)
+    engine.publish(stored(1))
+    rig.now += 1.5
+    rig.ingest.tick()
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    status = rig.ingest.status()
+    assert (status.state, status.trust, status.trust_cause) == (
+        StreamState.CONNECTING,
+        Trust.STALE,
+        Cause.CONNECTION_LOST,
+    )
+    assert "event socket not reached" in status.trust_reason and not rig.ingest.synced
+    engine.publish(removed(1))
+    rig.ingest.connection(True)
+    assert rig.asked == [0, 0] and rig.trust is Trust.STALE
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds() and rig.ingest.status().state is StreamState.LIVE
+
+
+def test_an_engine_that_was_replaced_before_the_subscription_is_found_out() -> None:
+    """The replay was the dead one's; its claims go when the living one has no such message."""
+    engine, rig, reborn = Engine(), Rig(watched=True), Engine()
+    rig.now += 1.5
+    rig.ingest.tick()
+    rig.ingest.replayed([engine.publish(stored(1)), engine.publish(stored(2))], ended=True)
+    reborn.publish(stored(9))
+    rig.ingest.connection(True)
+    rig.ingest.replayed(reborn.replay(1), ended=True)
+    rig.ingest.replayed(reborn.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(9)
+
+
+def test_what_is_heard_shows_that_the_event_socket_is_reached() -> None:
+    """The monitor may tell of a connection later than the message that came over it."""
+    engine, rig = Engine(), Rig(watched=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    assert rig.asked == [0]
+    rig.ingest.connection(True)
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.asked == [0]
+
+
+def test_without_replay_a_watched_stream_waits_for_nothing() -> None:
+    """There is nothing to ask, connected or not."""
+    rig = Rig(replay=False, watched=True)
+    assert rig.ingest.synced and not rig.ingest.waiting_for_replay
+    rig.ingest.connection(True)
+    rig.ingest.live([(0, stored(1))])
+    assert rig.trust is Trust.EXACT and rig.ingest.in_order
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_of_two_peers_one_goes(replay: bool) -> None:
+    """Whether the one that stays is the engine that was followed is asked, or said to be unknown."""
+    engine, rig = Engine(), Rig(replay=replay)
+    rig.ingest.connection(True)
+    if replay:
+        rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    rig.ingest.connection(True)
+    rig.ingest.peer_left()
+    assert rig.trust is Trust.STALE
+    if replay:
+        rig.ingest.replayed(engine.replay(0), ended=True)
+        assert rig.trust is Trust.EXACT and rig.holds(1)
+
+
+def test_without_replay_the_numbers_tell_that_the_newcomer_is_followed() -> None:
+    """A handover: the next engine dials in, begins at 0, and only then the old connection is seen to end."""
+    rig = Rig(replay=False)
+    rig.ingest.connection(True)
+    rig.ingest.live([(0, stored(1)), (1, stored(2))])
+    rig.ingest.connection(True)
+    rig.ingest.live([(0, stored(9))])
+    rig.ingest.peer_left()
+    assert rig.trust is Trust.EXACT and rig.holds(9)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_last_message_that_was_dropped_unread_is_missed(replay: bool) -> None:
+    """No later message has to come to show the hole; an engine that cannot tell it otherwise is not asked for ever."""
+    engine, rig = Engine(), Rig(replay=replay)
+    if replay:
+        rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    engine.publish(removed(1))
+    rig.ingest.unread("oversized", 1)
+    status = rig.ingest.status()
+    assert (status.trust, status.trust_cause, status.decode_errors) == (Trust.STALE, Cause.GAP, {"oversized": 1})
+    if not replay:
+        return
+    rig.now += 6
+    rig.ingest.tick()
+    assert rig.asked == [0, 1]
+    rig.ingest.unread("oversized", 1, replayed=True)
+    rig.ingest.replayed([], ended=True)
+    rig.now += 1000
+    rig.ingest.tick()
+    assert rig.asked == [0, 1] and rig.trust is Trust.STALE and rig.ingest.status().restarts == 0
+
+
+def test_a_dropped_message_that_the_engine_still_has_is_fetched() -> None:
+    """What was lost on the way only, as by a connection that ended over it, heals."""
+    engine, rig = Engine(), Rig()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(1))])
+    engine.publish(removed(1))
+    rig.ingest.ended()
+    assert rig.trust is Trust.STALE and rig.ingest.status().decode_errors == {"protocol": 1}
+    rig.now += 6
+    rig.ingest.tick()
+    rig.ingest.replayed(engine.replay(1), ended=True)
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds()
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_a_message_dropped_while_a_replay_runs_is_missed_at_its_end(replayed: bool) -> None:
+    """The end marker does not make complete what was not read."""
+    engine, rig = Engine(), Rig()
+    engine.publish(stored(1))
+    rig.ingest.unread("oversized", 1, replayed=replayed)
+    rig.ingest.replayed(engine.replay(0), ended=True)
+    assert rig.trust is Trust.STALE and "message 1 or a later one was not read" in rig.ingest.status().trust_reason
+
+
+def test_numbers_of_dropped_messages_are_not_believed_blindly() -> None:
+    """One that no stream can reach, one long applied, and none at all are counted, and change nothing."""
+    rig = Rig(replay=False)
+    rig.ingest.live([(0, stored(1))])
+    for number in (None, 0, 1 << 63):
+        rig.ingest.unread("oversized", number)
+    assert rig.trust is Trust.EXACT and rig.ingest.status().decode_errors == {"oversized": 3}
+
+
+def test_policy_drop_keeps_all_when_one_event_cannot_be_read() -> None:
+    """One undecodable event spoils only itself, whatever is done about gaps."""
+    rig = Rig(drop_on_gap=True)
+    rig.ingest.replayed([(0, stored(1)), (1, stored(2))], ended=True)
+    bad = [["BlockStored", [9], None, [9] * 4, 4, None, "no name"]]
+    rig.ingest.live([(2, bytes(msgpack.packb([1.0, bad, 0])))])
+    assert rig.trust is Trust.STALE and rig.holds(1, 2)
+
+
+def test_a_new_life_fences_the_old_one_though_a_replay_runs() -> None:
+    """From its first message on no claim of the dead engine is held, also when nothing else waits."""
+    engine, rig, reborn = Engine(), Rig(), Engine()
+    rig.ingest.replayed([], ended=True)
+    rig.ingest.live([engine.publish(stored(number)) for number in (1, 2, 3)])
+    rig.ingest.connection(False)
+    rig.ingest.connection(True)
+    rig.ingest.live([reborn.publish(stored(9))])
+    assert rig.holds() and rig.trust is Trust.COLD and rig.ingest.status().restarts == 1
+    rig.ingest.replayed(reborn.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(9)
+
+
+def test_messages_from_before_all_that_the_engine_keeps_are_no_other_life() -> None:
+    """They waited while the replay was asked for; it begins behind them, and the engine says that it is the same."""
+    engine, rig = Engine(), Rig()
+    for number in range(1, 102):
+        engine.publish(stored(number))
+    rig.ingest.live(engine.replay(85)[:6])
+    rig.ingest.replayed(engine.replay(0, oldest=91), ended=True)
+    assert rig.asked == [0, 100]
+    rig.ingest.replayed(engine.replay(100), ended=True)
+    assert rig.trust is Trust.PARTIAL and rig.index.claims == 10 and rig.ingest.status().restarts == 0
+
+
+def test_low_numbers_of_another_life_are_not_taken_for_old_ones() -> None:
+    """Joined late, the first numbers cannot be compared: the engine that has them lacks the last applied one."""
+    engine, rig, reborn = Engine(), Rig(), Engine()
+    for number in range(1, 102):
+        engine.publish(stored(number))
+    rig.ingest.replayed(engine.replay(0, oldest=91), ended=False)
+    rig.ingest.live([reborn.publish(stored(900))])
+    rig.ingest.replayed([], ended=True)
+    assert rig.asked == [0, 100] and rig.trust is not Trust.EXACT
+    rig.ingest.replayed(reborn.replay(100), ended=True)
+    rig.ingest.replayed(reborn.replay(0), ended=True)
+    assert rig.trust is Trust.EXACT and rig.holds(900) and rig.ingest.status().restarts == 1
 
 
 def test_without_replay_first_sequence_decides_trust() -> None:

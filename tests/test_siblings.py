@@ -170,3 +170,19 @@ def test_a_peer_that_is_away_is_not_one_that_agrees() -> None:
     made = siblings.Siblings(Told(), peers, "me", 1.0)  # type: ignore[arg-type]
     made.compare_now()
     assert made.states == [siblings.PeerState(away, 0, None)]
+
+
+def test_a_peer_that_tells_nothing_does_not_end_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer without a single message, as of another kind of server, is one peer's alone."""
+
+    class Silent:
+        def __init__(self, _channel: object) -> None: ...
+
+        def PullDigests(self, *_: object, **__: object) -> Iterator[object]:
+            return iter(())
+
+    monkeypatch.setattr(siblings.rpc, "KVIndexAdminStub", Silent)
+    addresses = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"]
+    made = siblings.Siblings(Told(), Peers(addresses, timeout=1.0), "me", 1.0)  # type: ignore[arg-type]
+    made.compare_now()
+    assert made.states == [siblings.PeerState(each, 0, None) for each in addresses]

@@ -1,0 +1,60 @@
+"""The sockets of one rank: its events, what tells of their connection, and what wakes the thread that waits."""
+
+import itertools
+from collections.abc import Sequence
+
+from kvindex_server import wire
+from kvindex_server.pods import PodSpec
+
+_names = itertools.count()
+
+
+class Ears:
+    """Opened by whoever registers a pod, who is told of an address in use; then owned by the stream's thread."""
+
+    def __init__(self, spec: PodSpec, rank: int) -> None:
+        self.events, self.monitor = wire.watched_subscriber(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
+        try:
+            self.woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
+        except wire.BindError:
+            self.monitor.close()
+            self.events.close()
+            raise
+
+    @property
+    def others(self) -> Sequence[wire.Socket]:
+        """All but the events."""
+        return self.monitor.socket, self.woken
+
+    def wake(self) -> None:
+        """From any thread, until `close_waker`: the owner is to look what there is to do."""
+        self._waker.send([b""])
+
+    def close(self) -> None:
+        """By the owner; an endpoint that was bound is free then."""
+        self.monitor.close()
+        self.events.close()
+        self.woken.close()
+
+    def close_waker(self) -> None:
+        """When the owner is done."""
+        self._waker.close()
+
+
+def open_ears(spec: PodSpec) -> list[Ears]:
+    """One per rank of a pod, all of them or none: BindError when an address cannot be used."""
+    opened: list[Ears] = []
+    try:
+        for rank in range(spec.ranks):
+            opened.append(Ears(spec, rank))
+    except Exception:
+        close_ears(opened)
+        raise
+    return opened
+
+
+def close_ears(opened: Sequence[Ears]) -> None:
+    """Those that no stream has taken."""
+    for ears in opened:
+        ears.close()
+        ears.close_waker()

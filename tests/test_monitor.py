@@ -1,0 +1,174 @@
+"""Connections of event sockets: who counts as an engine, what ends a connection, and that options act at all."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from publisher import free_port
+from slow_proxy import SlowProxy
+from test_fleet import eventually
+
+from kvindex_server import wire
+from kvindex_server.wire import Connection
+
+MADE, LOST, LEFT, ENDED = Connection.MADE, Connection.LOST, Connection.LEFT, Connection.ENDED
+
+
+class Watched:
+    """A watched subscription and all that was told of its connections."""
+
+    def __init__(self, endpoint: str, *, bind: bool) -> None:
+        self.socket, self.monitor = wire.watched_subscriber(endpoint, "", bind=bind)
+        self.told: list[Connection] = []
+
+    def tells(self, *expected: Connection) -> None:
+        """Exactly this comes, in this order, since the last call."""
+
+        def all_told() -> bool:
+            self.told += self.monitor.changes()
+            return len(self.told) >= len(expected)
+
+        eventually(all_told)
+        assert tuple(self.told) == expected
+        self.told.clear()
+
+    def close(self) -> None:
+        self.monitor.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def bound() -> Iterator[Watched]:
+    made = Watched(f"tcp://127.0.0.1:{free_port()}", bind=True)
+    yield made
+    made.close()
+
+
+def visit(watched: Watched, data: bytes) -> None:
+    """As a probe or a port scan does: connect, say something or nothing, and close; returns when that is known."""
+    gone, told = [], watched.monitor._gone
+    watched.monitor._gone = lambda peer: gone.append(peer) or told(peer)  # type: ignore[method-assign,func-returns-value]
+    port = int(watched.socket.endpoint.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(data)
+
+    def known() -> bool:
+        watched.told += watched.monitor.changes()
+        return bool(gone)
+
+    eventually(known)
+    watched.monitor._gone = told  # type: ignore[method-assign]
+
+
+STRANGERS = [b"", b"GET /healthz HTTP/1.1\r\n\r\n", b"\xff" * 200, bytes(100), b"\x16\x03\x01" + b"q" * 200]
+
+
+def test_strangers_at_a_bound_endpoint_are_no_engines(bound: Watched) -> None:
+    """A kubelet's probe, a port scan or a browser neither makes a connection nor ends the engine's."""
+    for data in STRANGERS:
+        visit(bound, data)
+    with wire.publisher(bound.socket.endpoint, bind=False):
+        bound.tells(MADE)
+        for data in STRANGERS:
+            visit(bound, data)
+    bound.tells(LOST)
+
+
+def test_an_engine_that_leaves_after_the_next_one_came_is_told(bound: Watched) -> None:
+    """The stream goes on, but whose claims these are has to be asked."""
+    first = wire.publisher(bound.socket.endpoint, bind=False)
+    bound.tells(MADE)
+    with wire.publisher(bound.socket.endpoint, bind=False):
+        bound.tells(MADE)
+        first.close()
+        bound.tells(LEFT)
+    bound.tells(LOST)
+
+
+def test_an_endpoint_is_free_when_its_socket_is_closed() -> None:
+    """ZeroMQ closes on a thread of its own; the next registration must not meet the last one's socket."""
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    for _ in range(40):
+        Watched(endpoint, bind=True).close()
+
+
+def test_a_connection_that_comes_back() -> None:
+    """Connecting, every loss and every return is told."""
+    port = free_port()
+    publisher = wire.publisher(f"tcp://127.0.0.1:{port}")
+    watched = Watched(f"tcp://127.0.0.1:{port}", bind=False)
+    watched.tells(MADE)
+    publisher.close()
+    watched.tells(LOST)
+    with again(lambda: wire.publisher(f"tcp://127.0.0.1:{port}")):
+        watched.tells(MADE)
+    watched.close()
+
+
+def again(made: Callable[[], wire.Socket]) -> wire.Socket:
+    ends = time.monotonic() + 5
+    while True:
+        try:
+            return made()
+        except wire.BindError:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("bind", [True, False])
+def test_a_frame_above_the_limit_ends_the_connection_which_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, bind: bool
+) -> None:
+    """It is never held in memory; ZeroMQ would not come back by itself where it connected."""
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(wire, "_ABANDONED_SECONDS", 0.05)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    watched = None if not bind else Watched(endpoint, bind=True)
+    with wire.publisher(endpoint, bind=not bind) as publisher:
+        watched = watched or Watched(endpoint, bind=False)
+        watched.tells(MADE)
+
+        def arrives(size: int, arrived: Callable[[], bool]) -> None:
+            def sent() -> bool:  # again and again: the subscription reaches the publisher when it does
+                publisher.send([b"", bytes(8), bytes(size)])
+                return arrived()
+
+            eventually(sent)
+
+        arrives(10, lambda: watched.socket.receive() is not None)
+        while watched.socket.receive() is not None:
+            pass
+        arrives(4001, lambda: watched.monitor.socket.wait(20))
+        watched.tells(*([LOST, MADE] if bind else [LOST, ENDED, MADE]))
+        arrives(10, lambda: [len(each) for each in watched.socket.receive() or ()] == [0, 8, 10])
+    watched.close()
+
+
+def test_a_replayed_frame_above_the_limit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of the socket that asks."""
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1000)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    with wire.replay_server(endpoint) as router, wire.replay_client(endpoint) as client:
+        for size, taken in ((4000, True), (4001, False)):
+            wire.request_replay(client, 0)
+            assert router.wait(5000)
+            (identity, *_), begun = router.receive() or [b""], time.monotonic()
+            router.send([identity, b"", bytes(8), bytes(size)])
+            assert client.wait(5000 if taken else 200) is taken, time.monotonic() - begun
+            client.receive()
+
+
+def test_a_peer_that_falls_silent_without_closing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that lost its power or its network sends no FIN: heartbeats tell."""
+    monkeypatch.setattr(wire, "HEARTBEAT_MS", 50)
+    monkeypatch.setattr(wire, "HEARTBEAT_TIMEOUT_MS", 100)
+    port = free_port()
+    with wire.publisher(f"tcp://127.0.0.1:{port}"):
+        proxy = SlowProxy(port)
+        watched = Watched(f"tcp://127.0.0.1:{proxy.port}", bind=False)
+        watched.tells(MADE)
+        proxy.held.set()
+        watched.tells(LOST)
+        proxy.close()
+        watched.close()
