@@ -103,13 +103,17 @@ void Dialect::look_field(std::string_view name, Cursor value, Fields& fields) {
     value.str(fields.tag);
   } else if (name == "block_hashes" || (name == "seq_hashes" && !fields.hashes)) {
     fields.hashes = value;
-  } else if (name == "parent_block_hash") {
-    fields.has_parent = !is_nil;
+  } else if (name == "parent_block_hash" || name == "parent_hash") {
+    fields.has_parent = fields.has_parent || !is_nil;
+  } else if (name == "base_block_idx") {
+    uint64_t first = 0;
+    fields.has_parent = fields.has_parent || (value.integer(first, negative) && first > 0);
   } else if (name == "token_ids") {
     fields.tokens = value;
   } else if (name == "block_size") {
     if (value.peek() == Type::kInt) value.integer(fields.block_size, negative);
-  } else if (name == "lora_id" || name == "lora_name" || name == "extra_keys") {
+  } else if (name == "lora_id" || name == "lora_name" || name == "extra_keys" || name == "additional_salt" ||
+             name == "mm_keys") {
     fields.has_context = fields.has_context || !is_nil;
   } else if (name == "cache_salt") {
     saw(Trait::kCacheSalt);
