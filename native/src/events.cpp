@@ -346,7 +346,7 @@ bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& rea
     case Field::kLoraName: return in.nil() || in.str(event.lora_name);
     case Field::kExtraKeys:
       if (in.nil()) return true;
-      event.has_extra_keys = true;
+      event.has_extra_keys = in.peek() == Type::kArray;
       later.extra_keys = in;
       return in.skip();
     case Field::kGroup:

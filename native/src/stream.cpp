@@ -146,10 +146,11 @@ void Stream::store(const Event& event, Applied& applied) {
   const size_t count = event.hashes.size();
   applied.blocks_stored += count;
 
-  // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key.
+  // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key. Keys
+  // told before the first list are all of such events, or of an engine that has no lists.
   if (event.has_extra_keys && !tells_extra_keys_) {
     tells_extra_keys_ = true;
-    if (untold_keys_) doubt_keys(applied);
+    doubt_keys(applied);
   }
   const bool sure = !event.unkeyed && (event.has_extra_keys || !tells_extra_keys_);
   // Which tokens belong to which hash is only sure when every block of the range has its hash.
@@ -170,7 +171,6 @@ void Stream::store(const Event& event, Applied& applied) {
       canonical = 0;
     }
   }
-  if (canonical != 0 && !event.has_extra_keys) untold_keys_ = true;
   const bool direct = canonical != 0 && canonical == event.block_size;
   uint64_t parent = 0;
   Node before = 0;
@@ -827,7 +827,6 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   spans_.clear();
   parts_.clear();
   drop_orphans();
-  untold_keys_ = false;
   return dropped;
 }
 

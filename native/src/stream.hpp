@@ -264,7 +264,6 @@ class Stream {
   // The engine lists what makes its blocks differ. An event that does not then leaves it open, it does not say
   // "nothing".
   bool tells_extra_keys_ = false;
-  bool untold_keys_ = false;  // some key was told by an event without such a list
   uint32_t topology_changes_ = 0;
   Event event_;
 };

@@ -119,7 +119,6 @@ void Stream::doubt_keys(Applied& applied) {
     }
     removals_.close();
   }
-  untold_keys_ = false;
 }
 
 }  // namespace kvindex
