@@ -305,34 +305,42 @@ struct Later {
   uint64_t first_block = 0;
 };
 
-// Fields of no concern to an event of this tag are passed over, whatever stands in them.
-bool concerns(Tag tag, Field field) {
-  switch (tag) {
-    case Tag::kStored: return true;
-    case Tag::kRemoved:
-      return field == Field::kHashes || field == Field::kHashAliases || field == Field::kMedium ||
-             field == Field::kGroup;
-    case Tag::kCleared: return false;
-  }
-  return false;
+bool read_hashes(Cursor& in, Event& event) {
+  uint32_t count;
+  if (!in.array(count)) return false;
+  event.hashes.clear();  // seq_hashes may have named them already
+  for (uint32_t i = 0; i < count; ++i)
+    if (!read_hash(in, event.hashes.emplace_back())) return false;
+  return true;
 }
 
-bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& reason) {
+// Under the master's name, which stands beside block_hashes or instead of it.
+bool read_aliases(Cursor& in, Event& event) { return event.hashes.empty() ? read_hashes(in, event) : in.skip(); }
+
+bool read_group(Cursor& in, Event& event) {
   bool present;
   uint64_t group;
-  reason = Reason::kBadField;
-  if (!concerns(event.tag, field)) return in.skip();
+  if (!read_optional_uint(in, present, group)) return false;
+  event.group = present ? group : 0;
+  return true;
+}
+
+// Fields of no concern to a removal are passed over, whatever stands in them.
+bool read_removed_field(Field field, Cursor& in, Event& event) {
   switch (field) {
-    case Field::kHashes: {
-      uint32_t count;
-      if (!in.array(count)) return false;
-      event.hashes.clear();  // seq_hashes may have named them already
-      for (uint32_t i = 0; i < count; ++i)
-        if (!read_hash(in, event.hashes.emplace_back())) return false;
-      return true;
-    }
-    case Field::kHashAliases:  // stands beside block_hashes, or instead of it
-      return event.hashes.empty() ? read_field(Field::kHashes, in, event, later, reason) : in.skip();
+    case Field::kHashes: return read_hashes(in, event);
+    case Field::kHashAliases: return read_aliases(in, event);
+    case Field::kMedium: return read_optional_str(in, event.medium);
+    case Field::kGroup: return read_group(in, event);
+    default: return in.skip();
+  }
+}
+
+bool read_stored_field(Field field, Cursor& in, Event& event, Later& later, Reason& reason) {
+  bool present;
+  switch (field) {
+    case Field::kHashes: return read_hashes(in, event);
+    case Field::kHashAliases: return read_aliases(in, event);
     case Field::kParent:
       if (in.nil()) return true;
       event.has_parent = true;
@@ -349,10 +357,7 @@ bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& rea
       event.has_extra_keys = in.peek() == Type::kArray;
       later.extra_keys = in;
       return in.skip();
-    case Field::kGroup:
-      if (!read_optional_uint(in, present, group)) return false;
-      event.group = present ? group : 0;
-      return true;
+    case Field::kGroup: return read_group(in, event);
     case Field::kKind: return read_optional_str(in, event.kind);
     case Field::kWindow: return read_optional_uint(in, event.has_window, event.window);
     case Field::kSalt: return read_optional_str(in, event.cache_salt);
@@ -370,19 +375,35 @@ bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& rea
   return false;
 }
 
-// The tag of an event whose map `in` stands in: `type`, or `event_type` where that is a tag. It may stand anywhere.
-bool find_tag(Cursor in, uint32_t count, Tag& tag, Reason& reason) {
+// A clear has no field at all.
+bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& reason) {
+  reason = Reason::kBadField;
+  switch (event.tag) {
+    case Tag::kStored: return read_stored_field(field, in, event, later, reason);
+    case Tag::kRemoved: return read_removed_field(field, in, event);
+    case Tag::kCleared: break;
+  }
+  return in.skip();
+}
+
+// The tag of an event with `count` members from `in` on: `type`, or `event_type` where that is a tag. It may stand
+// anywhere; where it stands first, as engines have it, it is behind `in` afterwards.
+bool find_tag(Cursor& in, uint32_t& count, Tag& tag, Reason& reason) {
+  Cursor at = in;
   reason = Reason::kBadEvent;
   for (uint32_t i = 0; i < count; ++i) {
     std::string_view name, value;
-    if (!in.str(name)) {
-      if (!in.skip() || !in.skip()) return reason = Reason::kBadEvent, false;
+    if (!at.str(name)) {
+      if (!at.skip() || !at.skip()) return reason = Reason::kBadEvent, false;
     } else if (name == "type" || name == "event_type") {
-      const bool is_text = in.str(value);
-      if (is_text && tag_of(value, tag)) return true;
+      const bool is_text = at.str(value);
+      if (is_text && tag_of(value, tag)) {
+        if (i == 0) in = at, --count;
+        return true;
+      }
       reason = is_text ? Reason::kUnknownEvent : Reason::kBadEvent;
-      if (name == "type" || (!is_text && !in.skip())) return false;
-    } else if (!in.skip()) {
+      if (name == "type" || (!is_text && !at.skip())) return false;
+    } else if (!at.skip()) {
       return reason = Reason::kBadEvent, false;
     }
   }
