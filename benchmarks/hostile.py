@@ -41,7 +41,7 @@ def orphans_of_many_tokens() -> Iterator[bytes]:
 
 
 def long_names() -> Iterator[bytes]:
-    """An adapter's name of 4 KB over 20,000 blocks of one token, and 40,000 blocks that differ by a bare string each."""
+    """An adapter's name of 4 KB over 20,000 blocks of one token, and 40,000 that differ by a bare string each."""
     for n in range(10):
         many = {"token_ids": [n] * 20_000, "block_size": 1}
         yield batch([stored(list(range(20_000)), None, []) | many | {"lora_name": "x" * 4096}])
@@ -93,8 +93,9 @@ CASES: dict[str, Callable[[], Iterator[bytes]]] = {
 def measure(case: str) -> None:
     """One case in this process; its row of the table."""
     index = Index()
-    for n in range(500 if case == "topologies" else 0):
-        index.add_stream(f"pod-{n}", 0)
+    others = [index.add_stream(f"pod-{n}", 0) for n in range(500 if case == "topologies" else 0)]
+    for each in others:
+        each.apply([batch([stored([1], None, [1] * BLOCK_SIZE)])])
     stream = index.add_stream("pod", 0)
     stuck = case == "stuck_replay"
     ingest = Ingest(stream, StreamStatus("pod", 0, "m"), Bounds(seconds=86_400), (lambda _: None) if stuck else None)

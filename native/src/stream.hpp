@@ -5,7 +5,6 @@
 #include <array>
 #include <cstdint>
 #include <deque>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -136,10 +135,15 @@ class Stream {
     std::vector<uint32_t> tokens;
     std::vector<std::string> extras;
     uint32_t block_size;
+    std::optional<uint64_t> digest = {};  // of the parent and the hashes: the same for another copy of the range
+    uint64_t next = 0;                    // id of the next one with the same parent
 
     uint64_t bytes() const;
-    // Of the parent and the hashes: the same for another copy of the range.
-    uint64_t digest() const;
+  };
+  using Orphans = std::unordered_map<uint64_t, Orphan>;  // by id; a higher one came later
+  // Ids of those that wait for one parent, the oldest and the latest.
+  struct Waiting {
+    uint64_t first, last;
   };
 
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
@@ -217,8 +221,9 @@ class Stream {
   // `key` is the key of `hash`: unresolved claims of it get it, and orphans waiting for it are adopted.
   void learn(uint64_t hash, uint64_t key);
   void add_orphan(const Event& event, Applied& applied);
+  bool is_waiting(const Event& event) const;
   void keep_orphan(Orphan&& orphan);
-  Orphan take_orphan(uint64_t id);
+  Orphan take_orphan(Orphans::iterator found);
   void drop_orphans();
   void adopt(uint64_t parent, uint64_t parent_key);
   // No key told so far is believed any more: every claim waits for another event to tell it.
@@ -249,11 +254,11 @@ class Stream {
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;
-  std::unordered_map<uint64_t, Part> parts_;                   // by engine hash
-  std::unordered_map<uint64_t, Orphan> orphans_;               // by id; a higher one came later
-  std::unordered_map<uint64_t, std::list<uint64_t>> waiting_;  // parent hash -> ids, oldest first
-  std::unordered_map<uint64_t, uint64_t> orphan_digests_;      // -> id
-  std::deque<uint64_t> orphan_order_;                          // ids, oldest first, also of some that are gone
+  std::unordered_map<uint64_t, Part> parts_;  // by engine hash
+  Orphans orphans_;
+  std::unordered_map<uint64_t, Waiting> waiting_;          // by parent hash
+  std::unordered_map<uint64_t, uint64_t> orphan_digests_;  // -> id
+  std::deque<uint64_t> orphan_order_;                      // ids, oldest first, also of some that are gone
   uint64_t next_orphan_ = 0;
   uint64_t orphan_blocks_ = 0;
   uint64_t orphan_bytes_ = 0;

@@ -7,6 +7,14 @@
 
 namespace kvindex {
 
+namespace {
+
+uint64_t digest_of(uint64_t parent, const std::vector<uint64_t>& hashes) {
+  return xxh3_64(hashes.data(), hashes.size() * sizeof(uint64_t), Stream::mixed(parent));
+}
+
+}  // namespace
+
 uint64_t Stream::Orphan::bytes() const {
   constexpr uint64_t kOwn = 512;  // itself, and its places in the books of all
   uint64_t all = kOwn + hashes.size() * sizeof(uint64_t) + tokens.size() * sizeof(uint32_t);
@@ -14,33 +22,41 @@ uint64_t Stream::Orphan::bytes() const {
   return all;
 }
 
-uint64_t Stream::Orphan::digest() const {
-  return xxh3_64(hashes.data(), hashes.size() * sizeof(uint64_t), mixed(parent));
+// The first of a parent's is looked at itself, all others are known by their digest: mostly there is only the first.
+bool Stream::is_waiting(const Event& event) const {
+  const auto waiting = waiting_.find(event.parent);
+  if (waiting == waiting_.end()) return false;
+  const auto is_same = [&](const Orphan& other) {
+    return other.parent == event.parent && other.hashes == event.hashes;
+  };
+  if (is_same(orphans_.at(waiting->second.first))) return true;
+  const auto known = orphan_digests_.find(digest_of(event.parent, event.hashes));
+  return known != orphan_digests_.end() && is_same(orphans_.at(known->second));
 }
 
 void Stream::add_orphan(const Event& event, Applied& applied) {
   const uint64_t blocks = event.hashes.size();
+  if (is_waiting(event)) return;  // another copy of a range that waits already
   Orphan orphan{event.parent, event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size)};
-  const auto same = orphan_digests_.find(orphan.digest());
-  if (same != orphan_digests_.end()) {
-    const Orphan& other = orphans_.at(same->second);
-    if (other.parent == orphan.parent && other.hashes == orphan.hashes) return;  // another copy of what waits already
-  }
   const uint64_t bytes = orphan.bytes();
   if (blocks > kMaxOrphanBlocks || bytes > kMaxOrphanBytes || index_->is_full())
     return applied.count(Reason::kOrphanLimit, blocks);
   while (orphan_blocks_ + blocks > kMaxOrphanBlocks || orphan_bytes_ + bytes > kMaxOrphanBytes) {
-    const uint64_t oldest = orphan_order_.front();
+    const auto oldest = orphans_.find(orphan_order_.front());
     orphan_order_.pop_front();
-    if (orphans_.count(oldest) != 0) applied.count(Reason::kOrphanLimit, take_orphan(oldest).hashes.size());
+    if (oldest != orphans_.end()) applied.count(Reason::kOrphanLimit, take_orphan(oldest).hashes.size());
   }
   keep_orphan(std::move(orphan));
 }
 
 void Stream::keep_orphan(Orphan&& orphan) {
   const uint64_t id = next_orphan_++, bytes = orphan.bytes();
-  waiting_[orphan.parent].push_back(id);
-  orphan_digests_.emplace(orphan.digest(), id);
+  const auto [waiting, is_first] = waiting_.try_emplace(orphan.parent, Waiting{id, id});
+  if (!is_first) {
+    waiting->second.last = orphans_.at(waiting->second.last).next = id;
+    orphan.digest = digest_of(orphan.parent, orphan.hashes);
+    orphan_digests_.emplace(*orphan.digest, id);
+  }
   orphan_order_.push_back(id);
   orphan_blocks_ += orphan.hashes.size();
   orphan_bytes_ += bytes;
@@ -48,16 +64,21 @@ void Stream::keep_orphan(Orphan&& orphan) {
   orphans_.emplace(id, std::move(orphan));
 }
 
-// The oldest that waits for its parent: no other is ever asked for.
-Stream::Orphan Stream::take_orphan(uint64_t id) {
-  const auto found = orphans_.find(id);
+// The oldest that waits for its parent: no other is ever taken.
+Stream::Orphan Stream::take_orphan(Orphans::iterator found) {
+  const uint64_t id = found->first;
   Orphan orphan = std::move(found->second);
   orphans_.erase(found);
   const auto waiting = waiting_.find(orphan.parent);
-  waiting->second.pop_front();
-  if (waiting->second.empty()) waiting_.erase(waiting);
-  const auto digest = orphan_digests_.find(orphan.digest());
-  if (digest != orphan_digests_.end() && digest->second == id) orphan_digests_.erase(digest);
+  if (waiting->second.last == id) {
+    waiting_.erase(waiting);
+  } else {
+    waiting->second.first = orphan.next;
+  }
+  if (orphan.digest) {
+    const auto known = orphan_digests_.find(*orphan.digest);
+    if (known != orphan_digests_.end() && known->second == id) orphan_digests_.erase(known);
+  }
   const uint64_t bytes = orphan.bytes();
   orphan_blocks_ -= orphan.hashes.size();
   orphan_bytes_ -= bytes;
@@ -88,7 +109,7 @@ void Stream::adopt(uint64_t parent, uint64_t parent_key) {
     const auto [hash, key] = known_.back();
     known_.pop_back();
     for (auto waiting = waiting_.find(hash); waiting != waiting_.end(); waiting = waiting_.find(hash)) {
-      const Orphan orphan = take_orphan(waiting->second.front());
+      const Orphan orphan = take_orphan(orphans_.find(waiting->second.first));
       place({orphan.hashes, orphan.tokens, orphan.extras, orphan.block_size, false, hash, key});
     }
   }
