@@ -96,12 +96,12 @@ class Index:
 
     def holders_of_ints(
         self, hashes: _Bytes, pods: Sequence[str]
-    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]:
-        """Per engine hash (u64 LE): (key or 0, holders)."""
+    ) -> list[tuple[int | None, list[tuple[str, int, int, int, bool]]]]:
+        """Per engine hash (u64 LE): (key, holders), of these pods alone. 0: not known; None: their streams differ."""
 
     def holders_of_bytes(
         self, hashes: Sequence[_Bytes], pods: Sequence[str]
-    ) -> list[tuple[int, list[tuple[str, int, int, int, bool]]]]: ...
+    ) -> list[tuple[int | None, list[tuple[str, int, int, int, bool]]]]: ...
     def removals(
         self, pod: str, keys: _Bytes
     ) -> list[
@@ -338,7 +338,7 @@ class ScoreRequest:
     @property
     def text(self) -> str: ...  # of a prompt or chat
     @property
-    def media_fit(self) -> bool: ...  # every media item lies within the tokens
+    def media_fit(self) -> bool: ...  # every media item lies within the tokens, and there is not too much of them
     @property
     def lora_name(self) -> str: ...
     @property

@@ -23,8 +23,10 @@ _INCOMPLETE = (
     "orphan_limit",
     "block_size_mismatch",
     "unknown_group_kind",
+    "unread_extras",
+    "missing_parent",
 )
-_UNREADABLE = (*_UNSOUND, "unknown_event", "token_range", "token_ids")
+_UNREADABLE = (*_UNSOUND, "unknown_event", "token_range", "token_ids", "unread_extras")
 
 
 class Applier:

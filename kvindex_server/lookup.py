@@ -18,6 +18,9 @@ Check = Callable[[], None]
 Its attribute `remaining`, if it has one, gives the seconds that are left, or None without a deadline.
 """
 
+_MAX_MEDIA = 64 << 20
+"""Bytes: each block's key covers the hashes of all media that touch it."""
+
 Kind = Literal["prompt", "chat", "tokens", "keys", "engine_hashes"]
 Located = tuple[str, int, int, int, bool]
 """A holder as the index says it: (pod, rank, tier bit, group, speculative)."""
@@ -178,9 +181,9 @@ class Lookup:
             held = index.holders(keys, query.pods)
             found = list(zip(memoryview(keys).cast("Q"), held, strict=True))
         elif query.engine_bytes:
-            found = index.holders_of_bytes(query.engine_bytes, query.pods)
+            found = _known(index.holders_of_bytes(query.engine_bytes, query.pods))
         else:
-            found = index.holders_of_ints(query.engine_ints, query.pods)
+            found = _known(index.holders_of_ints(query.engine_ints, query.pods))
         check()
         return BlocksAnswer(found, index.tiers, index.block_size)
 
@@ -254,6 +257,11 @@ class Lookup:
                 raise InvalidArgument("mm_features", f"offset + length is beyond the {total} tokens")
         if not block_size:
             return b"", 0, total
+        if (
+            sum((length // block_size + 2) * (len(name.encode()) + 5) for name, _, length in query.mm_features)
+            > _MAX_MEDIA
+        ):
+            raise InvalidArgument("mm_features", "too many long features over too many blocks")
         started = time.perf_counter()
         keys = _core.block_keys(
             tokens,
@@ -297,6 +305,11 @@ class Lookup:
         tokens = encode(query.text, max_tokens=self._max_tokens, seconds=_seconds_left(check))
         self._metrics.observe_stage("tokenize", time.perf_counter() - started)
         return tokens
+
+
+def _known(found: Sequence[tuple[int | None, list[Located]]]) -> list[tuple[int, list[Located]]]:
+    """A name by which pods know different blocks has no key."""
+    return [(key or 0, holders) for key, holders in found]
 
 
 def _tokenizer_of(model: Model) -> AnyTokenizer:

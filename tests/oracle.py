@@ -172,6 +172,7 @@ class StreamOracle:
     waiting: list[Range] = field(default_factory=list)
     groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)  # the group's own block size, by its full blocks
+    lists: bool = False  # the engine lists extra keys: an event without them is one that does not know them
     unknown_removals: int = 0
     placed: dict[int, tuple[float, bool]] = field(default_factory=dict)  # key -> (end, the rank is a guess)
 
@@ -205,7 +206,13 @@ class StreamOracle:
             claim = (group, tier, value)
             self.counts[claim] = self.counts.get(claim, 0) + 1
         size = event.block_size
-        exact = bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
+        if event.extra_keys is not None and not self.lists:
+            self.lists = True
+            self.keys_of.clear()
+            self.parts.clear()
+            self.waiting.clear()
+        sure = event.extra_keys is not None or not self.lists
+        exact = sure and bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
         kind = self.groups[group][0]
         if kind != "mamba":
             self.sizes[group] = max(self.sizes.get(group, 0), size)
@@ -309,6 +316,7 @@ class StreamOracle:
         """A fence: the engine behind the stream is another one now."""
         dropped = len(self.counts)
         self._drop()
+        self.lists = False
         return dropped
 
     def key_of(self, value: Hash) -> int:

@@ -119,6 +119,12 @@ def test_a_root_is_of_plain_text_at_token_0_only() -> None:
         if other.cache_salt is None:  # which an array cannot say but among its extra keys
             assert seen(batch([as_array(other, 12)])).root is None
     assert seen(batch([as_map(first(7)), as_map(first(8))])).root == (7, TOKENS)
+    for plain in (first(7, extra_keys=[None]), first(7, extra_keys=[])):  # as vLLM lists them where there are none
+        assert seen(batch([as_array(plain, 12)])).root == (7, TOKENS)
+    envelope = {"event_type": "stored", "seq_hashes": [7], "token_ids": TOKENS, "block_size": 16}
+    assert seen(batch([envelope | {"parent_hash": None, "base_block_idx": 0}])).root == (7, TOKENS)
+    for other in ({"parent_hash": 5}, {"base_block_idx": 1}, {"additional_salt": "t"}, {"mm_keys": [{}]}):
+        assert seen(batch([envelope | other])).root is None
 
 
 def test_the_sample_is_of_this_life_and_small() -> None:

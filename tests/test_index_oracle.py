@@ -87,7 +87,7 @@ class Chain:
         rest = (self.lora_name, self.lora_id, self.salt, touching, self.embeds)
         return repr((self.tokens[:end], rest)).encode()
 
-    def extra_keys(self, start: int, end: int, size: int, *, tagged: bool) -> list[list[object] | None] | None:
+    def extra_keys(self, start: int, end: int, size: int, *, tagged: bool) -> list[list[object] | None]:
         """Per block of `size` tokens, in vLLM's order: LoRA, mm, salt, embeds."""
         entries: list[list[object] | None] = []
         for index in range(start, end):
@@ -103,7 +103,7 @@ class Chain:
             if self.embeds:
                 entry.append(["prompt_embeds", self.embeds] if tagged else self.embeds)
             entries.append(entry or None)
-        return entries if any(entries) else None
+        return entries
 
 
 def make_chains(rng: random.Random) -> list[Chain]:
@@ -140,11 +140,13 @@ class Engine:
     form: str = field(init=False)
     style: str = field(init=False)
     name: bytes = field(init=False)
+    lists: bool = field(init=False)  # it lists extra keys though there are none, as vLLM does
 
     def __post_init__(self) -> None:
         self.form = self.rng.choice(("unsigned", "signed", "bytes32", "bytes16", "bytes8"))
         self.style = self.rng.choice(("array", "map", "both"))
         self.name = self.rng.randbytes(4)
+        self.lists = self.rng.random() < 0.7
 
     def hash_of(self, chain: Chain, index: int, variant: int = 0) -> Hash:
         """Opaque, but the same for the same prefix."""
@@ -180,8 +182,10 @@ class Engine:
             kind,
             window,
         )
+        if not self.lists and not any(event.extra_keys or ()):
+            event = replace(event, extra_keys=None)
         # SGLang's maps have the salt as a field, and know neither images nor embeddings.
-        if not (chain.mm or chain.embeds) and self.style == "map" and rng.random() < 0.3:
+        if not (chain.mm or chain.embeds) and self.style == "map" and rng.random() < (0.1 if self.lists else 0.9):
             event = replace(event, extra_keys=None, cache_salt=chain.salt or None)
         match rng.random():
             case p if p < 0.08:  # placeholder of a connector

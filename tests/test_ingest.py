@@ -570,11 +570,22 @@ def test_mooncake_envelope_is_read() -> None:
 
 
 @pytest.mark.parametrize("medium", [b"\xff\xfe", "with space", "x" * 65])
-def test_medium_that_is_no_name_spoils_only_its_event(medium: object) -> None:
-    """A medium becomes a tier's name in answers and metrics; one that cannot be a name is refused."""
+def test_medium_that_is_no_name_is_made_one(medium: object) -> None:
+    """A medium becomes a tier's name in answers and metrics; what a name cannot have is replaced or cut off."""
     rig = Rig(replay=False)
     text = medium if isinstance(medium, str) else medium.decode("utf-8", "surrogateescape")
     events = [["BlockStored", [1], None, [1] * 4, 4, None, text], ["BlockStored", [2], None, [2] * 4, 4, None, "GPU"]]
     rig.ingest.live([(0, bytes(msgpack.packb([1.0, events, 0], unicode_errors="surrogateescape")))])
-    assert rig.ingest.status().decode_errors == {"bad_field": 1}
-    assert rig.holds(2) and rig.index.tiers == ["gpu", "cpu", "disk"]
+    assert rig.ingest.status().decode_errors == {}
+    assert rig.holds(1, 2) and rig.index.tiers[3] in ("__", "with_space", "x" * 64)
+
+
+def test_an_extra_key_nobody_knows_is_counted_and_the_pod_may_hold_more() -> None:
+    """The stream stays sound: only the blocks in question have no key."""
+    rig = Rig(replay=False)
+    event = {"type": "BlockStored", "block_hashes": [1], "token_ids": [1] * 4, "block_size": 4}
+    rig.ingest.live([(0, bytes(msgpack.packb([1.0, [event | {"extra_keys": [[["future", "x"]]]}]])))])
+    assert rig.ingest.status().decode_errors == {"unread_extras": 1}
+    assert (rig.trust, rig.holds(1)) == (Trust.PARTIAL, True)
+    rig.ingest.live([(1, bytes(msgpack.packb([1.0, [event | {"block_hashes": [2], "base_block_idx": 3}]])))])
+    assert rig.ingest.status().dropped == {"missing_parent": 1}

@@ -27,7 +27,7 @@ from kvindex_server.fleet import Fleet
 from kvindex_server.health import Health
 from kvindex_server.interceptors import MAX_MESSAGE, Bounds, Guard
 from kvindex_server.keeper import Keeper
-from kvindex_server.lookup import Lookup
+from kvindex_server.lookup import BlocksQuery, Lookup
 from kvindex_server.metrics import Metrics
 from kvindex_server.models import Model, Models
 from kvindex_server.pb.indexer.v1 import indexer_pb2
@@ -292,6 +292,7 @@ def test_a_model_without_a_block_size_yet_scores_zeros(served: Served) -> None:
 def test_score_refusals(served: Served) -> None:
     code = grpc.StatusCode
     mm = [pb.MmFeature(hash="h", offset=2, length=3)]
+    long = pb.MmFeature(hash="h" * 1024, offset=0, length=1000)
     cases: list[tuple[dict[str, object], grpc.StatusCode, str]] = [
         ({"model": ""}, code.INVALID_ARGUMENT, "model: must not be empty"),
         ({}, code.INVALID_ARGUMENT, "input: one of prompt, chat, tokens, keys is required"),
@@ -301,6 +302,11 @@ def test_score_refusals(served: Served) -> None:
             {"tokens": tokens(1, 2, 3, 4), "mm_features": mm},
             code.INVALID_ARGUMENT,
             "mm_features: offset + length is beyond the 4 tokens",
+        ),
+        (
+            {"tokens": tokens(*range(1000)), "mm_features": [long] * 1024},
+            code.INVALID_ARGUMENT,
+            "mm_features: too many long features over too many blocks",
         ),
     ]
     for fields, expected, message in cases:
@@ -534,6 +540,27 @@ def test_pods_for_blocks(served: Served) -> None:
     assert [(b.key, len(b.holders)) for b in unknown.blocks] == [(0, 0)]
     filtered = ask(tokens=tokens(*range(4)), pods=["b"])
     assert [h.pod for h in filtered.blocks[0].holders] == ["b"]
+
+
+def test_a_hash_by_which_pods_know_different_blocks_has_no_key(served: Served) -> None:
+    """Engines number their blocks as they like: a pod's block is never answered under another pod's key."""
+    for pod, ids in (("d", [7, 1, 1, 1]), ("e", [7, 2, 2, 2])):
+        served.stored(pod, 0, ids)
+    keys = [_core.block_keys(struct.pack("<4I", *ids), 4) for ids in ([7, 1, 1, 1], [7, 2, 2, 2])]
+    of_d, of_e = (struct.unpack("<Q", key)[0] for key in keys)
+
+    def ask(*pods: str) -> tuple[int, list[str]]:
+        request = pb.GetPodsForBlocksRequest(model="m", engine_hashes=pb.EngineHashes(ints=[107]), pods=pods)
+        (block,) = served.kv.GetPodsForBlocks(request, timeout=5).blocks
+        query = BlocksQuery("m", "engine_hashes", pods=pods, engine_ints=struct.pack("<Q", 107))
+        lookup = served.lookup.blocks(query, lambda: None)
+        assert lookup.blocks[0][0] == block.key
+        return block.key, [each.pod for each in block.holders]
+
+    assert ask() == (0, ["d", "e"])
+    assert (ask("d"), ask("e"), ask("d", "e"), ask("a")) == ((of_d, ["d"]), (of_e, ["e"]), (0, ["d", "e"]), (0, []))
+    served.stored("f", 0, [7, 1, 1, 1])
+    assert ask("d", "f") == (of_d, ["d", "f"])
 
 
 def test_indexer_v1_leaves_out_pods_without_a_hit(served: Served) -> None:

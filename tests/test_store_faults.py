@@ -747,6 +747,12 @@ def test_engine_hashes_are_answered_by_all_replicas_or_not_at_all(server: "valke
         eventually_empty = time.monotonic() + 10
         while [len(found) for _, found in asker.holders_of_ints(hashes, [])] != [1, 1, 1, 0]:
             assert time.monotonic() < eventually_empty
+        for index, stream, ids in zip((one, two), streams, (tokens[:BLOCK], tokens[BLOCK:]), strict=True):
+            stream.apply([stored(ids[:BLOCK], 9)])  # one name for two different blocks
+            settle(index)
+        nine = (9).to_bytes(8, "little")
+        assert asker.holders_of_ints(nine, []) == [(0, both)]
+        assert asker.holders_of_ints(nine, ["one"]) == [(expected[0], both[:1])]
         names = [each.to_bytes(32, "big") for each in (7, 8)]
         streams[1].apply([batch([as_map(Stored(names, None, tokens[: 2 * BLOCK], BLOCK))])])
         assert [found for _, found in asker.holders_of_bytes(names, [])] == [both[1:]] * 2

@@ -31,6 +31,15 @@ def test_a_holder_counts_only_in_its_streams_life() -> None:
     assert view.score(KEYS, [b""], 16, [], [1.0]) == []
 
 
+def test_groups_beyond_those_there_can_be_are_passed_over() -> None:
+    """A stream has 32 at most; whoever writes more into the store is not believed."""
+    groups = b"".join(struct.pack("<IBI", each, 0, 0) for each in range(40))
+    view = StoreView([("a", 0, 7, groups, [0, 1, 2])])
+    held = reading([holder(7, group) for group in range(40)])
+    assert [each[3] for each in view.holders(KEYS, [held], [])[0]] == list(range(32))
+    assert view.score(KEYS, [held], 16, [], [1.0])[0][:3] == ("a", 0, 1)
+
+
 def test_a_holder_without_tiers_is_a_placement() -> None:
     """It lengthens what its stream holds, counts apart, and means nothing in a dead life."""
     view = StoreView([("a", 0, 7, FULL, [0]), ("cold", 1, 8, b"", [0])])

@@ -205,7 +205,6 @@ BAD_EVENTS: list[Any] = [
     as_map(GOOD) | {"group_idx": -1},
     as_map(GOOD) | {"group_idx": "0"},
     as_map(GOOD) | {"group_idx": 2**40},
-    as_map(GOOD) | {"extra_keys": 5},
     as_map(GOOD) | {"kv_cache_spec_kind": 5},
     ["BlockRemoved", "hash"],
     {"type": "BlockRemoved", "block_hashes": None},

@@ -21,8 +21,9 @@ Holder = tuple[str, int, int, int, bool]
 Answer = list[tuple[int, list[Holder]]]
 """Per engine hash: its key or 0, and its holders."""
 Lives = dict[tuple[str, int], int]
-Said = tuple[Lives, list[tuple[int, list[tuple[str, int, str, int]]]]]
-"""One replica's part: which lives it speaks for, and per engine hash its key or 0 and (pod, rank, tier, group)."""
+Said = tuple[Lives, list[tuple[int | None, list[tuple[str, int, str, int]]]]]
+"""One replica's part: which lives it speaks for, and per engine hash its key (0: not known, None: its streams differ)
+and (pod, rank, tier, group)."""
 
 WAIT_SECONDS = 2.0
 """For the answers of the other replicas; they look for questions every quarter of a second."""
@@ -109,16 +110,18 @@ class Questions:
         return all(each in spoken for each in counting.items() if not pods or each[0][0] in pods)
 
     def _together(self, said: Sequence[Said], count: int) -> Answer:
-        keys = [0] * count
+        told: list[set[int | None]] = [set() for _ in range(count)]
         holders: list[set[Holder]] = [set() for _ in range(count)]
         for lives, found in said:
             for at, (key, held) in enumerate(found):
-                keys[at] = keys[at] or key
+                if key != 0:
+                    told[at].add(key)
                 for pod, rank, tier, group in held:
                     if (pod, rank) in lives:
                         holders[at].add((pod, rank, self._own.tier_of(tier), group, False))
         by_group = (sorted(each, key=lambda holder: (holder[0], holder[1], holder[3], holder[2])) for each in holders)
-        return list(zip(keys, by_group, strict=True))
+        keys = (next(iter(each)) if len(each) == 1 else 0 for each in told)
+        return list(zip((key or 0 for key in keys), by_group, strict=True))
 
 
 def _unpacked(blob: bytes) -> Said:

@@ -118,7 +118,7 @@ std::string blocks_bytes(const Index& index, const BlocksRequest& request) {
   if (request.by_hash) {
     const auto found = index.holders_of_hashes(blocks, request.pods);
     Answer answer(index.tiers());
-    for (const auto& [key, holders] : found) answer.add(key, holders);
+    for (const HashHolders& each : found) answer.add(each.key, each.holders);
     out = std::move(answer.out);
   } else {
     const auto found = index.holders(blocks.data(), blocks.size(), request.pods);

@@ -14,6 +14,19 @@ const char* name_of(Trait trait) {
   return kNames[static_cast<size_t>(trait)];
 }
 
+namespace {
+
+// Nil, or nothing but nils: vLLM lists extra keys per block though there are none.
+bool is_nils(Cursor value) {
+  uint32_t count;
+  if (value.nil()) return true;
+  if (!value.array(count)) return false;
+  while (count > 0 && value.nil()) --count;
+  return count == 0;
+}
+
+}  // namespace
+
 // Where the fields of the event at hand stand.
 struct Dialect::Fields {
   std::string_view tag;
@@ -103,13 +116,18 @@ void Dialect::look_field(std::string_view name, Cursor value, Fields& fields) {
     value.str(fields.tag);
   } else if (name == "block_hashes" || (name == "seq_hashes" && !fields.hashes)) {
     fields.hashes = value;
-  } else if (name == "parent_block_hash") {
-    fields.has_parent = !is_nil;
+  } else if (name == "parent_block_hash" || name == "parent_hash") {
+    fields.has_parent = fields.has_parent || !is_nil;
+  } else if (name == "base_block_idx") {
+    uint64_t first = 0;
+    fields.has_parent = fields.has_parent || (value.integer(first, negative) && first > 0);
   } else if (name == "token_ids") {
     fields.tokens = value;
   } else if (name == "block_size") {
     if (value.peek() == Type::kInt) value.integer(fields.block_size, negative);
-  } else if (name == "lora_id" || name == "lora_name" || name == "extra_keys") {
+  } else if (name == "extra_keys") {
+    fields.has_context = fields.has_context || !is_nils(value);
+  } else if (name == "lora_id" || name == "lora_name" || name == "additional_salt" || name == "mm_keys") {
     fields.has_context = fields.has_context || !is_nil;
   } else if (name == "cache_salt") {
     saw(Trait::kCacheSalt);

@@ -23,17 +23,24 @@ constexpr size_t kFrames = 3;
 constexpr std::chrono::milliseconds kSoon{1}, kPause{8};
 constexpr uint64_t kFew = 4;
 
-// The handle of the first loaded object that has zmq_msg_recv; a wheel's libzmq is local to its extension module.
-int find_library(dl_phdr_info* object, size_t /*size*/, void* found) {
-  if (object->dlpi_name == nullptr || object->dlpi_name[0] == '\0') return 0;
-  void* handle = dlopen(object->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-  if (handle == nullptr) return 0;
-  if (dlsym(handle, "zmq_msg_recv") != nullptr) {
-    *static_cast<void**>(found) = handle;  // kept open for as long as the process lives
-    return 1;
-  }
-  dlclose(handle);
+int note_name(dl_phdr_info* object, size_t /*size*/, void* names) {
+  if (object->dlpi_name != nullptr && object->dlpi_name[0] != '\0')
+    static_cast<std::vector<std::string>*>(names)->emplace_back(object->dlpi_name);
   return 0;
+}
+
+// The handle of the first loaded object that has zmq_msg_recv; a wheel's libzmq is local to its extension module.
+// Objects are opened only after their names are known: whoever walks over them holds a lock that opening takes too.
+void* find_library() {
+  std::vector<std::string> names;
+  dl_iterate_phdr(note_name, &names);
+  for (const std::string& name : names) {
+    void* handle = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    if (dlsym(handle, "zmq_msg_recv") != nullptr) return handle;  // kept open for as long as the process lives
+    dlclose(handle);
+  }
+  return nullptr;
 }
 
 template <typename Function>
@@ -103,8 +110,7 @@ class Frames {
 
 ZeroMq::ZeroMq() {
   static_assert(sizeof(Message) == 64);
-  void* handle = nullptr;
-  dl_iterate_phdr(find_library, static_cast<void*>(&handle));
+  void* handle = find_library();
   if (handle == nullptr) throw std::runtime_error("no libzmq is loaded");
   load(handle, "zmq_msg_init", init);
   load(handle, "zmq_msg_recv", receive);

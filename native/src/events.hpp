@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,8 @@ enum class Reason : uint8_t {
   kBlockSizeMismatch,  // an engine block that is not the model's block size
   kUnknownGroupKind,   // a KV-cache kind nobody knows: that group's stream fails closed
   kRankMismatch,       // the batch names another rank than the stream's
+  kUnreadExtras,       // what makes equal tokens differ could not be read: the claim is kept without a key
+  kMissingParent,      // blocks from the middle of a prompt that name none before them: likewise
   kCount
 };
 inline constexpr size_t kReasons = static_cast<size_t>(Reason::kCount);
@@ -55,10 +58,27 @@ struct Event {
   std::string_view kind;
   bool has_window;
   uint64_t window;
-  std::vector<std::string> extras;  // per hash, encoded; empty = none at all
+  bool has_extra_keys;              // the engine says what makes its blocks differ, if only that nothing does
+  std::optional<Reason> unkeyed;    // why no key may be computed of the tokens, though they are as many as the hashes
+  std::vector<std::string> extras;  // encoded: none at all, one for all blocks, or one per block
 
   void reset();
+  // Gives back what one huge event has made the vectors take.
+  void shed();
 };
+
+// Of block number `block`, wherever extras stand as an event has them.
+inline std::string_view extras_of(const std::vector<std::string>& extras, size_t block) {
+  if (extras.empty()) return {};
+  return extras[extras.size() == 1 ? 0 : block];
+}
+
+inline constexpr size_t kShedAbove = 1U << 18;  // entries
+
+template <typename T>
+void shed(std::vector<T>& entries) {
+  if (entries.capacity() > kShedAbove) std::vector<T>().swap(entries);
+}
 
 class Batch {
  public:

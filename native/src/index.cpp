@@ -49,8 +49,10 @@ uint32_t Index::learn_block_size(uint32_t size) {
   return known;
 }
 
+bool Index::is_full() const { return max_bytes_ != 0 && bytes() >= max_bytes_; }
+
 uint64_t Index::claim(uint64_t count) {
-  if (max_bytes_ != 0 && bytes() >= max_bytes_) return 0;
+  if (is_full()) return 0;
   const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed);
   if (max_claims_ == 0 || before + count <= max_claims_) return count;
   const uint64_t granted = before < max_claims_ ? max_claims_ - before : 0;
@@ -354,25 +356,31 @@ Placed Index::place(const std::string& pod, int64_t rank, const uint64_t* keys, 
   return placed;
 }
 
-std::vector<std::pair<uint64_t, std::vector<Holder>>> Index::holders_of_hashes(const std::vector<uint64_t>& hashes,
-                                                                               const Pods& pods) const {
-  std::vector<std::pair<uint64_t, std::vector<Holder>>> result(hashes.size());
+std::vector<HashHolders> Index::holders_of_hashes(const std::vector<uint64_t>& hashes, const Pods& pods) const {
+  const std::vector<uint32_t> numbers = names_->numbers(pods);
+  std::vector<HashHolders> result(hashes.size());
   for (const auto& stream : live_streams()) {
+    if (!pods.empty() && std::find(numbers.begin(), numbers.end(), stream->pod()) == numbers.end()) continue;
     std::vector<std::vector<Holding>> of_hash(hashes.size());
     auto lock = stream->read_lock();
     const auto pin = blocks_.epoch().pin();  // lanes found keep their meaning while it lasts
     for (size_t i = 0; i < hashes.size(); ++i) {
       const uint64_t key = stream->find(hashes[i], of_hash[i]);
-      if (key != 0) result[i].first = key;
+      if (key == 0) continue;
+      result[i].disputed = result[i].disputed || (result[i].key != 0 && result[i].key != key);
+      result[i].key = key;
     }
     lock.unlock();
     const Topology& topology = *topology_.load();
     std::vector<bool> of_pod;
     wanted(topology, *names_, pods, of_pod);
     for (size_t i = 0; i < hashes.size(); ++i)
-      for (const Holding& each : of_hash[i]) append_holders(topology, each.lane, each.tiers, of_pod, result[i].second);
+      for (const Holding& each : of_hash[i]) append_holders(topology, each.lane, each.tiers, of_pod, result[i].holders);
   }
-  for (auto& each : result) order(each.second);
+  for (auto& each : result) {
+    if (each.disputed) each.key = 0;
+    order(each.holders);
+  }
   return result;
 }
 

@@ -36,6 +36,13 @@ struct Placed {
   size_t held = 0;    // blocks that need none: the rank holds them
 };
 
+// What is known of one engine hash.
+struct HashHolders {
+  uint64_t key = 0;       // 0 = not known, or disputed
+  bool disputed = false;  // streams know it by different keys: to them it names different blocks
+  std::vector<Holder> holders;
+};
+
 // What one rank remembers of blocks that left it.
 struct Remembered {
   uint32_t rank;
@@ -83,9 +90,8 @@ class Index : public std::enable_shared_from_this<Index> {
   std::vector<Match> score_tokens(const uint32_t* tokens, size_t count, Wanted pods, const std::vector<double>& weights,
                                   const QueryExtras& extras) const;
   std::vector<std::vector<Holder>> holders(const uint64_t* keys, size_t count, const Pods& pods) const;
-  // By engine hash: (key or 0, holders).
-  std::vector<std::pair<uint64_t, std::vector<Holder>>> holders_of_hashes(const std::vector<uint64_t>& hashes,
-                                                                          const Pods& pods) const;
+  // By engine hash, of the streams of these pods alone.
+  std::vector<HashHolders> holders_of_hashes(const std::vector<uint64_t>& hashes, const Pods& pods) const;
   // How each of these keys left each rank of a pod.
   std::vector<Remembered> removals(const std::string& pod, const uint64_t* keys, size_t count) const;
 
@@ -102,6 +108,8 @@ class Index : public std::enable_shared_from_this<Index> {
   void retire_lanes(const std::vector<uint32_t>& lanes);
   void free_lanes(const std::vector<uint32_t>& lanes);
   void close_stream(uint32_t stream);
+  // It takes as much memory as it may.
+  bool is_full() const;
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
   uint64_t max_claims_per_stream() const { return max_claims_per_stream_; }

@@ -87,13 +87,16 @@ nb::list list_of(const std::vector<Holder>& holders) {
 }
 
 nb::list holders_of(const Index& index, const std::vector<uint64_t>& hashes, const Pods& pods) {
-  std::vector<std::pair<uint64_t, std::vector<Holder>>> found;
+  std::vector<HashHolders> found;
   {
     nb::gil_scoped_release release;
     found = index.holders_of_hashes(hashes, pods);
   }
   nb::list out;
-  for (const auto& [key, holders] : found) out.append(nb::make_tuple(key, list_of(holders)));
+  for (const HashHolders& each : found) {
+    const nb::object key = each.disputed ? nb::object(nb::none()) : nb::object(nb::int_(each.key));
+    out.append(nb::make_tuple(key, list_of(each.holders)));
+  }
   return out;
 }
 

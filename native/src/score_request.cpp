@@ -104,8 +104,14 @@ bool read_field(uint32_t field, std::string_view value, const RequestLimits& lim
 
 bool ScoreRequest::media_fit() const {
   if (input == Input::kKeys) return true;
-  return std::all_of(extras.mm_features.begin(), extras.mm_features.end(),
-                     [&](const MmFeature& each) { return each.offset + each.length <= tokens.size(); });
+  // As if every block were one token, since the model's block size is not known here.
+  constexpr uint64_t kMaxMedia = 64U << 20;
+  uint64_t bytes = 0;
+  for (const MmFeature& each : extras.mm_features) {
+    if (each.offset + each.length > tokens.size()) return false;
+    bytes += (each.length + 2) * (each.hash.size() + 5);
+  }
+  return bytes <= kMaxMedia;
 }
 
 std::optional<ScoreRequest> read_score_request(std::string_view encoded, const RequestLimits& limits) {

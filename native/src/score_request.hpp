@@ -33,7 +33,8 @@ struct ScoreRequest {
 
   // The prompt is known by its keys, whether it came so or not.
   bool by_keys() const { return !keys.empty() || input == Input::kKeys || text_tokens != 0; }
-  // Every media item lies within the tokens. Keys have their media in them already.
+  // Every media item lies within the tokens, and what the blocks' keys cover of them is no work that must be refused.
+  // Keys have their media in them already.
   bool media_fit() const;
 };
 

@@ -26,7 +26,8 @@ StoreView::StoreView(const std::vector<StoredStream>& streams) {
     const auto number = static_cast<uint32_t>(topology_.streams.size());
     topology_.pods[pod].streams.push_back(number);
     Place place{number, {}, stream.tiers};
-    for (size_t at = 0; at + kGroupBytes <= stream.groups.size(); at += kGroupBytes) {
+    for (size_t at = 0; at + kGroupBytes <= stream.groups.size() && place.lanes.size() < kMaxGroups;
+         at += kGroupBytes) {
       const char* group = stream.groups.data() + at;
       Lane lane;
       lane.stream = number;

@@ -19,7 +19,9 @@ bool kind_of(std::string_view name, bool has_window, GroupKind& kind) {
   return kind = GroupKind::kUnknown, false;
 }
 
-constexpr double kLatest = 253402300800;  // the year 10000
+constexpr double kLatest = 253402300800;      // the year 10000
+constexpr uint32_t kMaxTopologyChanges = 64;  // under one pin: each leaves a whole topology behind
+constexpr size_t kMaxMedium = 64;
 
 }  // namespace
 
@@ -32,20 +34,9 @@ Stream::Stream(std::shared_ptr<Index> index, uint32_t pod, uint32_t number)
 Stream::~Stream() { close(); }
 
 void Stream::apply(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence) {
-  {
-    std::lock_guard lock(mutex_);
-    const auto pin = index_->held().epoch().pin();
-    apply_batch(data, size, rank, applied, sequence);
-  }
-  index_->held().epoch().collect();
-}
-
-void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence) {
+  std::lock_guard lock(mutex_);
   Batch batch;
-  if (!batch.open(data, size)) {
-    applied.count(Reason::kBadBatch);
-    return;
-  }
+  if (!batch.open(data, size)) return applied.count(Reason::kBadBatch);
   ++applied.messages;
   if (batch.timestamp() > 0) applied.timestamp = batch.timestamp();
   if (closed_) return;
@@ -54,6 +45,23 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
   removals_.message(sequence, is_time ? batch.timestamp() : 0);
   bool looked = dialect_.due();
   if (looked) dialect_.look(data, size);
+  // What a pin keeps from being freed is whatever was replaced meanwhile: a long message is applied under several.
+  for (bool more = true; more;) {
+    {
+      const auto pin = index_->held().epoch().pin();
+      more = apply_some(batch, rank, applied, {data, size}, looked);
+    }
+    index_->held().epoch().collect();
+  }
+  event_.shed();
+  shed(keys_);
+  shed(nodes_);
+  shed(removed_);
+  if (is_new_size_ > kShedAbove) is_new_.reset(), is_new_size_ = 0;
+}
+
+bool Stream::apply_some(Batch& batch, uint32_t rank, Applied& applied, Message whole, bool& looked) {
+  topology_changes_ = 0;
   for (;;) {
     Reason reason;
     const auto next = batch.next(event_, reason);
@@ -61,10 +69,10 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
     switch (next) {
       case Batch::Next::kEnd:
         if (batch.has_rank() && batch.rank() != rank) applied.count(Reason::kRankMismatch);
-        return;
+        return false;
       case Batch::Next::kSkipped:
         applied.count(reason);
-        if (!looked && dialect_.odd_due()) dialect_.look(data, size);
+        if (!looked && dialect_.odd_due()) dialect_.look(whole.data, whole.size);
         looked = true;
         continue;
       case Batch::Next::kEvent: break;
@@ -78,18 +86,23 @@ void Stream::apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applie
         drop_all(Left::kCleared);
         break;
     }
+    if (topology_changes_ >= kMaxTopologyChanges) return remove_gathered(applied), true;
   }
 }
 
+// It becomes a metric label and part of answers, so it is made a short plain name if it is none.
 uint32_t Stream::tier_of(std::string_view medium) {
   if (medium.empty()) return 0;
   for (const auto& [name, tier] : tier_names_)
     if (name == medium) return tier;
-  std::string lower(medium);
-  std::transform(lower.begin(), lower.end(), lower.begin(),
-                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
-  const uint32_t tier = index_->tier_of(lower);
-  if (tier < kMaxTiers && tier_names_.size() < 64) tier_names_.emplace_back(std::string(medium), tier);
+  std::string plain(medium.substr(0, kMaxMedium));
+  for (char& c : plain) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    if (c <= ' ' || c >= 0x7f) c = '_';
+  }
+  const uint32_t tier = index_->tier_of(plain);
+  if (tier < kMaxTiers && tier_names_.size() < 64 && medium.size() <= kMaxMedium)
+    tier_names_.emplace_back(std::string(medium), tier);
   return tier;
 }
 
@@ -106,6 +119,7 @@ bool Stream::group_of(const Event& event, uint8_t& group, Applied& applied) {
       each.kind = kind;
       each.window = window;
       index_->change_lane(each.lane, kind, window);
+      ++topology_changes_;
       if (!known) applied.count(Reason::kUnknownGroupKind);
     }
     return true;
@@ -118,6 +132,7 @@ bool Stream::group_of(const Event& event, uint8_t& group, Applied& applied) {
   const auto window = static_cast<uint32_t>(std::min<uint64_t>(event.window, UINT32_MAX));
   const auto index = static_cast<uint32_t>(event.group);
   groups_.push_back({index, index_->open_lane(number_, index, kind, window), kind, window, 0});
+  ++topology_changes_;
   group = static_cast<uint8_t>(groups_.size() - 1);
   return true;
 }
@@ -131,8 +146,15 @@ void Stream::store(const Event& event, Applied& applied) {
   const size_t count = event.hashes.size();
   applied.blocks_stored += count;
 
+  // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key. Keys
+  // told before the first list are all of such events, or of an engine that has no lists.
+  if (event.has_extra_keys && !tells_extra_keys_) {
+    tells_extra_keys_ = true;
+    doubt_keys(applied);
+  }
+  const bool sure = !event.unkeyed && (event.has_extra_keys || !tells_extra_keys_);
   // Which tokens belong to which hash is only sure when every block of the range has its hash.
-  const bool mapped = count > 0 && event.block_size > 0 && event.block_size <= UINT32_MAX &&
+  const bool mapped = sure && count > 0 && event.block_size > 0 && event.block_size <= UINT32_MAX &&
                       event.tokens.size() / event.block_size == count && event.tokens.size() % event.block_size == 0;
   const GroupKind kind = groups_[group].kind;
   uint32_t canonical = 0;
@@ -158,6 +180,7 @@ void Stream::store(const Event& event, Applied& applied) {
       uint64_t key = 0;
       Node node = 0;
       const bool known = knows(hash, key, node);
+      if (!known && event.unkeyed) applied.count(*event.unkeyed);
       add_claim(hash, group, tier_bit, known, key, 0, applied);
     }
     if (canonical == 0) return;
@@ -168,9 +191,8 @@ void Stream::store(const Event& event, Applied& applied) {
   std::string scratch;
   keys_.resize(count);
   for (size_t i = 0; i < count; ++i) {
-    const std::string_view extras = event.extras.empty() ? std::string_view{} : std::string_view(event.extras[i]);
-    parent = block_key(event.tokens.data() + i * canonical, canonical, extras, i == 0 && !event.has_parent, parent,
-                       index_->seed(), scratch);
+    parent = block_key(event.tokens.data() + i * canonical, canonical, extras_of(event.extras, i),
+                       i == 0 && !event.has_parent, parent, index_->seed(), scratch);
     keys_[i] = parent;
   }
   if (unresolved_ == 0 && orphans_.empty() && parts_.empty() && spans_.empty())
@@ -583,7 +605,7 @@ void Stream::place(const Range& range) {
   bool first = range.first;
   const uint32_t* tokens = range.tokens.data();
   for (size_t i = 0; i < range.hashes.size(); ++i) {
-    const std::string_view own = range.extras.empty() ? std::string_view{} : std::string_view(range.extras[i]);
+    const std::string_view own = extras_of(range.extras, i);
     std::vector<uint64_t> keys;
     for (uint32_t n = 0; n < times; ++n, tokens += canonical) {
       if (times == 1) {
@@ -648,7 +670,7 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
       }
       const auto* tokens = range.tokens.data() + i * range.block_size;
       part.tokens.assign(tokens, tokens + range.block_size);
-      if (!range.extras.empty()) part.extras = range.extras[i];
+      part.extras = extras_of(range.extras, i);
       if (part.place + 1 == parts && !whole_key(part, part.key)) return;
       if (part.place > 0) parts_.at(before).children.push_back(hash);
       // What its earlier parts hold already.
@@ -721,60 +743,6 @@ void Stream::learn(uint64_t hash, uint64_t key) {
   if (!orphans_.empty()) adopt(hash, key);
 }
 
-void Stream::add_orphan(const Event& event, Applied& applied) {
-  const uint64_t blocks = event.hashes.size();
-  const auto [from, to] = waiting_.equal_range(event.parent);
-  for (auto it = from; it != to; ++it)
-    if (orphans_.at(it->second).hashes == event.hashes) return;  // another copy of a range that waits already
-  if (blocks > kMaxOrphanBlocks) return applied.count(Reason::kOrphanLimit, blocks);
-  while (orphan_blocks_ + blocks > kMaxOrphanBlocks) {
-    const uint64_t oldest = orphan_order_.front();
-    orphan_order_.pop_front();
-    const auto found = orphans_.find(oldest);
-    if (found == orphans_.end()) continue;
-    applied.count(Reason::kOrphanLimit, found->second.hashes.size());
-    drop_orphan(oldest);
-  }
-  const uint64_t id = next_orphan_++;
-  orphans_.emplace(
-      id, Orphan{event.parent, event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size)});
-  waiting_.emplace(event.parent, id);
-  orphan_order_.push_back(id);
-  orphan_blocks_ += blocks;
-}
-
-void Stream::drop_orphan(uint64_t id) {
-  const auto found = orphans_.find(id);
-  const auto [from, to] = waiting_.equal_range(found->second.parent);
-  for (auto it = from; it != to; ++it) {
-    if (it->second != id) continue;
-    waiting_.erase(it);
-    break;
-  }
-  orphan_blocks_ -= found->second.hashes.size();
-  orphans_.erase(found);
-  // Adopted ones leave their number behind; keep the queue from growing with them.
-  while (!orphan_order_.empty() && orphans_.find(orphan_order_.front()) == orphans_.end()) orphan_order_.pop_front();
-}
-
-void Stream::adopt(uint64_t parent, uint64_t parent_key) {
-  // Placing a range may make further parents known; those are worked off from here, not from inside it.
-  known_.emplace_back(parent, parent_key);
-  if (adopting_) return;
-  adopting_ = true;
-  while (!known_.empty()) {
-    const auto [hash, key] = known_.back();
-    known_.pop_back();
-    for (auto it = waiting_.find(hash); it != waiting_.end(); it = waiting_.find(hash)) {
-      const uint64_t id = it->second;
-      const Orphan orphan = orphans_.at(id);
-      drop_orphan(id);
-      place({orphan.hashes, orphan.tokens, orphan.extras, orphan.block_size, false, hash, key});
-    }
-  }
-  adopting_ = false;
-}
-
 // --- leaving ---
 
 uint64_t Stream::drop_all(std::optional<Left> left) {
@@ -783,6 +751,7 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   lanes.reserve(groups_.size());
   for (const Group& group : groups_) lanes.push_back(group.lane);
   index_->retire_lanes(lanes);
+  ++topology_changes_;
   index_->placements().drop({pod_, number_});
   const uint64_t dropped = size();
   Blocks& blocks = index_->held();
@@ -857,10 +826,7 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   shared_.clear();
   spans_.clear();
   parts_.clear();
-  orphans_.clear();
-  waiting_.clear();
-  orphan_order_.clear();
-  orphan_blocks_ = 0;
+  drop_orphans();
   return dropped;
 }
 
@@ -875,6 +841,7 @@ uint64_t Stream::clear(Left left) {
     if (left != Left::kDoubted) {
       removals_.restart();
       dialect_.reset();
+      tells_extra_keys_ = false;
     }
   }
   index_->held().epoch().collect();

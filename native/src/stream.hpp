@@ -76,6 +76,7 @@ class Stream {
   uint64_t orphans() const;
   uint64_t unresolved() const;
   bool closed() const;
+  uint32_t pod() const { return pod_; }
 
   std::unique_lock<std::mutex> read_lock() const { return std::unique_lock(mutex_); }
   // Under read_lock: the lanes that hold this engine hash; returns its key, 0 when unknown.
@@ -136,9 +137,19 @@ class Stream {
     std::vector<uint32_t> tokens;
     std::vector<std::string> extras;
     uint32_t block_size;
+    std::optional<uint64_t> digest = {};  // of the parent and the hashes: the same for another copy of the range
+    uint64_t next = 0;                    // id of the next one with the same parent
+
+    uint64_t bytes() const;
+  };
+  using Orphans = std::unordered_map<uint64_t, Orphan>;  // by id; a higher one came later
+  // Ids of those that wait for one parent, the oldest and the latest.
+  struct Waiting {
+    uint64_t first, last;
   };
 
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
+  static constexpr uint64_t kMaxOrphanBytes = 64U << 20;
   static constexpr uint64_t kMaxUnresolved = 1U << 20;
 
   class Reader;
@@ -146,7 +157,12 @@ class Stream {
   bool read_orphans(Reader& in);
   bool read_book(Reader& in, uint8_t group, uint8_t tier);
 
-  void apply_batch(const uint8_t* data, size_t size, uint32_t rank, Applied& applied, uint64_t sequence);
+  // Applies some of a message's events; false when that was the last.
+  struct Message {
+    const uint8_t* data;
+    size_t size;
+  };
+  bool apply_some(Batch& batch, uint32_t rank, Applied& applied, Message whole, bool& looked);
   void store(const Event& event, Applied& applied);
   void remove(const Event& event, Applied& applied);
   void remove_gathered(Applied& applied);
@@ -209,8 +225,13 @@ class Stream {
   // `key` is the key of `hash`: unresolved claims of it get it, and orphans waiting for it are adopted.
   void learn(uint64_t hash, uint64_t key);
   void add_orphan(const Event& event, Applied& applied);
+  bool is_waiting(const Event& event) const;
+  void keep_orphan(Orphan&& orphan);
+  Orphan take_orphan(Orphans::iterator found);
+  void drop_orphans();
   void adopt(uint64_t parent, uint64_t parent_key);
-  void drop_orphan(uint64_t id);
+  // No key told so far is believed any more: every claim waits for another event to tell it.
+  void doubt_keys(Applied& applied);
 
   const std::shared_ptr<Index> index_;
   const uint32_t pod_;  // as the index numbers it
@@ -237,16 +258,22 @@ class Stream {
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;
-  std::unordered_map<uint64_t, Part> parts_;             // by engine hash
-  std::unordered_map<uint64_t, Orphan> orphans_;         // by id
-  std::unordered_multimap<uint64_t, uint64_t> waiting_;  // parent hash -> id
-  std::deque<uint64_t> orphan_order_;
+  std::unordered_map<uint64_t, Part> parts_;  // by engine hash
+  Orphans orphans_;
+  std::unordered_map<uint64_t, Waiting> waiting_;          // by parent hash
+  std::unordered_map<uint64_t, uint64_t> orphan_digests_;  // -> id
+  std::deque<uint64_t> orphan_order_;                      // ids, oldest first, also of some that are gone
   uint64_t next_orphan_ = 0;
   uint64_t orphan_blocks_ = 0;
+  uint64_t orphan_bytes_ = 0;
   std::vector<std::pair<uint64_t, uint64_t>> known_;  // parents whose orphans are to be placed
   bool adopting_ = false;
   // Media names as sent -> tier bit, so that lower-casing happens once.
   std::vector<std::pair<std::string, uint32_t>> tier_names_;
+  // The engine lists what makes its blocks differ. An event that does not then leaves it open, it does not say
+  // "nothing".
+  bool tells_extra_keys_ = false;
+  uint32_t topology_changes_ = 0;
   Event event_;
 };
 

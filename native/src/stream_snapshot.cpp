@@ -1,9 +1,9 @@
 // A stream's whole state as bytes, and back: whatever `apply` can do afterwards is the same.
 //
-// Little-endian, no padding: version u32; canonical block size u32; hash seed u64; tier names; groups; spans; parts;
-// orphans; then a book per (group, tier) with its plain claims as (hash u64, key u64), 16 bytes each, in the order in
-// which their blocks lie in memory, and its other claims. What follows from these (who shares a key, which whole block
-// is held by its parts) is not written but found again.
+// Little-endian, no padding: version u32; canonical block size u32; hash seed u64; whether the engine lists extra keys
+// u8; tier names; groups; spans; parts; orphans; then a book per (group, tier) with its plain claims as (hash u64, key
+// u64), 16 bytes each, in the order in which their blocks lie in memory, and its other claims. What follows from these
+// (who shares a key, which whole block is held by its parts) is not written but found again.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace kvindex {
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 class Writer {
  public:
@@ -99,6 +99,7 @@ void Stream::snapshot(std::string& out) const {
   write.number(kVersion);
   write.number(index_->block_size());
   write.number(index_->seed());
+  write.number(static_cast<uint8_t>(tells_extra_keys_));
   const std::vector<std::string> tiers = index_->tiers();
   write.number(static_cast<uint64_t>(tiers.size()));
   for (const std::string& each : tiers) write.text(each);
@@ -173,7 +174,7 @@ bool Stream::restore(std::string_view bytes) {
   {
     const auto pin = index_->held().epoch().pin();
     restored = read(bytes);
-    if (!restored) drop_all(std::nullopt);
+    if (!restored) drop_all(std::nullopt), tells_extra_keys_ = false;
     removals_.restored();
   }
   index_->held().epoch().collect();
@@ -185,8 +186,10 @@ bool Stream::read(std::string_view bytes) {
   const auto version = in.number<uint32_t>();
   const auto block_size = in.number<uint32_t>();
   const auto seed = in.number<uint64_t>();
+  const bool tells = in.number<uint8_t>() != 0;
   if (!in.ok() || version != kVersion || seed != index_->seed()) return false;
   if (block_size != 0 && index_->learn_block_size(block_size) != block_size) return false;
+  tells_extra_keys_ = tells;
   std::vector<uint32_t> tiers;  // by the snapshot's number
   for (uint64_t left = in.count(4); left > 0; --left) tiers.push_back(index_->tier_of(in.text()));
 
@@ -247,13 +250,9 @@ bool Stream::read_orphans(Reader& in) {
     for (uint64_t extras = in.count(4); extras > 0; --extras) orphan.extras.push_back(in.text());
     const size_t blocks = orphan.hashes.size();
     if (!in.ok() || orphan.tokens.size() != blocks * orphan.block_size || orphan_blocks_ + blocks > kMaxOrphanBlocks ||
-        (!orphan.extras.empty() && orphan.extras.size() != blocks))
+        (orphan.extras.size() > 1 && orphan.extras.size() != blocks))
       return false;
-    const uint64_t id = next_orphan_++;
-    waiting_.emplace(orphan.parent, id);
-    orphan_order_.push_back(id);
-    orphan_blocks_ += blocks;
-    orphans_.emplace(id, std::move(orphan));
+    keep_orphan(std::move(orphan));
   }
   return in.ok();
 }

@@ -86,7 +86,7 @@ void test_hostile_blocks() {
   }
   const std::vector<uint64_t> hashes{1ULL << 32, 1ULL << 32 | 1, 99};
   std::vector<uint64_t> keys;
-  for (const auto& [key, holders] : index->holders_of_hashes(hashes, {})) keys.push_back(key);
+  for (const auto& [key, disputed, holders] : index->holders_of_hashes(hashes, {})) keys.push_back(key);
   CHECK(keys[0] != 0 && keys[1] != 0 && keys[2] == 0);
   for (const auto& [field, values] : {std::pair{2U, keys}, std::pair{3U, hashes}}) {
     // Two blocks of two holders, and one that nobody holds.

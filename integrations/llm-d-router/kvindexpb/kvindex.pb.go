@@ -1305,7 +1305,8 @@ func (x *Holder) GetGroup() uint32 {
 
 type BlockHolders struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Our own key; 0 when a block is known by its engine hash alone.
+	// Our own key; 0 when a block is known by its engine hash alone, also because the pods asked for know different blocks
+	// by that hash.
 	Key           uint64    `protobuf:"fixed64,1,opt,name=key,proto3" json:"key,omitempty"`
 	Holders       []*Holder `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
 	unknownFields protoimpl.UnknownFields

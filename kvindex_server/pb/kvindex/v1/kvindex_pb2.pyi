@@ -631,7 +631,9 @@ class BlockHolders(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
     key: _builtins.int
-    """Our own key; 0 when a block is known by its engine hash alone."""
+    """Our own key; 0 when a block is known by its engine hash alone, also because the pods asked for know different blocks
+    by that hash.
+    """
     @_builtins.property
     def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holder]: ...
     def __init__(
