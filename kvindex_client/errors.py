@@ -54,9 +54,13 @@ CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the stream ended before all of it was a
 TOO_MANY = (grpc.StatusCode.INTERNAL, "more answers than queries")
 
 
+OF_THE_CORE = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+"""What grpc.aio says, and no server, when it could not write to a stream or read from it as the connection had gone."""
+
+
 def broken(code: grpc.StatusCode, details: str | None) -> tuple[grpc.StatusCode, str]:
     """Why a stream broke. A server that drains cancels streams: that is nobody's wish but its own."""
-    if code is grpc.StatusCode.CANCELLED:
+    if code is grpc.StatusCode.CANCELLED or (code, details) == OF_THE_CORE:
         return CUT_OFF
     return code, details or ""
 

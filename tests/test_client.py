@@ -25,7 +25,7 @@ from grpc_health.v1.health import HealthServicer
 from publisher import free_port
 
 from kvindex_client import AsyncClient, CallError, Client, MmFeature, Options, Query, Scores, Tls, Trust
-from kvindex_client.errors import Pushback, pushback
+from kvindex_client.errors import CUT_OFF, Pushback, broken, pushback
 from kvindex_client.race import Endpoints, Race
 from kvindex_client.resume import Feed
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
@@ -638,6 +638,14 @@ def in_turn(answers: list[Scores | CallError], count: int) -> bool:
 
 
 KINDS = pytest.mark.parametrize("kind", ["threads", "asyncio"])
+
+
+def test_how_a_stream_broke() -> None:
+    """A draining server and a connection that went are reasons to go elsewhere; a server's own INTERNAL is an error."""
+    assert broken(grpc.StatusCode.CANCELLED, "whatever") == CUT_OFF
+    assert broken(grpc.StatusCode.INTERNAL, "Internal error from Core") == CUT_OFF
+    assert broken(grpc.StatusCode.INTERNAL, "boom") == (grpc.StatusCode.INTERNAL, "boom")
+    assert broken(grpc.StatusCode.UNAVAILABLE, None) == (grpc.StatusCode.UNAVAILABLE, "")
 
 
 @KINDS

@@ -220,7 +220,7 @@ def test_rebuild_from_a_router_that_drops() -> None:
     """9,000 batches of 8 KB from a replay socket with the default send mark: asked again until all are there."""
     bodies = []
     for number in range(9_000):
-        event = ["BlockStored", [number + 1], None, [number] * 4, 4, None, "GPU", None, [["x" * 8_000]]]
+        event = ["BlockStored", [number + 1], None, [number] * 4, 4, None, "GPU", None, [["x" * 4_000, "y" * 4_000]]]
         bodies.append(bytes(msgpack.packb([time.time(), [event], 0])))
     assert len(bodies[0]) > 8_000
     publish, replay = f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
