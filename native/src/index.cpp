@@ -50,11 +50,18 @@ uint32_t Index::learn_block_size(uint32_t size) {
 
 uint64_t Index::claim(uint64_t count) {
   if (max_bytes_ != 0 && bytes() >= max_bytes_) return 0;
-  const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed);
+  const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed) + wide_.load(std::memory_order_relaxed);
   if (max_claims_ == 0 || before + count <= max_claims_) return count;
   const uint64_t granted = before < max_claims_ ? max_claims_ - before : 0;
   unclaim(count - granted);
   return granted;
+}
+
+bool Index::widen(uint64_t count) {
+  const uint64_t before = wide_.fetch_add(count, std::memory_order_relaxed) + claims();
+  if (max_claims_ == 0 || before + count <= max_claims_) return true;
+  unwiden(count);
+  return false;
 }
 
 // --- topology ---

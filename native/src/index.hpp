@@ -105,6 +105,9 @@ class Index : public std::enable_shared_from_this<Index> {
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
   void unclaim(uint64_t count) { claims_.fetch_sub(count, std::memory_order_relaxed); }
+  // Room for so many blocks beyond the first that one claim stands for; they count against the same limit.
+  bool widen(uint64_t count);
+  void unwiden(uint64_t count) { wide_.fetch_sub(count, std::memory_order_relaxed); }
 
  private:
   template <typename Change>
@@ -118,6 +121,7 @@ class Index : public std::enable_shared_from_this<Index> {
   const uint64_t seed_;
   const uint64_t max_claims_, max_bytes_, max_removals_;
   std::atomic<uint64_t> claims_{0};
+  std::atomic<uint64_t> wide_{0};  // blocks of claims beyond the first of each
   Placements placements_;
 
   mutable std::mutex topology_mutex_;  // for those who change it; readers pin and load
