@@ -9,7 +9,7 @@ from kvindex_server import wire
 from kvindex_server.divergence import Side
 from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
-from kvindex_server.models import Models
+from kvindex_server.models import Model, Models
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Dialect, StreamStatus, Trust
@@ -79,9 +79,9 @@ class Fleet:
         """
         spec = spec.validate()
         with self._lock:
-            model = self._models.seen(spec.model, spec.block_size)
-            if spec.block_size and (known := model.index.learn_block_size(spec.block_size)) != spec.block_size:
-                raise InvalidArgument("block_size", f"{spec.block_size} is not the model's block size {known}")
+            model = self._models.seen(spec.model)
+            if spec.block_size:
+                self._settle_block_size(model, spec)
             spec = replace(spec, model=model.name)
             key = (model.name, spec.pod)
             standing = self._subscribers.get(key)
@@ -108,6 +108,23 @@ class Fleet:
             subscriber.start()
         _log.info("pod registered", extra={"fields": {"pod": spec.pod, "model": spec.model, "ranks": spec.ranks}})
         return True
+
+    def _settle_block_size(self, model: Model, spec: PodSpec) -> None:
+        """The engine's blocks are several of the model's, or parts of one. While nothing is claimed, the model's may
+        still become smaller or other ones, if they fit every other registration too."""
+        size = spec.block_size
+        known = model.index.learn_block_size(size)
+        if size % known == 0:
+            return
+        others = [
+            each.spec.block_size
+            for key, each in self._subscribers.items()
+            if key[0] == model.name and key[1] != spec.pod and each.spec.block_size
+        ]
+        if all(size % other == 0 or other % size == 0 for other in others):
+            known = model.index.set_block_size(size)
+        if size % known and known % size:
+            raise InvalidArgument("block_size", f"{size} is not the model's block size {known}, and neither divides the other")
 
     def unregister(self, pod: str, model: str, *, discovered: bool = False) -> int:
         """Take a pod away; returns the claims it had. NotFound when it is not registered.

@@ -142,4 +142,4 @@ def test_a_plain_claim_takes_sixteen_bytes() -> None:
     apply(stream, ["BlockStored", list(range(count)), None, list(range(count * 16)), 16, None, "GPU"])
     snapshot = stream.snapshot()
     assert len(snapshot) < count * 16 + 256
-    assert struct.unpack_from("<I", snapshot)[0] == 1
+    assert struct.unpack_from("<I", snapshot)[0] == 2

@@ -144,6 +144,10 @@ class StoreIndex:
     def learn_block_size(self, size: int) -> int:
         return self._own.learn_block_size(size)
 
+    def set_block_size(self, size: int) -> int:
+        """Other replicas may have learned the size already, so it is never changed here."""
+        return self._own.learn_block_size(size)
+
     def sweep_placements(self) -> None:
         """The store forgets them by itself."""
 

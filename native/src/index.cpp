@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <mutex>
 #include <tuple>
 
 #include "lengthening.hpp"
@@ -12,6 +13,7 @@ namespace kvindex {
 Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes,
              uint64_t max_removals)
     : block_size_(block_size),
+      is_size_given_(block_size != 0),
       seed_(seed),
       max_claims_(max_claims),
       max_bytes_(max_bytes),
@@ -46,6 +48,17 @@ uint32_t Index::learn_block_size(uint32_t size) {
   uint32_t known = 0;
   if (block_size_.compare_exchange_strong(known, size)) return size;
   return known;
+}
+
+uint32_t Index::set_block_size(uint32_t size) {
+  if (!is_size_given_) {
+    const auto streams = live_streams();
+    std::vector<std::unique_lock<std::mutex>> locks;
+    locks.reserve(streams.size());
+    for (const auto& stream : streams) locks.push_back(stream->read_lock());
+    if (claims() == 0) block_size_.store(size);
+  }
+  return learn_block_size(size);
 }
 
 uint64_t Index::claim(uint64_t count) {

@@ -102,6 +102,9 @@ class Index : public std::enable_shared_from_this<Index> {
   void retire_lanes(const std::vector<uint32_t>& lanes);
   void free_lanes(const std::vector<uint32_t>& lanes);
   void close_stream(uint32_t stream);
+  // The same, and while nothing is claimed a size that was learned gives way to this one. No stream may be added
+  // meanwhile; those that there are wait.
+  uint32_t set_block_size(uint32_t size);
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
   void unclaim(uint64_t count) { claims_.fetch_sub(count, std::memory_order_relaxed); }
@@ -118,6 +121,7 @@ class Index : public std::enable_shared_from_this<Index> {
                      std::vector<std::vector<Holder>>& holders) const;
 
   std::atomic<uint32_t> block_size_;
+  const bool is_size_given_;  // from the start, and then for good
   const uint64_t seed_;
   const uint64_t max_claims_, max_bytes_, max_removals_;
   std::atomic<uint64_t> claims_{0};

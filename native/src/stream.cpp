@@ -188,10 +188,8 @@ void Stream::store(const Event& event, Applied& applied) {
   if (unresolved_ == 0 && orphans_.empty() && parts_.empty() && spans_.empty())
     return add_claims(event.hashes.data(), count, before, group, tier_bit, applied);
   const std::vector<uint64_t> keys = keys_;
-  for (size_t i = 0; i < count; ++i) {
-    add_claim(event.hashes[i], group, tier_bit, size, keys[i], applied);
-    if (unresolved_ != 0 || !orphans_.empty()) learn(event.hashes[i], keys[i]);
-  }
+  for (size_t i = 0; i < count; ++i) add_claim(event.hashes[i], group, tier_bit, size, keys[i], applied);
+  for (size_t i = 0; i < count && (unresolved_ != 0 || !orphans_.empty()); ++i) learn(event.hashes[i], keys[i]);
 }
 
 // The model's block size, learned from this event if it is not known yet and the event can tell it; 0 when it cannot.
