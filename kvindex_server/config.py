@@ -274,7 +274,7 @@ class LimitSettings(_Section):
         description="Memory of unary answers that clients have not read yet; above it the oldest calls are ended",
     )
     max_metadata_bytes: Integer = Field(default=16_384, ge=1024, le=MIB, description="Bytes of one call's metadata")
-    max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model, by blocks of its size; 0 = unlimited")
+    max_claims_per_model: Integer = Field(default=0, ge=0, description="Claims kept per model; 0 = unlimited")
     max_index_bytes: Integer = Field(
         default=0, ge=0, description="Bytes of a model's index above which new claims are refused; 0 = unlimited"
     )

@@ -232,7 +232,7 @@ class StreamOracle:
             canonical = self.model.block_size
             can_wait = mapped and not canonical and bool(known_kind)
             # A smaller block than the group's own is a partial one: held, but no part of a prefix yet.
-            can_place = mapped and canonical > 0 and (size == own or size == canonical) and self._fits(size)
+            can_place = mapped and canonical > 0 and size in (own, canonical) and self._fits(size)
         canonical = self.model.block_size
         if canonical:
             early, self.early = self.early, []
