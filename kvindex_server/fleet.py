@@ -124,9 +124,8 @@ class Fleet:
         if all(size % other == 0 or other % size == 0 for other in others):
             known = model.index.set_block_size(size)
         if size % known and known % size:
-            raise InvalidArgument(
-                "block_size", f"{size} is not the model's block size {known}, and neither divides the other"
-            )
+            reason = f"{size} is not the model's block size {known}, and neither divides the other"
+            raise InvalidArgument("block_size", reason)
 
     def unregister(self, pod: str, model: str, *, discovered: bool = False) -> int:
         """Take a pod away; returns the claims it had. NotFound when it is not registered.
