@@ -219,3 +219,12 @@ def test_a_block_size_may_be_set_anew_while_nothing_is_claimed() -> None:
     apply(stream, stored(16))
     assert index.set_block_size(24) == 16
     assert Index(16).set_block_size(24) == 16
+
+
+@pytest.mark.parametrize("size", [2**63, 2**40, 2**32, 96])
+def test_a_block_larger_than_its_tokens_costs_nothing(size: int) -> None:
+    """However many tokens an event pretends to have, only those that it brings are looked at."""
+    index = Index(16)
+    stream = index.add_stream("p", 0)
+    assert "bad_event" not in apply(stream, stored(16), stored(16, 1, hashes=[64], block_size=size))
+    assert (stream.claims, index.blocks) == (5, 4)

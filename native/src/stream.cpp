@@ -722,7 +722,7 @@ void Stream::place(const Range& range) {
 }
 
 void Stream::tell_spans(const Event& event, uint32_t canonical, uint64_t parent) {
-  if (event.hashes.empty() || event.block_size % canonical != 0) return;
+  if (event.hashes.empty() || event.block_size > event.tokens.size() || event.block_size % canonical != 0) return;
   const size_t times = event.block_size / canonical;
   std::string scratch, extras;
   // A wrong guess of the extras makes keys that nobody asks for.
