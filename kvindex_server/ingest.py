@@ -194,6 +194,8 @@ class Ingest:
         if drained.messages:
             effect = self._applier.count(drained.applied, drained.messages, drained.lags)
             self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
+            if drained.withheld is not None:
+                self.order.applied(*drained.withheld)
             self._mark()
 
     def replayed(self, messages: Sequence[tuple[int, bytes]], *, ended: bool) -> None:
@@ -730,9 +732,10 @@ class Ingest:
                 end += 1
             part = run[begin:end]
             effect = self._applier.apply(part)
+            # First how far it can be trusted, then how far it goes: nobody sees the new number beside the old trust.
+            self._judge_effect(*effect, part[0][0], part[-1][0])
             for sequence, _, digest in part:
                 self.order.applied(sequence, digest)
-            self._judge_effect(*effect, part[0][0], part[-1][0])
             self._mark()
             begin = end
 

@@ -56,7 +56,7 @@ class Departure:
             Left.RESTARTED: "when the engine was found to have restarted",
             Left.REQUESTED: "as the pod's claims were dropped by request",
             Left.REBUILT: "as the pod's claims were dropped to be built anew",
-            Left.DOUBTED: "as the pod's claims were dropped after a hole; the engine may hold it still",
+            Left.DOUBTED: "as it was doubted after a hole, or told without extra keys; the engine may hold it still",
         }[self.how]
         behind = "" if self.at.sequence is None else f", behind message {self.at.sequence}"
         return f"block {block} left {where} at {when}{behind}, {why}"

@@ -261,7 +261,7 @@ def test_policy_drop_keeps_all_when_one_event_cannot_be_read() -> None:
     """One undecodable event spoils only itself, whatever is done about gaps."""
     rig = Rig(drop_on_gap=True)
     rig.ingest.replayed([(0, stored(1)), (1, stored(2))], ended=True)
-    bad = [["BlockStored", [9], None, [9] * 4, 4, None, "no name"]]
+    bad = [["BlockStored", [9], None, [9] * 4, "four", None, "GPU"]]
     rig.ingest.live([(2, bytes(msgpack.packb([1.0, bad, 0])))])
     assert rig.trust is Trust.STALE and rig.holds(1, 2)
 

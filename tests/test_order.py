@@ -12,7 +12,7 @@ import pytest
 from test_fleet import eventually
 
 from kvindex_server import wire
-from kvindex_server._core import Drained, Index, Order, Outcome
+from kvindex_server._core import Drained, Index, Order, Outcome, xxh3_64
 
 
 class Model:
@@ -186,18 +186,24 @@ def test_drain_waits_until_another_socket_has_a_message() -> None:
         assert 1 <= len(drained.lags) <= 3 and all(0 <= each < 60 for each in drained.lags)
 
 
-@pytest.mark.parametrize("event", [["BlockRemoved", [99], "GPU"], ["AllBlocksCleared"], ["Surprise"]])
+@pytest.mark.parametrize("event", [["BlockRemoved", 99, "GPU"], ["AllBlocksCleared"], ["Surprise"]])
 def test_drain_comes_back_at_once_when_trust_may_change(event: list[object]) -> None:
-    """Nobody may be told for longer than that all is well."""
+    """Nobody may be told for longer than that all is well, nor see the message's number before that is settled."""
     with connected() as (publisher, events):
         order = Order()
         stream = Index().add_stream("pod", 0)
         order.applied(0, 0)
-        publisher.send(frames(1, bytes(msgpack.packb([time.time(), [event], 0]))))
+        message = bytes(msgpack.packb([time.time(), [event], 0]))
+        publisher.send(frames(1, message))
+        publisher.send(frames(2, payload(1)))
         begin = time.monotonic()
         drained = events.drain(stream, order, 100, (), 20_000, 20_000)
-        assert drained is not None and drained.messages == 1 and drained.empty
         assert time.monotonic() - begin < 15
+        assert drained is not None and drained.messages == 1 and drained.withheld == (1, xxh3_64(message))
+        assert order.last == 0
+        order.applied(*drained.withheld)
+        drained = events.drain(stream, order, 100, (), 20_000, 20)
+        assert drained is not None and (drained.messages, drained.withheld, order.last) == (1, None, 2)
 
 
 def test_drain_ends_when_nothing_comes() -> None:

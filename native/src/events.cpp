@@ -22,23 +22,6 @@ uint64_t hash_of_bytes(std::string_view bytes) {
   return xxh3_64(bytes.data(), bytes.size(), kSeed);
 }
 
-void Event::reset() {
-  hashes.clear();
-  has_parent = false;
-  parent = 0;
-  tokens.clear();
-  block_size = 0;
-  has_lora_id = false;
-  lora_id = 0;
-  medium = lora_name = cache_salt = kind = {};
-  group = 0;
-  has_window = false;
-  window = 0;
-  has_extra_keys = false;
-  unkeyed.reset();
-  extras.clear();
-}
-
 void Event::shed() {
   kvindex::shed(hashes);
   kvindex::shed(tokens);
@@ -386,10 +369,8 @@ bool read_field(Field field, Cursor& in, Event& event, Later& later, Reason& rea
   return in.skip();
 }
 
-// The tag of an event with `count` members from `in` on: `type`, or `event_type` where that is a tag. It may stand
-// anywhere; where it stands first, as engines have it, it is behind `in` afterwards.
-bool find_tag(Cursor& in, uint32_t& count, Tag& tag, Reason& reason) {
-  Cursor at = in;
+// The tag of an event with `count` members from `at` on: `type`, or `event_type` where that is a tag, anywhere.
+bool find_tag(Cursor at, uint32_t count, Tag& tag, Reason& reason) {
   reason = Reason::kBadEvent;
   for (uint32_t i = 0; i < count; ++i) {
     std::string_view name, value;
@@ -397,10 +378,7 @@ bool find_tag(Cursor& in, uint32_t& count, Tag& tag, Reason& reason) {
       if (!at.skip() || !at.skip()) return reason = Reason::kBadEvent, false;
     } else if (name == "type" || name == "event_type") {
       const bool is_text = at.str(value);
-      if (is_text && tag_of(value, tag)) {
-        if (i == 0) in = at, --count;
-        return true;
-      }
+      if (is_text && tag_of(value, tag)) return true;
       reason = is_text ? Reason::kUnknownEvent : Reason::kBadEvent;
       if (name == "type" || (!is_text && !at.skip())) return false;
     } else if (!at.skip()) {
@@ -441,7 +419,14 @@ bool read_event(Cursor& in, Event& event, Reason& reason) {
       has_hashes = has_hashes || field == Field::kHashes || field == Field::kHashAliases;
     }
   } else if (in.map(count)) {
-    if (!find_tag(in, count, event.tag, reason)) return false;
+    const uint8_t* const first = in.position();
+    std::string_view type, tag;
+    if (count > 0 && in.str(type) && type == "type" && in.str(tag) && tag_of(tag, event.tag)) {
+      --count;  // where engines have it
+    } else {
+      in.back_to(first);
+      if (!find_tag(in, count, event.tag, reason)) return false;
+    }
     for (uint32_t i = 0; i < count; ++i) {
       std::string_view name;
       if (!in.str(name)) {

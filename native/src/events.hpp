@@ -62,7 +62,15 @@ struct Event {
   std::optional<Reason> unkeyed;    // why no key may be computed of the tokens, though they are as many as the hashes
   std::vector<std::string> extras;  // encoded: none at all, one for all blocks, or one per block
 
-  void reset();
+  void reset() {
+    hashes.clear();
+    tokens.clear();
+    if (!extras.empty()) extras.clear();
+    has_parent = has_lora_id = has_window = has_extra_keys = false;
+    parent = block_size = lora_id = group = window = 0;
+    medium = lora_name = cache_salt = kind = {};
+    unkeyed.reset();
+  }
   // Gives back what one huge event has made the vectors take.
   void shed();
 };

@@ -15,6 +15,8 @@ class Cursor {
   Cursor(const uint8_t* data, size_t size) : at_(data), end_(data + size) {}
 
   const uint8_t* position() const { return at_; }
+  // To where it stood before. (A copy kept for that costs more: it is read as a whole right after a part was written.)
+  void back_to(const uint8_t* position) { at_ = position; }
   bool at_end() const { return at_ == end_; }
 
   Type peek() const {

@@ -21,7 +21,7 @@ enum class Left : uint8_t {
   kRestarted,  // dropped here: the engine was found to be another one
   kRequested,  // dropped here: someone asked for it
   kRebuilt,    // dropped here, to be built anew from a replay or a sibling
-  kDoubted,    // dropped here after a hole, and the engine may hold it still
+  kDoubted,    // dropped here after a hole, or its key was told without extra keys; the engine may hold it still
 };
 
 class Removals {
