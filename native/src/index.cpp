@@ -52,11 +52,18 @@ uint32_t Index::learn_block_size(uint32_t size) {
 
 uint32_t Index::set_block_size(uint32_t size) {
   if (!is_size_given_) {
+    uint64_t before;
+    {
+      std::lock_guard lock(topology_mutex_);
+      before = streams_added_;
+    }
     const auto streams = live_streams();
     std::vector<std::unique_lock<std::mutex>> locks;
     locks.reserve(streams.size());
     for (const auto& stream : streams) locks.push_back(stream->read_lock());
-    if (claims() == 0) block_size_.store(size);
+    std::lock_guard lock(topology_mutex_);
+    // One that was added since may have looked at the size already.
+    if (claims() == 0 && streams_added_ == before) block_size_.store(size);
   }
   return learn_block_size(size);
 }
@@ -113,6 +120,7 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
     });
     made = std::make_shared<Stream>(shared_from_this(), pod_number, number);
     stream_objects_[number] = made;
+    ++streams_added_;
   }
   blocks_.epoch().collect();
   return made;

@@ -102,8 +102,7 @@ class Index : public std::enable_shared_from_this<Index> {
   void retire_lanes(const std::vector<uint32_t>& lanes);
   void free_lanes(const std::vector<uint32_t>& lanes);
   void close_stream(uint32_t stream);
-  // The same, and while nothing is claimed a size that was learned gives way to this one. No stream may be added
-  // meanwhile; those that there are wait.
+  // The same, and while nothing is claimed a size that was learned gives way to this one; streams wait meanwhile.
   uint32_t set_block_size(uint32_t size);
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
@@ -132,6 +131,7 @@ class Index : public std::enable_shared_from_this<Index> {
   std::atomic<const Topology*> topology_;
   const std::shared_ptr<PodNames> names_ = std::make_shared<PodNames>();
   std::vector<std::weak_ptr<Stream>> stream_objects_;
+  uint64_t streams_added_ = 0;
   std::vector<uint32_t> free_streams_;
   std::mutex free_lanes_mutex_;
   std::vector<uint32_t> free_lanes_;
