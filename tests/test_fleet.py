@@ -443,3 +443,11 @@ def test_several_hundred_streams_at_once() -> None:
         assert len(fleet.statuses()) == 300
     finally:
         fleet.stop()
+
+
+def test_a_registration_that_fails_leaves_the_block_size(fleet: Fleet) -> None:
+    """It is settled when the pod can be listened to, not before."""
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=64))
+    with taken_port() as taken, pytest.raises(InvalidArgument, match=r"^endpoint: "):
+        fleet.register(PodSpec("b", "m", taken, bind=True, block_size=16))
+    assert fleet._models.get("m").index.block_size == 64

@@ -228,3 +228,70 @@ def test_a_block_larger_than_its_tokens_costs_nothing(size: int) -> None:
     stream = index.add_stream("p", 0)
     assert "bad_event" not in apply(stream, stored(16), stored(16, 1, hashes=[64], block_size=size))
     assert (stream.claims, index.blocks) == (5, 4)
+
+
+def test_keys_told_before_the_first_list_of_extra_keys_are_dropped_whatever_their_size() -> None:
+    """Wide blocks, parts and what waits for a parent: every claim waits for its key, and for what it is made of."""
+    index = Index(16)
+    stream = index.add_stream("p", 0)
+    late = Stored([96], 80, TOKENS[:16], 16)
+    assert apply(stream, stored(32), stored(8, 1), stored(64, 2), late) == {}
+    assert (match(index), stream.orphans) == (4, 1)
+    listed = stored(16, 3, extra_keys=[None] * 4)
+    assert apply(stream, Removed([32], "GPU", 0), Stored([32], None, [], 0, "CPU", group=0), listed) == {
+        "block_size_mismatch": 7  # where a block ends is known again, but not what comes before it
+    }
+    assert (match(index), stream.orphans, index.blocks) == (0, 0, 4)
+    again = [stored(size, group, extra_keys=[None] * (64 // size)) for size, group in ((32, 0), (8, 1), (64, 2))]
+    assert apply(stream, *again) == {}
+    assert (match(index), stream.unresolved) == (4, 1)  # of what never came again, the orphan
+    assert stream.clear() > 0
+    assert (index.claims, index.blocks) == (0, 0)
+
+
+def test_a_connector_without_extra_keys_tells_what_its_chunks_are_made_of() -> None:
+    """Of which tokens a wide block consists is told by its key; the list only decides which key that is."""
+    index = Index(16)
+    stream = index.add_stream("p", 0)
+    chunk = Stored([64], None, TOKENS, 64, "CPU", group=0)
+    assert apply(stream, stored(16, extra_keys=[None] * 4), chunk) == {}
+    assert apply(stream, Removed([16, 32, 48, 64], "GPU", 0)) == {}
+    assert (match(index), stream.unresolved) == (4, 0)
+    salted = Stored([164], None, TOKENS, 64, "CPU", group=0)
+    keys = [["tenant"], None, None, None]
+    assert apply(stream, Removed([64], "CPU", 0), stored(16, hashes=[116, 132, 148, 164], extra_keys=keys), salted) == {
+        "block_size_mismatch": 1
+    }
+    assert match(index) == 0
+
+
+def test_a_block_that_moves_within_one_batch_keeps_its_key_without_a_list() -> None:
+    """A connector's tokens do not tell it then, but its hash does."""
+    index = Index(16)
+    stream = index.add_stream("p", 0)
+    names = [16, 32, 48, 64]
+    apply(stream, stored(16, extra_keys=[None] * 4))
+    assert apply(stream, Removed(names), stored(16, medium="CPU")) == {}
+    assert match(index) == 4
+
+
+def test_few_hashes_of_wide_blocks_of_an_adapter() -> None:
+    """What a window's event with fewer hashes than blocks says of them all is taken into account."""
+    index = Index(16)
+    stream = index.add_stream("p", 0)
+    window = Stored([64], None, TOKENS, 32, "GPU", lora_name="sql", group=1, kind="sliding_window", window=32)
+    assert apply(stream, stored(16, lora_name="sql"), window) == {}
+    assert stream.unresolved == 0
+
+
+def test_the_limit_of_a_stream_counts_every_block_of_a_wide_one() -> None:
+    """Exactly as many blocks as the stream may have, and the room comes back."""
+    wide = Stored([64], None, TOKENS, 64)
+    assert apply(Index(16, max_claims_per_stream=3).add_stream("p", 0), wide) == {"claim_limit": 1}
+    index = Index(16, max_claims_per_stream=4)
+    stream = index.add_stream("p", 0)
+    assert apply(stream, wide) == {}
+    assert apply(stream, Stored([1], None, TOKENS[::-1], 64)) == {"claim_limit": 1}
+    assert apply(index.add_stream("q", 0), wide) == {}
+    assert apply(stream, Removed([64]), wide) == {}
+    assert index.blocks == 4

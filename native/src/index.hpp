@@ -110,8 +110,8 @@ class Index : public std::enable_shared_from_this<Index> {
   void close_stream(uint32_t stream);
   // It takes as much memory as it may.
   bool is_full() const;
-  // The size in force: `size` if none was known. While nothing is claimed, a size that was learned gives way to this one;
-  // streams wait meanwhile.
+  // The size in force: `size` if none was known. While nothing is claimed, a size that was learned gives way to this
+  // one; streams wait meanwhile.
   uint32_t set_block_size(uint32_t size);
   bool is_block_size_open() const { return !is_size_given_ && claims() == 0; }
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.

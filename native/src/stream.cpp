@@ -321,7 +321,7 @@ void Stream::free_special(uint32_t ref) {
 
 Stream::Special& Stream::make_special(uint32_t& ref, uint64_t hash) {
   if ((ref & kSpecial) == 0) {
-    Special made{hash, index_->held().key_of(ref), 1, ref, index_->block_size(), true, false, false};
+    Special made{hash, index_->held().key_of(ref), 1, ref, index_->block_size(), true};
     ref = add_special(made);
   }
   return specials_[ref & ~kSpecial];
@@ -372,7 +372,7 @@ void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, uint32_t size
     return;
   }
   if (claim(1) == 0) return applied.count(Reason::kClaimLimit);
-  Special claim{hash, 0, 1, 0, size, false, false, false};
+  Special claim{hash, 0, 1, 0, size};
   if (!hold(claim, group, tier, key)) {
     if (unresolved_ >= kMaxUnresolved) return index_->unclaim(1), applied.count(Reason::kUnresolvedLimit);
     ++unresolved_;
@@ -479,13 +479,13 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
 
 void Stream::erase_claim(Book& book, uint64_t hash, uint32_t ref) {
   if ((ref & kSpecial) == 0) {
-    gone_.emplace_back(hash, index_->held().key_of(ref));
+    note_gone(hash, index_->held().key_of(ref));
     release_node(ref, book.group, book.tier);
   } else {
     const Special claim = specials_[ref & ~kSpecial];
     free_special(ref);
     if (claim.resolved) {
-      if (claim.key != 0) gone_.emplace_back(hash, claim.key);
+      if (claim.key != 0) note_gone(hash, claim.key);
       release(claim, book.group, book.tier);
     } else {
       --unresolved_;
@@ -555,8 +555,7 @@ bool Stream::hold(Special& claim, uint8_t group, uint8_t tier, uint64_t key) {
   if (size < canonical) {
     const auto part = parts_.find({claim.hash, size});
     if (part == parts_.end()) {
-      if (key != 0) short_.emplace_back(claim.hash, Reason::kBlockSizeMismatch);
-      return false;
+      return key != 0 ? note_short(claim, Reason::kBlockSizeMismatch) : false;
     }
     claim.key = part->second.key;
     claim.part = true;
@@ -564,15 +563,15 @@ bool Stream::hold(Special& claim, uint8_t group, uint8_t tier, uint64_t key) {
     hold_part(part->first, static_cast<uint16_t>(group << 8 | tier), true);
   } else {
     if (key == 0) return false;
-    const auto fails = [&](Reason reason) { return short_.emplace_back(claim.hash, reason), false; };
-    if (size % canonical != 0) return fails(Reason::kBlockSizeMismatch);
+    if (size % canonical != 0) return note_short(claim, Reason::kBlockSizeMismatch);
     Node before = 0;
     if (size > canonical) {
       const size_t width = size / canonical - 1;
       const auto span = spans_.find(key);
-      if (span == spans_.end() || span->second.keys.size() < width) return fails(Reason::kBlockSizeMismatch);
+      if (span == spans_.end() || span->second.keys.size() < width)
+        return note_short(claim, Reason::kBlockSizeMismatch);
       const bool is_new = find_book(group, tier)->claims.find(claim.hash) == nullptr;
-      if (!widen(width, is_new ? 1 : 0)) return fails(Reason::kClaimLimit);
+      if (!widen(width, is_new ? 1 : 0)) return note_short(claim, Reason::kClaimLimit);
       ++span->second.claims;
       claim.wide = true;
       for (auto each = span->second.keys.end() - static_cast<std::ptrdiff_t>(width); each != span->second.keys.end();
@@ -585,6 +584,13 @@ bool Stream::hold(Special& claim, uint8_t group, uint8_t tier, uint64_t key) {
   claim.size = size;
   claim.resolved = true;
   return true;
+}
+
+// Once per claim, however often a batch tries it.
+bool Stream::note_short(Special& claim, Reason reason) {
+  if (!claim.is_short) short_.emplace_back(claim.hash, reason);
+  claim.is_short = true;
+  return false;
 }
 
 void Stream::release(const Special& claim, uint8_t group, uint8_t tier) {
@@ -628,14 +634,16 @@ void Stream::end_batch(Applied& applied) {
     spans_.erase(span);
   }
   told_spans_.clear();
-  for (const PartId& id : loose_parts_) forget_part(id);
-  loose_parts_.clear();
+  forget_loose();
   std::sort(short_.begin(), short_.end());
   short_.erase(std::unique(short_.begin(), short_.end()), short_.end());
   for (const auto& [hash, reason] : short_)
     for (const Book& book : books_) {
       const uint32_t* ref = book.claims.find(hash);
-      if (ref != nullptr && (*ref & kSpecial) != 0 && !specials_[*ref & ~kSpecial].resolved) applied.count(reason);
+      if (ref == nullptr || (*ref & kSpecial) == 0) continue;
+      Special& claim = specials_[*ref & ~kSpecial];
+      claim.is_short = false;
+      if (!claim.resolved) applied.count(reason);
     }
   short_.clear();
   gone_.clear();
@@ -645,6 +653,11 @@ void Stream::end_batch(Applied& applied) {
   if (gone_.capacity() > kKeep) std::vector<std::pair<uint64_t, uint64_t>>().swap(gone_);
   if (misfits_ != 0) applied.count(Reason::kBlockSizeMismatch, misfits_);
   misfits_ = 0;
+}
+
+void Stream::forget_loose() {
+  for (const PartId& id : loose_parts_) forget_part(id);
+  loose_parts_.clear();
 }
 
 // The key of a block that this batch removed: a copy on another tier may be told after that, without its tokens.
@@ -740,7 +753,7 @@ void Stream::place(const Range& range) {
       first = false;
       keys[n] = chain;
     }
-    if (times > 1) tell_span(chain, keys.data(), times - 1);
+    if (times > 1 && told_spans_.size() < kMaxOfBatch) tell_span(chain, keys.data(), times - 1);
     // Only a block that is held tells others its key: a removed one may never come back as the same.
     if (resolve(range.hashes[i], chain) && !orphans_.empty()) adopt(range.hashes[i], chain, range.block_size);
   }
@@ -757,7 +770,8 @@ void Stream::tell_spans(const Event& event, uint32_t canonical, uint64_t parent)
   extras_of_nth(own, 1, later);
   bool first = !event.has_parent;
   std::vector<uint64_t> keys(times);
-  for (size_t at = 0; at + event.block_size <= event.tokens.size(); at += event.block_size) {
+  for (size_t at = 0; at + event.block_size <= event.tokens.size() && told_spans_.size() < kMaxOfBatch;
+       at += event.block_size) {
     for (size_t n = 0; n < times; ++n) {
       const uint32_t* tokens = event.tokens.data() + at + n * canonical;
       parent = block_key(tokens, canonical, first ? extras : later, first, parent, index_->seed(), scratch);
@@ -839,10 +853,11 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
       index_->held().account(static_cast<int64_t>(bytes_of(part)));
       parts_.emplace(id, std::move(part));
     }
-    // A part that nothing claims stays only while one that builds on it does.
-    loose_parts_.push_back(id);
     const uint64_t key = parts_.at(id).key;
     const bool held = resolve(id.hash, key);
+    // A part that nothing claims stays only while one that builds on it does, and no longer than the batch.
+    loose_parts_.push_back(id);
+    if (loose_parts_.size() >= kMaxOfBatch) forget_loose();
     before = id.hash;
     has_before = true;
     if (held && !orphans_.empty()) adopt(id.hash, key, id.size);

@@ -98,6 +98,7 @@ class Stream {
     bool resolved : 1 = false;  // what it stands for is known, because some event of the stream has told it, and held
     bool wide : 1 = false;      // stands for several canonical blocks, see spans_
     bool part : 1 = false;      // a part of a canonical block, see parts_
+    bool is_short : 1 = false;  // stands in short_
     bool plain() const { return resolved && !wide && !part && count == 1; }
   };
   // Claims of one (group, tier) by engine hash. A reference is the block's node, or kSpecial and a place in specials_.
@@ -173,6 +174,7 @@ class Stream {
 
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
   static constexpr size_t kMaxEarly = 1024;
+  static constexpr size_t kMaxOfBatch = 1U << 18;  // of each list that is kept for the length of a batch
   static constexpr uint64_t kMaxOrphanBytes = 64U << 20;
   static constexpr uint64_t kMaxUnresolved = 1U << 20;
 
@@ -234,6 +236,11 @@ class Stream {
   // The spans of all blocks of the group's size in a range that does not say where its hashes stand.
   void tell_spans(const Event& event, uint32_t canonical, uint64_t parent);
   uint64_t removed_key(uint64_t hash);
+  void note_gone(uint64_t hash, uint64_t key) {
+    if (gone_.size() < kMaxOfBatch) gone_.emplace_back(hash, key);
+  }
+  bool note_short(Special& claim, Reason reason);
+  void forget_loose();
   void release(const Special& claim, uint8_t group, uint8_t tier);
   Node hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before);
   void release_key(uint64_t key, uint8_t group, uint8_t tier);
@@ -309,7 +316,7 @@ class Stream {
   std::unordered_map<uint64_t, std::map<uint32_t, Waiting>> waiting_;  // by parent hash and block size
   std::deque<uint64_t> early_;                                         // ids of those that wait for the block size
   std::unordered_map<uint64_t, uint64_t> orphan_digests_;              // -> id
-  std::deque<uint64_t> orphan_order_;  // ids, oldest first, also of some that are gone
+  std::deque<uint64_t> orphan_order_;                                  // ids, oldest first, also of some that are gone
   uint64_t next_orphan_ = 0;
   uint64_t orphan_blocks_ = 0;
   uint64_t orphan_bytes_ = 0;

@@ -278,6 +278,7 @@ bool Stream::read_book(Reader& in, Book& book) {
   Node nodes[kSlots], before = 0;
   bool is_new[kSlots];
   for (uint64_t left = in.count(16); left > 0;) {
+    if (index_->block_size() == 0) return false;  // keys of blocks of no size
     const size_t count = std::min<uint64_t>(left, kSlots);
     for (size_t i = 0; i < count; ++i) {
       hashes[i] = in.number<uint64_t>();
@@ -316,7 +317,7 @@ bool Stream::read_book(Reader& in, Book& book) {
     if (!resolved && unresolved_ >= kMaxUnresolved) return false;
     if (Stream::claim(1) == 0) return false;
     if (resolved) {
-      if (!hold(claim, group, tier, claim.key)) return index_->unclaim(1), false;
+      if (index_->block_size() == 0 || !hold(claim, group, tier, claim.key)) return index_->unclaim(1), false;
     } else {
       ++unresolved_;
     }

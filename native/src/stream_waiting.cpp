@@ -23,7 +23,8 @@ uint64_t Stream::Orphan::bytes() const {
   return all;
 }
 
-// The first of a parent's of one block size is looked at itself, all others are known by their digest: mostly there is only the first.
+// The first of a parent's of one block size is looked at itself, all others are known by their digest: mostly there is
+// only the first.
 bool Stream::is_waiting(const Event& event) const {
   const auto waiting = waiting_.find(event.parent);
   if (!event.has_parent || waiting == waiting_.end()) return false;
@@ -41,7 +42,7 @@ bool Stream::is_waiting(const Event& event) const {
 void Stream::add_orphan(const Event& event, Applied& applied) {
   const uint64_t blocks = event.hashes.size();
   if (is_waiting(event)) return;  // another copy of a range that waits already
-  Orphan orphan{event.parent, event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size),
+  Orphan orphan{event.parent,     event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size),
                 !event.has_parent};
   const uint64_t bytes = orphan.bytes();
   if (blocks > kMaxOrphanBlocks || bytes > kMaxOrphanBytes || index_->is_full() ||
@@ -168,7 +169,7 @@ void Stream::doubt_keys(Applied& applied) {
       }
       Special& claim = make_special(ref, hash);
       const Special before = claim;
-      claim = {hash, 0, before.count, 0, before.size, false, false, false};
+      claim = {hash, 0, before.count, 0, before.size};
       ++unresolved_;
       release(before, book.group, book.tier);
     }
