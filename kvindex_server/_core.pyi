@@ -53,7 +53,10 @@ class Index:
     def bytes(self) -> int: ...
     @property
     def tiers(self) -> list[str]: ...  # by bit: gpu, cpu, disk, then as engines named them
+    @property
+    def is_block_size_open(self) -> bool: ...  # none was given, and nothing is claimed
     def learn_block_size(self, size: int) -> int: ...  # the size in force: `size` only if none was known
+    def set_block_size(self, size: int) -> int: ...  # likewise; while nothing is claimed, `size` if none was given
     def tier_of(self, name: str) -> int: ...  # its bit, given one if there is room; else 8
     def add_stream(self, pod: str, rank: int) -> Stream: ...
     def place(self, pod: str, rank: int, keys: _Bytes, seconds: float) -> tuple[str, int, int]:

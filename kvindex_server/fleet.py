@@ -43,7 +43,7 @@ class Fleet:
         self._lock = threading.Lock()
         # Pods that are just being registered or taken away: one call each at a time, and none waits for another pod's.
         self._changed = threading.Condition(self._lock)
-        self._changing: set[tuple[str, str]] = set()
+        self._changing: dict[tuple[str, str], int] = {}  # their block size, once it is settled
         self._subscribers: dict[tuple[str, str], Subscriber] = {}
         self._awaited: set[tuple[str, str]] = set()
         self._discovered: set[tuple[str, str]] = set()
@@ -105,12 +105,35 @@ class Fleet:
 
     def _check_limit(self) -> None:
         with self._lock:
-            if len(self._subscribers.keys() | self._changing) > self._max_pods:
+            if len(self._subscribers.keys() | self._changing.keys()) > self._max_pods:
                 raise ResourceExhausted(f"{self._max_pods} pods are registered, which is the limit")
 
     def _check_block_size(self, spec: PodSpec) -> None:
-        if spec.model in self._models.names and (known := self._models.get(spec.model).index.block_size):
-            _agree(spec, known)
+        """Refuses what `_settle_block_size` would refuse, before anything is changed."""
+        if spec.block_size and spec.model in self._models.names:
+            index = self._models.get(spec.model).index
+            known = index.block_size
+            with self._lock:
+                if known and not (index.is_block_size_open and self._fits_others(spec)):
+                    _check_fit(spec, known)
+
+    def _settle_block_size(self, spec: PodSpec, index: Index) -> None:
+        """The engine's blocks are several of the model's, or parts of one. While nothing is claimed, the model's may
+        still become smaller or other ones, if they fit every other registration too."""
+        with self._lock:
+            known = index.learn_block_size(spec.block_size)
+            if spec.block_size % known and self._fits_others(spec):
+                known = index.set_block_size(spec.block_size)
+            _check_fit(spec, known)
+            self._changing[self.key_of(spec)] = spec.block_size
+
+    def _fits_others(self, spec: PodSpec) -> bool:
+        standing = [(key, each.spec.block_size) for key, each in self._subscribers.items()]
+        return all(
+            _fits(spec.block_size, size)
+            for (model, pod), size in [*standing, *self._changing.items()]
+            if size and model == spec.model and pod != spec.pod
+        )
 
     def _subscribe(self, spec: PodSpec, standing: Subscriber | None) -> Subscriber:
         """A subscriber in the place of the standing one, which stays, or comes back, when that fails."""
@@ -144,20 +167,20 @@ class Fleet:
 
     def _index(self, spec: PodSpec) -> Index:
         """Of the spec's model, which is known from now on, as is its block size."""
-        model = self._models.seen(spec.model, spec.block_size)
+        index = self._models.seen(spec.model).index
         if spec.block_size:
-            _agree(spec, model.index.learn_block_size(spec.block_size))
-        return model.index
+            self._settle_block_size(spec, index)
+        return index
 
     def _bring_back(self, spec: PodSpec, *, discovered: bool) -> None:
         try:
-            ears = self._open(spec)
+            index, ears = self._index(spec), self._open(spec)
         except InvalidArgument as error:
             _log.error(
-                "pod lost: its endpoint was taken meanwhile", extra={"fields": {"pod": spec.pod, "why": str(error)}}
+                "pod lost: its place was taken meanwhile", extra={"fields": {"pod": spec.pod, "why": str(error)}}
             )
             return
-        subscriber = Subscriber(spec, ears, self._index(spec), self._bounds, self._drain_messages, self._saved)
+        subscriber = Subscriber(spec, ears, index, self._bounds, self._drain_messages, self._saved)
         self._add(subscriber, discovered=discovered)
 
     def _add(self, subscriber: Subscriber, *, discovered: bool) -> None:
@@ -180,12 +203,12 @@ class Fleet:
     def _turn(self, key: tuple[str, str]) -> Iterator[None]:
         with self._lock:
             self._changed.wait_for(lambda: key not in self._changing)
-            self._changing.add(key)
+            self._changing[key] = 0
         try:
             yield
         finally:
             with self._lock:
-                self._changing.discard(key)
+                del self._changing[key]
                 self._changed.notify_all()
 
     def unregister(self, pod: str, model: str, *, discovered: bool = False) -> int:
@@ -280,9 +303,14 @@ class Fleet:
         self._discovered.discard(key)
 
 
-def _agree(spec: PodSpec, known: int) -> None:
-    if spec.block_size and known != spec.block_size:
-        raise InvalidArgument("block_size", f"{spec.block_size} is not the model's block size {known}")
+def _fits(size: int, other: int) -> bool:
+    return size % other == 0 or other % size == 0
+
+
+def _check_fit(spec: PodSpec, known: int) -> None:
+    if not _fits(spec.block_size, known):
+        reason = f"{spec.block_size} is not the model's block size {known}, and neither divides the other"
+        raise InvalidArgument("block_size", reason)
 
 
 def _share(subscribers: Sequence[Subscriber]) -> float:

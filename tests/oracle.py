@@ -160,24 +160,42 @@ class Part:
 
 
 @dataclass
+class Claim:
+    """A block that one (group, tier) holds under one engine hash."""
+
+    count: int
+    size: int  # of the block in tokens; 0 while nobody has said it
+    keys: list[int] | None = None  # the canonical blocks it stands for
+    is_part: bool = False
+
+    @property
+    def resolved(self) -> bool:
+        """Whether what it stands for is known."""
+        return self.is_part or self.keys is not None
+
+
+@dataclass
 class StreamOracle:
     """What one (pod, rank) holds."""
 
     model: "ModelOracle"
     pod: str
     rank: int
-    counts: dict[tuple[int, str, Hash], int] = field(default_factory=dict)
-    keys_of: dict[Hash, list[int]] = field(default_factory=dict)  # canonical blocks in an engine block
-    parts: dict[Hash, Part] = field(default_factory=dict)
+    counts: dict[tuple[int, str, Hash], Claim] = field(default_factory=dict)
+    spans: dict[int, list[int]] = field(default_factory=dict)  # key -> the keys before it
+    parts: dict[tuple[Hash, int], Part] = field(default_factory=dict)  # by hash and size
+    gone: dict[Hash, int] = field(default_factory=dict)  # keys of what this batch has removed
+    early: list[Range] = field(default_factory=list)  # until the block size is known
     waiting: list[Range] = field(default_factory=list)
+    known: list[tuple[Hash, int, int]] = field(default_factory=list)  # parents whose orphans are to be placed
     groups: dict[int, tuple[str | None, int | None]] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=dict)  # the group's own block size, by its full blocks
+    sizes: dict[tuple[int, str], int] = field(default_factory=dict)  # own block size of a group on a tier
     lists: bool = False  # the engine lists extra keys: an event without them is one that does not know them
     unknown_removals: int = 0
     placed: dict[int, tuple[float, bool]] = field(default_factory=dict)  # key -> (end, the rank is a guess)
 
     def apply(self, events: Iterable[Event]) -> None:
-        """Everything an engine announces, in order."""
+        """One batch of what an engine announces, in order."""
         for event in events:
             if isinstance(event, Stored):
                 before = self.holdings()
@@ -188,6 +206,7 @@ class StreamOracle:
                 self._remove(event)
             else:
                 self._drop()
+        self._forget()
 
     def holdings(self) -> set[tuple[int, int, str]]:
         """The (key, group, tier) held."""
@@ -199,82 +218,182 @@ class StreamOracle:
         group, tier = event.group or 0, (event.medium or "gpu").lower()
         if not self.model.has_tier(tier):
             return
-        kind, window = self.groups.get(group, (None, None))
-        self.groups[group] = (event.kind or kind, event.window or window)
+        if event.kind is not None or group not in self.groups:
+            self.groups[group] = (event.kind, event.window)
+        kind = self.groups[group][0]
+        known_kind = self._is_known(group)
         hashes = [normal(value) for value in event.hashes]
-        for value in hashes:
-            claim = (group, tier, value)
-            self.counts[claim] = self.counts.get(claim, 0) + 1
-        size = event.block_size
+        size = 0 if kind == "mamba" else event.block_size
         if event.extra_keys is not None and not self.lists:
             self.lists = True
-            self.keys_of.clear()
-            self.parts.clear()
-            self.waiting.clear()
+            self._doubt()
         sure = event.extra_keys is not None or not self.lists
-        exact = sure and bool(hashes) and size > 0 and len(event.tokens) == len(hashes) * size
-        kind = self.groups[group][0]
-        if kind != "mamba":
-            self.sizes[group] = max(self.sizes.get(group, 0), size)
-        if not exact or kind == "mamba":
-            return  # a mamba state is found through the hash that another group's event carries
-        if self.model.block_size == 0 and kind in (*FULL_KINDS, *SLIDING_KINDS):
-            self.model.block_size = size
+        mapped = sure and bool(hashes) and event.block_size > 0 and len(event.tokens) == len(hashes) * event.block_size
+        can_place = can_wait = False
+        if size:
+            own = self.sizes[group, tier] = max(self.sizes.get((group, tier), 0), size)
+            if mapped and known_kind and not self.model.block_size:
+                self._learn_size(event, size)
+            canonical = self.model.block_size
+            can_wait = mapped and not canonical and known_kind
+            # A smaller block than the group's own is a partial one: held, but no part of a prefix yet.
+            can_place = mapped and canonical > 0 and size in (own, canonical) and self._fits(size)
         canonical = self.model.block_size
-        if not canonical or (size % canonical and canonical % size):
-            return
-        if size < self.sizes[group] and size != canonical:
-            return  # a partial block: held, but no part of a prefix yet
-        items = [event_items(event, index) for index in range(len(hashes))]
+        if canonical:
+            early, self.early = self.early, []
+            for each in early:
+                self._place(each, None)
         parent = None if event.parent is None else normal(event.parent)
-        found = Range(parent, hashes, split_blocks(event.tokens, size), items, size)
-        if parent is None or self._knows(parent):
-            self._place(found)
-        else:
+        found = Range(
+            parent,
+            hashes,
+            split_blocks(event.tokens, size) if size else [],
+            [event_items(event, index) for index in range(len(hashes))],
+            size,
+        )
+        if not mapped and canonical and size > canonical and size % canonical == 0 and self._knows(parent, size):
+            self._guess(found)
+        placed = can_place and self._knows(parent, size)
+        for value in hashes:
+            key = self.key_of(value) or (0 if event.tokens and sure else self.gone.get(value, 0))
+            self._claim((group, tier, value), size)
+            if not placed:
+                self._settle(value, key)
+        if placed:
+            self._place(found, None if parent is None else self.key_of(parent))
+        elif can_wait and parent is None:
+            self.early.append(found)
+        elif can_place or can_wait:
             self.waiting.append(found)
 
-    def _knows(self, value: Hash) -> bool:
-        return value in self.keys_of or value in self.parts
+    def _is_known(self, group: int) -> bool:
+        kind, window = self.groups[group]
+        return kind in FULL_KINDS or (kind in SLIDING_KINDS and bool(window))
+
+    def _fits(self, size: int) -> bool:
+        return size % self.model.block_size == 0 or self.model.block_size % size == 0
+
+    def _learn_size(self, event: Stored, size: int) -> None:
+        """A block that comes alone may be a partial one, unless its size is one that engines have."""
+        if len(event.hashes) > 1 or size & (size - 1) == 0:
+            self.model.block_size = size
+        elif event.parent is not None:
+            built_on = [
+                claim.size
+                for (group, _, value), claim in self.counts.items()
+                if value == normal(event.parent) and (self._is_known(group) or self.groups[group][0] == "mamba")
+            ]
+            self.model.block_size = next(filter(None, built_on), 0)
+
+    def _knows(self, value: Hash | None, size: int) -> bool:
+        """Whether a block of this size can follow."""
+        if value is None:
+            return True
+        return (size < self.model.block_size and (value, size) in self.parts) or self.key_of(value) != 0
 
     def _held(self, value: Hash) -> bool:
         return any(other == value for _, _, other in self.counts)
 
-    def _place(self, found: Range) -> None:
-        held = {value for _, _, value in self.counts}
-        ready: list[Hash] = []
-        for value in self._parts(found) if found.size < self.model.block_size else self._blocks(found):
-            # Only a block that is held tells others its key: a removed one may come back as another.
-            if value in held:
-                ready.append(value)
-        for value in [value for value in self.keys_of if value not in held]:
-            del self.keys_of[value]
-        self._forget_parts()
-        for value in ready:
-            adopted = [orphan for orphan in self.waiting if orphan.parent == value]
-            self.waiting = [orphan for orphan in self.waiting if orphan.parent != value]
-            for orphan in adopted:
-                self._place(orphan)
+    def _claim(self, name: tuple[int, str, Hash], size: int) -> None:
+        if name not in self.counts:
+            self.counts[name] = Claim(1, size)
+            return
+        claim = self.counts[name]
+        claim.count += 1
+        if size and claim.size != size:
+            # Of blocks of two sizes under one name only what both hold is sure.
+            if size < claim.size:
+                claim.keys, claim.is_part = None, False
+            claim.size = min(size, claim.size or size)
 
-    def _blocks(self, found: Range) -> Iterator[Hash]:
+    def _size_of(self, group: int, value: Hash) -> int:
+        """The size of a block that nobody has told."""
+        if self.groups[group][0] == "mamba":
+            return self.model.block_size
+        claimed = [claim.size for (of, _, other), claim in self.counts.items() if (of, other) == (group, value)]
+        own = [size for (of, _), size in self.sizes.items() if of == group]
+        return min(filter(None, claimed), default=0) or min(own, default=self.model.block_size)
+
+    def _settle(self, value: Hash, key: int) -> None:
+        """Try every claim of a hash."""
         canonical = self.model.block_size
-        key = None if found.parent is None else self.keys_of[found.parent][-1]
+        if not canonical:
+            return
+        for (group, _, other), claim in self.counts.items():
+            if other != value or claim.resolved:
+                continue
+            size = claim.size or self._size_of(group, value)
+            if size < canonical:
+                claim.is_part = (value, size) in self.parts
+            elif key and size % canonical == 0:
+                width = size // canonical - 1
+                before = self.spans.get(key, [])
+                if len(before) < width:
+                    continue
+                claim.keys = [*before[len(before) - width :], key]
+            if claim.resolved:
+                claim.size = size
+
+    def _tell(self, keys: list[int]) -> None:
+        *before, key = keys
+        if len(before) > len(self.spans.get(key, [])):
+            self.spans[key] = before
+
+    def _guess(self, found: Range) -> None:
+        """A range that does not say where its hashes stand: they may be at the end of any block."""
+        items = found.items[0] if found.items else []
+        if not found.hashes or any(kind in (MM, EMBEDS) for kind, _ in items):
+            return
+        key = None if found.parent is None else self.key_of(found.parent)
+        later = encode([each for each in items if each[0] != SALT])
+        first = encode(items) if found.parent is None else later
+        for tokens in found.blocks:
+            blocks = split_blocks(tokens, self.model.block_size)
+            keys = chain_keys(blocks, [first] + [later] * (len(blocks) - 1), self.model.seed, key)
+            key, first = keys[-1], later
+            self._tell(keys)
+
+    def _place(self, found: Range, parent: int | None) -> None:
+        """Takes in a range after the key of its parent, which is 0 when that ends inside a block."""
+        if not self._fits(found.size):
+            return
+        steps = self._parts if found.size < self.model.block_size else self._blocks
+        for value, key in steps(found, parent):
+            self._settle(value, key)
+            # Only a block that is held tells others its key: a removed one may come back as another.
+            if self._held(value):
+                self._adopt(value, key, found.size)
+
+    def _adopt(self, value: Hash, key: int, size: int) -> None:
+        """A block that has no key ends inside a canonical one: only blocks of its own size can follow."""
+        self.known.append((value, key, size))
+        if len(self.known) > 1:
+            return  # the range that is being placed comes first
+        while self.known:
+            value, key, size = self.known[-1]
+            adopted = [orphan for orphan in self.waiting if orphan.parent == value and (key or orphan.size == size)]
+            self.waiting = [orphan for orphan in self.waiting if orphan not in adopted]
+            for orphan in adopted:
+                self._place(orphan, key)
+            self.known.remove((value, key, size))
+
+    def _blocks(self, found: Range, key: int | None) -> Iterator[tuple[Hash, int]]:
+        canonical = self.model.block_size
         for value, tokens, items in zip(found.hashes, found.blocks, found.items, strict=True):
             blocks = split_blocks(tokens, canonical)
             if len(blocks) > 1 and any(kind in (MM, EMBEDS) for kind, _ in items):
                 return  # nobody can tell which of its canonical blocks they touch
             later = [each for each in items if each[0] != SALT]
             extras = [encode(items)] + [encode(later)] * (len(blocks) - 1)
-            self.keys_of[value] = chain_keys(blocks, extras, self.model.seed, key)
-            key = self.keys_of[value][-1]
-            yield value
+            keys = chain_keys(blocks, extras, self.model.seed, key)
+            key = keys[-1]
+            self._tell(keys)
+            yield value, key
 
-    def _parts(self, found: Range) -> Iterator[Hash]:
-        before = None if found.parent is None else self.parts.get(found.parent)
-        if found.parent is not None and before is None:
-            return
+    def _parts(self, found: Range, base: int | None) -> Iterator[tuple[Hash, int]]:
+        before = None if found.parent is None else self.parts.get((found.parent, found.size))
         for value, tokens, items in zip(found.hashes, found.blocks, found.items, strict=True):
-            start = Part((), (), (), before.key if before else None, None)
-            so_far = before if before and before.key is None else start
+            so_far = before if before and before.key is None else Part((), (), (), before.key if before else base, None)
             known = so_far.items + tuple(each for each in items if each not in so_far.items)
             whole = (*so_far.tokens, *tokens)
             key = None
@@ -282,31 +401,50 @@ class StreamOracle:
                 order = (LORA, LORA_ID, MM, SALT, EMBEDS)
                 extra = encode(sorted(known, key=lambda each: order.index(each[0])))
                 (key,) = chain_keys([whole], [extra], self.model.seed, so_far.base)
-            before = self.parts[value] = Part((*so_far.members, value), whole, known, so_far.base, key)
-            yield value
+            before = self.parts[value, found.size] = Part((*so_far.members, value), whole, known, so_far.base, key)
+            yield value, key or 0
 
-    def _forget_parts(self) -> None:
-        needed = {member for value, part in self.parts.items() if self._held(value) for member in part.members}
-        self.parts = {value: part for value, part in self.parts.items() if value in needed}
+    def _forget(self) -> None:
+        """The batch is over: what no claim needs goes."""
+        needed = {
+            (member, claim.size)
+            for (_, _, value), claim in self.counts.items()
+            if claim.is_part
+            for member in self.parts[value, claim.size].members
+        }
+        self.parts = {each: part for each, part in self.parts.items() if each in needed}
+        wide = {claim.keys[-1] for claim in self.counts.values() if claim.keys and len(claim.keys) > 1}
+        self.spans = {key: before for key, before in self.spans.items() if key in wide}
+        self.gone.clear()
 
     def _remove(self, event: Removed) -> None:
         group, tier = event.group or 0, (event.medium or "gpu").lower()
         for value in map(normal, event.hashes):
-            claim = (group, tier, value)
-            if claim not in self.counts:
+            name = (group, tier, value)
+            if name not in self.counts:
                 self.unknown_removals += 1
                 continue
-            self.counts[claim] -= 1
-            if self.counts[claim] == 0:
-                del self.counts[claim]
-                if not self._held(value):
-                    self.keys_of.pop(value, None)
-        self._forget_parts()
+            claim = self.counts[name]
+            claim.count -= 1
+            if claim.count == 0:
+                key = self._key_in(value, claim)
+                if key:
+                    self.gone[value] = key
+                del self.counts[name]
+
+    def _doubt(self) -> None:
+        """No key told so far is believed any more."""
+        for claim in self.counts.values():
+            claim.keys, claim.is_part = None, False
+        for told in (self.spans, self.parts, self.gone, self.early, self.waiting):
+            told.clear()
 
     def _drop(self) -> None:
         self.counts.clear()
-        self.keys_of.clear()
+        self.spans.clear()
         self.parts.clear()
+        self.gone.clear()
+        self.early.clear()
         self.waiting.clear()
         self.groups.clear()
         self.sizes.clear()
@@ -319,26 +457,33 @@ class StreamOracle:
         self.lists = False
         return dropped
 
+    def _key_in(self, value: Hash, claim: Claim) -> int:
+        if claim.is_part:
+            return self.parts[value, claim.size].key or 0
+        return claim.keys[-1] if claim.keys else 0
+
     def key_of(self, value: Hash) -> int:
-        """The key a client learns for an engine hash; 0 when there is none."""
-        part = self.parts.get(value)
-        return (part.key or 0) if part else self.keys_of.get(value, [0])[-1]
+        """The key of an engine hash; 0 when there is none."""
+        keys = [self._key_in(value, claim) for (_, _, other), claim in self.counts.items() if other == value]
+        return next(filter(None, keys), 0)
 
     @property
     def unresolved(self) -> int:
-        """Claims whose key is not known."""
-        return sum(not self._knows(value) for _, _, value in self.counts)
+        """Claims of which nobody knows what they stand for."""
+        return sum(not claim.resolved for claim in self.counts.values())
 
     def tiers_of(self) -> dict[int, dict[int, set[str]]]:
         """Key -> group -> tiers."""
         out: dict[int, dict[int, set[str]]] = {}
-        for group, tier, value in self.counts:
-            keys = self.keys_of.get(value, [])
-            if self.sizes.get(group, 0) <= self.model.block_size:
-                keys = keys[-1:]  # a group of smaller blocks calls its block as the larger one that it ends
-            part = self.parts.get(value)
-            if part and part.key is not None and all((group, tier, each) in self.counts for each in part.members):
-                keys = [part.key]
+        for (group, tier, value), claim in self.counts.items():
+            keys = claim.keys or []
+            if claim.is_part:
+                part = self.parts[value, claim.size]
+                others = [self.counts.get((group, tier, each)) for each in part.members]
+                if part.key is not None and all(
+                    each is not None and each.is_part and each.size == claim.size for each in others
+                ):
+                    keys = [part.key]
             for key in keys:
                 out.setdefault(key, {}).setdefault(group, set()).add(tier)
         return out
@@ -348,7 +493,7 @@ class StreamOracle:
             if kind in FULL_KINDS:
                 needed = range(length)
             elif kind in SLIDING_KINDS and window:
-                reach = -(-(window - 1) // self.model.block_size)
+                reach = max(1, -(-(window - 1) // self.model.block_size))
                 needed = range(max(0, length - reach), length)
             elif kind == "mamba":
                 needed = range(max(0, length - 1), length)

@@ -236,12 +236,28 @@ def test_registration_errors_name_the_field(fleet: Fleet) -> None:
             fleet.register(PodSpec("pod", "m", endpoint, bind=True))
     assert fleet.statuses() == []
     fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=16))
-    with pytest.raises(InvalidArgument, match=r"^block_size: 32 is not the model's block size 16"):
-        fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1", block_size=32))
+    with pytest.raises(InvalidArgument, match=r"^block_size: 24 is not the model's block size 16"):
+        fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1", block_size=24))
     fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1"))
     fleet.register(PodSpec("c", "m", "tcp://127.0.0.1:1"))
     with pytest.raises(ResourceExhausted):
         fleet.register(PodSpec("d", "m", "tcp://127.0.0.1:1"))
+
+
+def test_a_block_size_goes_with_the_models(fleet: Fleet) -> None:
+    """Several of the model's blocks or a part of one will do; a size that nothing was claimed by yet may give way."""
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=48))
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=64))
+    assert fleet._models.get("m").index.block_size == 64
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=16))
+    fleet.register(PodSpec("b", "m", "tcp://127.0.0.1:1", block_size=32))
+    assert fleet._models.get("m").index.block_size == 16
+    with pytest.raises(InvalidArgument, match=r"^block_size: 24 "):
+        fleet.register(PodSpec("c", "m", "tcp://127.0.0.1:1", block_size=24))
+    stream = fleet._models.get("m").index.add_stream("x", 0)
+    stream.apply([payload(1)])
+    fleet.register(PodSpec("c", "m", "tcp://127.0.0.1:1", block_size=8))
+    assert fleet._models.get("m").index.block_size == 16
 
 
 @pytest.mark.parametrize(
@@ -281,7 +297,7 @@ def test_a_replacement_that_fails_leaves_the_standing_registration(fleet: Fleet)
         with pytest.raises(InvalidArgument, match=r"^endpoint: "):
             fleet.register(PodSpec("pod", "m", taken, bind=True))
         with pytest.raises(InvalidArgument, match=r"^block_size: "):
-            fleet.register(replace(standing, block_size=32))
+            fleet.register(replace(standing, block_size=6))
         assert [status.blocks for status in fleet.statuses()] == [1]
         assert fleet.registrations() == [(standing, True)]
 
@@ -427,3 +443,11 @@ def test_several_hundred_streams_at_once() -> None:
         assert len(fleet.statuses()) == 300
     finally:
         fleet.stop()
+
+
+def test_a_registration_that_fails_leaves_the_block_size(fleet: Fleet) -> None:
+    """It is settled when the pod can be listened to, not before."""
+    fleet.register(PodSpec("a", "m", "tcp://127.0.0.1:1", block_size=64))
+    with taken_port() as taken, pytest.raises(InvalidArgument, match=r"^endpoint: "):
+        fleet.register(PodSpec("b", "m", taken, bind=True, block_size=16))
+    assert fleet._models.get("m").index.block_size == 64

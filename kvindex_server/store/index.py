@@ -149,6 +149,15 @@ class StoreIndex:
     def learn_block_size(self, size: int) -> int:
         return self._own.learn_block_size(size)
 
+    @property
+    def is_block_size_open(self) -> bool:
+        """Never: see `set_block_size`."""
+        return False
+
+    def set_block_size(self, size: int) -> int:
+        """Other replicas may have learned the size already, so it is never changed here."""
+        return self._own.learn_block_size(size)
+
     def sweep_placements(self) -> None:
         """The store forgets them by itself."""
 

@@ -56,9 +56,12 @@ size_t Blocks::hold_absent(const uint64_t* keys, size_t count, Node before, Hold
                            bool* is_new) {
   const Place at = place(before, count, pen);
   const Node first = at.number * kSlots + at.slot;
-  at.chunk->name(at.slot, keys, at.count);
-  at.chunk->add(holder, bits_from(at.slot, at.count), epoch_, bytes_);
-  at.chunk->lock.unlock();
+  {
+    // `place` has locked it; adding may find no memory.
+    const std::lock_guard lock(at.chunk->lock, std::adopt_lock);
+    at.chunk->name(at.slot, keys, at.count);
+    at.chunk->add(holder, bits_from(at.slot, at.count), epoch_, bytes_);
+  }
   if (before != 0 && at.slot == 0) pool_.of(before)->next.store(at.number, std::memory_order_relaxed);
 
   // Some keys may be there already: there is one node per key, so ours gives way.

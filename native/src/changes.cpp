@@ -42,17 +42,18 @@ void Stream::follow_changes(size_t limit) {
   const auto pin = index_->held().epoch().pin();
   changes_ = std::make_unique<Changes>();
   const Blocks& blocks = index_->held();
-  for (const auto& [hash, part] : parts_)
+  for (const auto& [id, part] : parts_)
     for (const auto& [holder, held] : part.held)
-      if (held == parts_of(static_cast<uint32_t>(part.tokens.size())))
+      if (held == parts_of(id.size))
         changes_->held(part.key, static_cast<uint8_t>(holder >> 8), static_cast<uint8_t>(holder));
   for (const Book& book : books_) {
     book.claims.each([&](uint32_t ref) {
       if ((ref & kSpecial) == 0) return changes_->held(blocks.key_of(ref), book.group, book.tier);
       const Special& claim = specials_[ref & ~kSpecial];
       if (claim.node != 0) changes_->held(claim.key, book.group, book.tier);
-      if (claim.wide)
-        for (const uint64_t key : spans_.at(claim.key).keys) changes_->held(key, book.group, book.tier);
+      if (!claim.wide) return;
+      const auto [from, to] = span_of(claim);
+      for (const uint64_t* key = from; key != to; ++key) changes_->held(*key, book.group, book.tier);
     });
   }
   changes_->limit(limit);

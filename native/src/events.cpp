@@ -388,17 +388,16 @@ bool find_tag(Cursor at, uint32_t count, Tag& tag, Reason& reason) {
   return false;
 }
 
-// What remains when all fields are known. Extras count only where tokens can be told apart by block.
+// What remains when all fields are known. Where tokens cannot be told apart by block, no key is computed of them; their
+// extras are but a guess then, and need not be there.
 void finish_stored(Event& event, const Later& later) {
   const size_t blocks = event.hashes.size();
-  if (blocks == 0 || event.block_size == 0 || event.tokens.size() / event.block_size != blocks ||
-      event.tokens.size() % event.block_size != 0)
-    return;
+  if (blocks == 0 || event.block_size == 0 || event.tokens.empty()) return;
+  const bool read = !later.odd_extras && encode_extras(event, later.extra_keys);
+  if (!read) event.extras.clear();
+  if (event.tokens.size() / event.block_size != blocks || event.tokens.size() % event.block_size != 0) return;
   if (!event.has_parent && later.first_block > 0) event.unkeyed = Reason::kMissingParent;
-  if (later.odd_extras || !encode_extras(event, later.extra_keys)) {
-    event.extras.clear();
-    event.unkeyed = Reason::kUnreadExtras;
-  }
+  if (!read) event.unkeyed = Reason::kUnreadExtras;
 }
 
 // A whole event. When it could be read, `in` stands behind it.

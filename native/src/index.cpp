@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <mutex>
 #include <tuple>
 
 #include "lengthening.hpp"
@@ -12,6 +13,7 @@ namespace kvindex {
 Index::Index(uint32_t block_size, uint64_t seed, uint64_t max_claims, uint64_t max_placements, uint64_t max_bytes,
              uint64_t max_removals, uint64_t max_claims_per_stream)
     : block_size_(block_size),
+      is_size_given_(block_size != 0),
       seed_(seed),
       max_claims_(max_claims),
       max_bytes_(max_bytes),
@@ -49,15 +51,43 @@ uint32_t Index::learn_block_size(uint32_t size) {
   return known;
 }
 
+uint32_t Index::set_block_size(uint32_t size) {
+  while (!is_size_given_) {
+    uint64_t added;
+    {
+      std::lock_guard lock(topology_mutex_);
+      added = streams_added_;
+    }
+    // Streams take the topology's mutex under their own, so theirs come first.
+    const auto streams = live_streams();
+    std::vector<std::unique_lock<std::mutex>> locks;
+    locks.reserve(streams.size());
+    for (const auto& stream : streams) locks.push_back(stream->read_lock());
+    std::lock_guard lock(topology_mutex_);
+    if (streams_added_ != added) continue;
+    if (claims() == 0) block_size_.store(size);
+    break;
+  }
+  return learn_block_size(size);
+}
+
 bool Index::is_full() const { return max_bytes_ != 0 && bytes() >= max_bytes_; }
 
 uint64_t Index::claim(uint64_t count) {
   if (is_full()) return 0;
-  const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed);
+  const uint64_t before = claims_.fetch_add(count, std::memory_order_relaxed) + wide_.load(std::memory_order_relaxed);
   if (max_claims_ == 0 || before + count <= max_claims_) return count;
   const uint64_t granted = before < max_claims_ ? max_claims_ - before : 0;
   unclaim(count - granted);
   return granted;
+}
+
+bool Index::widen(uint64_t count) {
+  if (is_full()) return false;
+  const uint64_t before = wide_.fetch_add(count, std::memory_order_relaxed) + claims();
+  if (max_claims_ == 0 || before + count <= max_claims_) return true;
+  unwiden(count);
+  return false;
 }
 
 // --- topology ---
@@ -78,6 +108,7 @@ std::shared_ptr<Stream> Index::add_stream(const std::string& pod, uint32_t rank)
   std::shared_ptr<Stream> made;
   {
     std::lock_guard lock(topology_mutex_);
+    ++streams_added_;
     uint32_t number = 0, pod_number = 0;
     change_topology([&](Topology& next) {
       pod_number = names_->add(pod);

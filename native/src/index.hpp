@@ -110,10 +110,17 @@ class Index : public std::enable_shared_from_this<Index> {
   void close_stream(uint32_t stream);
   // It takes as much memory as it may.
   bool is_full() const;
+  // The size in force: `size` if none was known. While nothing is claimed, a size that was learned gives way to this
+  // one; streams wait meanwhile.
+  uint32_t set_block_size(uint32_t size);
+  bool is_block_size_open() const { return !is_size_given_ && claims() == 0; }
   // Room for that many more claims; returns how many there is room for. What is not used is given back by `unclaim`.
   uint64_t claim(uint64_t count);
   uint64_t max_claims_per_stream() const { return max_claims_per_stream_; }
   void unclaim(uint64_t count) { claims_.fetch_sub(count, std::memory_order_relaxed); }
+  // Room for so many blocks beyond the first that one claim stands for; they count against the same limit.
+  bool widen(uint64_t count);
+  void unwiden(uint64_t count) { wide_.fetch_sub(count, std::memory_order_relaxed); }
 
  private:
   template <typename Change>
@@ -124,12 +131,15 @@ class Index : public std::enable_shared_from_this<Index> {
                      std::vector<std::vector<Holder>>& holders) const;
 
   std::atomic<uint32_t> block_size_;
+  const bool is_size_given_;  // from the start, and then for good
   const uint64_t seed_;
   const uint64_t max_claims_, max_bytes_, max_removals_, max_claims_per_stream_;
   std::atomic<uint64_t> claims_{0};
+  std::atomic<uint64_t> wide_{0};  // blocks of claims beyond the first of each
   Placements placements_;
 
   mutable std::mutex topology_mutex_;  // for those who change it; readers pin and load
+  uint64_t streams_added_ = 0;         // ever
   std::atomic<const Topology*> topology_;
   const std::shared_ptr<PodNames> names_ = std::make_shared<PodNames>();
   std::vector<std::weak_ptr<Stream>> stream_objects_;

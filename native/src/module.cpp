@@ -372,7 +372,9 @@ NB_MODULE(_core, m) {
       .def_prop_ro("claims", &Index::claims)
       .def_prop_ro("bytes", &Index::bytes)
       .def_prop_ro("tiers", &Index::tiers)
+      .def_prop_ro("is_block_size_open", &Index::is_block_size_open)
       .def("learn_block_size", &Index::learn_block_size, nb::arg("size"))
+      .def("set_block_size", &Index::set_block_size, nb::arg("size"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "tier_of", [](Index& self, const std::string& name) { return self.tier_of(name); }, nb::arg("name"))
       .def(

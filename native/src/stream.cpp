@@ -1,6 +1,7 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstring>
 
@@ -10,6 +11,7 @@
 namespace kvindex {
 namespace {
 
+// A window of no tokens would need nothing at all, and match every prompt: nobody knows what is meant.
 bool kind_of(std::string_view name, bool has_window, GroupKind& kind) {
   if (name.empty() || name == "full_attention" || name == "mla_attention" || name == "sink_full_attention")
     return kind = GroupKind::kFull, true;
@@ -53,6 +55,7 @@ void Stream::apply(const uint8_t* data, size_t size, uint32_t rank, Applied& app
     }
     index_->held().epoch().collect();
   }
+  end_batch(applied);
   event_.shed();
   shed(keys_);
   shed(nodes_);
@@ -108,7 +111,7 @@ uint32_t Stream::tier_of(std::string_view medium) {
 
 bool Stream::group_of(const Event& event, uint8_t& group, Applied& applied) {
   GroupKind kind;
-  const bool known = kind_of(event.kind, event.has_window, kind);
+  const bool known = kind_of(event.kind, event.has_window && event.window > 0, kind);
   for (size_t i = 0; i < groups_.size(); ++i) {
     Group& each = groups_[i];
     if (each.index != event.group) continue;
@@ -131,7 +134,7 @@ bool Stream::group_of(const Event& event, uint8_t& group, Applied& applied) {
   if (!known) applied.count(Reason::kUnknownGroupKind);
   const auto window = static_cast<uint32_t>(std::min<uint64_t>(event.window, UINT32_MAX));
   const auto index = static_cast<uint32_t>(event.group);
-  groups_.push_back({index, index_->open_lane(number_, index, kind, window), kind, window, 0});
+  groups_.push_back({index, index_->open_lane(number_, index, kind, window), kind, window});
   ++topology_changes_;
   group = static_cast<uint8_t>(groups_.size() - 1);
   return true;
@@ -157,36 +160,47 @@ void Stream::store(const Event& event, Applied& applied) {
   const bool mapped = sure && count > 0 && event.block_size > 0 && event.block_size <= UINT32_MAX &&
                       event.tokens.size() / event.block_size == count && event.tokens.size() % event.block_size == 0;
   const GroupKind kind = groups_[group].kind;
+  // A mamba group's block is its state at one point, whatever tokens it covers.
+  const uint32_t size =
+      kind == GroupKind::kMamba ? 0 : static_cast<uint32_t>(std::min<uint64_t>(event.block_size, UINT32_MAX));
   uint32_t canonical = 0;
-  if (event.block_size > 0 && event.block_size <= UINT32_MAX && kind != GroupKind::kMamba) {
-    const auto size = static_cast<uint32_t>(event.block_size);
-    uint32_t& own = groups_[group].block_size;
+  bool early = false;
+  if (size > 0) {
+    uint32_t& own = book_of(group, tier_bit).block_size;
     own = std::max(own, size);
     // A group of unknown kind follows the size that others have taught.
-    if (mapped) canonical = kind == GroupKind::kUnknown ? index_->block_size() : index_->learn_block_size(size);
+    if (mapped) canonical = kind == GroupKind::kUnknown ? index_->block_size() : learn_size(event, size);
+    early = mapped && canonical == 0 && kind != GroupKind::kUnknown;
     // A smaller block than the group's own is a partial one: held, but not yet part of any prefix.
     if (size < own && size != canonical) canonical = 0;
     if (canonical != 0 && size % canonical != 0 && canonical % size != 0) {
-      if (kind == GroupKind::kFull) applied.count(Reason::kBlockSizeMismatch, count);
+      if (kind != GroupKind::kUnknown) applied.count(Reason::kBlockSizeMismatch, count);
       canonical = 0;
     }
   }
-  const bool direct = canonical != 0 && canonical == event.block_size;
+  const uint32_t in_force = index_->block_size();
+  if (!early_.empty() && in_force != 0) place_early();
+  const bool direct = canonical != 0 && canonical == size;
   uint64_t parent = 0;
   Node before = 0;
-  const bool parent_known = !event.has_parent || knows(event.parent, parent, before);
+  const bool parent_known = !event.has_parent || knows(event.parent, size, parent, before);
   if (!direct || !parent_known) {
+    // Where placing follows, it is that which resolves them: only then is it known what they stand for.
+    const bool placed = canonical != 0 && parent_known;
+    if (!mapped && in_force != 0 && size > in_force && parent_known) tell_spans(event, in_force, parent);
+    // A copy told without its tokens, or with some that do not tell all, may be of a block that this batch removed.
+    const bool told = sure && !event.tokens.empty();
     for (const uint64_t hash : event.hashes) {
       uint64_t key = 0;
       Node node = 0;
-      const bool known = knows(hash, key, node);
-      if (!known && event.unkeyed) applied.count(*event.unkeyed);
-      add_claim(hash, group, tier_bit, known, key, 0, applied);
+      if (!placed && !key_of(hash, key, node) && !told) key = removed_key(hash);
+      if (event.unkeyed && key == 0 && !knows(hash, size, key, node)) applied.count(*event.unkeyed);
+      add_claim(hash, group, tier_bit, size, key, applied);
+      if (!placed && unresolved_ != 0) resolve(hash, key);
     }
-    if (canonical == 0) return;
-    if (!parent_known) return add_orphan(event, applied);
-    return place({event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size), !event.has_parent,
-                  event.parent, parent});
+    if (placed) return place({event.hashes, event.tokens, event.extras, size, !event.has_parent, event.parent, parent});
+    if (early || canonical != 0) add_orphan(event, applied);
+    return;
   }
   std::string scratch;
   keys_.resize(count);
@@ -198,10 +212,23 @@ void Stream::store(const Event& event, Applied& applied) {
   if (unresolved_ == 0 && orphans_.empty() && parts_.empty() && spans_.empty())
     return add_claims(event.hashes.data(), count, before, group, tier_bit, applied);
   const std::vector<uint64_t> keys = keys_;
-  for (size_t i = 0; i < count; ++i) {
-    add_claim(event.hashes[i], group, tier_bit, true, keys[i], 0, applied);
-    if (unresolved_ != 0 || !orphans_.empty()) learn(event.hashes[i], keys[i]);
+  for (size_t i = 0; i < count; ++i) add_claim(event.hashes[i], group, tier_bit, size, keys[i], applied);
+  for (size_t i = 0; i < count && (unresolved_ != 0 || !orphans_.empty()); ++i) learn(event.hashes[i], keys[i]);
+}
+
+// The model's block size, learned from this event if it is not known yet and the event can tell it; 0 when it cannot.
+uint32_t Stream::learn_size(const Event& event, uint32_t size) {
+  if (const uint32_t known = index_->block_size()) return known;
+  // A block that comes alone may be a partial one, whose size says nothing, unless engines have such blocks ...
+  if (event.hashes.size() > 1 || std::has_single_bit(size)) return index_->learn_block_size(size);
+  // ... or another one builds on it.
+  if (!event.has_parent) return 0;
+  for (const Book& book : books_) {
+    const uint32_t* ref = book.claims.find(event.parent);
+    if (ref == nullptr || (*ref & kSpecial) == 0 || groups_[book.group].kind == GroupKind::kUnknown) continue;
+    if (const uint32_t told = specials_[*ref & ~kSpecial].size) return index_->learn_block_size(told);
   }
+  return 0;
 }
 
 // Removals in a row are gathered and done together: one after the other they would wait for memory at every step.
@@ -294,7 +321,7 @@ void Stream::free_special(uint32_t ref) {
 
 Stream::Special& Stream::make_special(uint32_t& ref, uint64_t hash) {
   if ((ref & kSpecial) == 0) {
-    Special made{hash, index_->held().key_of(ref), 1, ref, true, false, false};
+    Special made{hash, index_->held().key_of(ref), 1, ref, index_->block_size(), true};
     ref = add_special(made);
   }
   return specials_[ref & ~kSpecial];
@@ -314,7 +341,8 @@ bool Stream::key_of(uint64_t hash, uint64_t& key, Node& node) const {
     if (ref == nullptr) continue;
     if ((*ref & kSpecial) == 0) return node = *ref, key = index_->held().key_of(*ref), true;
     const Special& special = specials_[*ref & ~kSpecial];
-    if (special.resolved) return node = special.node, key = special.key, true;
+    // A part that ends inside a canonical block has no key.
+    if (special.resolved && special.key != 0) return node = special.node, key = special.key, true;
   }
   return false;
 }
@@ -334,30 +362,52 @@ uint64_t Stream::find(uint64_t hash, std::vector<Holding>& out) const {
   return key;
 }
 
-void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before,
-                       Applied& applied) {
+void Stream::add_claim(uint64_t hash, uint8_t group, uint8_t tier, uint32_t size, uint64_t key, Applied& applied) {
   Book& book = book_of(group, tier);
   if (uint32_t* ref = book.claims.find(hash)) {
     Special& claim = make_special(*ref, hash);
     if (claim.count != UINT32_MAX) ++claim.count;
-    if (known && !claim.resolved) {
-      claim.resolved = true;
-      claim.key = key;
-      --unresolved_;
-      hold(claim, group, tier, before);
-    }
+    if (size != 0 && claim.size != size) narrow(claim, group, tier, size);
+    if (!claim.resolved && hold(claim, group, tier, key)) --unresolved_;
     return;
   }
-  if (!known && unresolved_ >= kMaxUnresolved) return applied.count(Reason::kUnresolvedLimit);
   if (claim(1) == 0) return applied.count(Reason::kClaimLimit);
-  Special claim{hash, key, 1, 0, known, false, false};
-  if (known) {
-    hold(claim, group, tier, before);
-  } else {
+  Special claim{hash, 0, 1, 0, size};
+  if (!hold(claim, group, tier, key)) {
+    if (unresolved_ >= kMaxUnresolved) return index_->unclaim(1), applied.count(Reason::kUnresolvedLimit);
     ++unresolved_;
   }
   bool is_new;
   book.claims.insert(hash, claim.plain() ? claim.node : add_special(claim), is_new);
+}
+
+void Stream::narrow(Special& claim, uint8_t group, uint8_t tier, uint32_t size) {
+  if (claim.size == 0) return claim.size = size, void();
+  ++misfits_;
+  if (claim.size < size) return;
+  if (claim.resolved) {
+    release(claim, group, tier);
+    claim.resolved = claim.wide = claim.part = false;
+    claim.node = 0;
+    ++unresolved_;
+  }
+  claim.size = size;
+}
+
+uint32_t Stream::size_of(uint64_t hash, uint8_t group) const {
+  const uint32_t canonical = index_->block_size();
+  if (groups_[group].kind == GroupKind::kMamba) return canonical;
+  uint32_t claimed = UINT32_MAX, own = UINT32_MAX;
+  for (const Book& book : books_) {
+    if (book.group != group) continue;
+    if (book.block_size != 0) own = std::min(own, book.block_size);
+    const uint32_t* ref = book.claims.find(hash);
+    if (ref == nullptr) continue;
+    const uint32_t size = (*ref & kSpecial) == 0 ? canonical : specials_[*ref & ~kSpecial].size;
+    if (size != 0) claimed = std::min(claimed, size);
+  }
+  if (claimed != UINT32_MAX) return claimed;
+  return own != UINT32_MAX ? own : canonical;
 }
 
 void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier,
@@ -429,11 +479,13 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
 
 void Stream::erase_claim(Book& book, uint64_t hash, uint32_t ref) {
   if ((ref & kSpecial) == 0) {
+    note_gone(hash, index_->held().key_of(ref));
     release_node(ref, book.group, book.tier);
   } else {
     const Special claim = specials_[ref & ~kSpecial];
     free_special(ref);
     if (claim.resolved) {
+      if (claim.key != 0) note_gone(hash, claim.key);
       release(claim, book.group, book.tier);
     } else {
       --unresolved_;
@@ -497,38 +549,122 @@ void Stream::release_node(Node node, uint8_t group, uint8_t tier) {
   index_->held().release(node, holder_of(group, tier));
 }
 
-void Stream::hold(Special& claim, uint8_t group, uint8_t tier, Node before) {
-  if (!parts_.empty()) {
-    const auto part = parts_.find(claim.hash);
-    if (part != parts_.end()) {
-      claim.part = true;
-      ++part->second.claims;
-      return hold_part(claim.hash, static_cast<uint16_t>(group << 8 | tier), true);
+bool Stream::hold(Special& claim, uint8_t group, uint8_t tier, uint64_t key) {
+  const uint32_t canonical = index_->block_size();
+  const uint32_t size = claim.size != 0 ? claim.size : size_of(claim.hash, group);
+  if (size < canonical) {
+    const auto part = parts_.find({claim.hash, size});
+    if (part == parts_.end()) {
+      return key != 0 ? note_short(claim, Reason::kBlockSizeMismatch) : false;
     }
-  }
-  if (!spans_.empty() && groups_[group].block_size > index_->block_size()) {
-    const auto span = spans_.find(claim.key);
-    if (span != spans_.end()) {
-      claim.wide = true;
+    claim.key = part->second.key;
+    claim.part = true;
+    ++part->second.claims;
+    hold_part(part->first, static_cast<uint16_t>(group << 8 | tier), true);
+  } else {
+    if (key == 0) return false;
+    if (size % canonical != 0) return note_short(claim, Reason::kBlockSizeMismatch);
+    Node before = 0;
+    if (size > canonical) {
+      const size_t width = size / canonical - 1;
+      const auto span = spans_.find(key);
+      if (span == spans_.end() || span->second.keys.size() < width)
+        return note_short(claim, Reason::kBlockSizeMismatch);
+      const bool is_new = find_book(group, tier)->claims.find(claim.hash) == nullptr;
+      if (!widen(width, is_new ? 1 : 0)) return note_short(claim, Reason::kClaimLimit);
       ++span->second.claims;
-      for (const uint64_t key : span->second.keys) before = hold_key(key, group, tier, before);
+      claim.wide = true;
+      for (auto each = span->second.keys.end() - static_cast<std::ptrdiff_t>(width); each != span->second.keys.end();
+           ++each)
+        before = hold_key(*each, group, tier, before);
     }
+    claim.key = key;
+    claim.node = hold_key(key, group, tier, before);
   }
-  claim.node = hold_key(claim.key, group, tier, before);
+  claim.size = size;
+  claim.resolved = true;
+  return true;
+}
+
+// Once per claim, however often a batch tries it.
+bool Stream::note_short(Special& claim, Reason reason) {
+  if (!claim.is_short) short_.emplace_back(claim.hash, reason);
+  claim.is_short = true;
+  return false;
 }
 
 void Stream::release(const Special& claim, uint8_t group, uint8_t tier) {
   if (claim.part) {
-    hold_part(claim.hash, static_cast<uint16_t>(group << 8 | tier), false);
-    --parts_.at(claim.hash).claims;
-    return forget_part(claim.hash);
+    const PartId id{claim.hash, claim.size};
+    hold_part(id, static_cast<uint16_t>(group << 8 | tier), false);
+    --parts_.at(id).claims;
+    loose_parts_.push_back(id);
+    return;
   }
   if (claim.wide) {
-    const auto span = spans_.find(claim.key);
-    for (const uint64_t key : span->second.keys) release_key(key, group, tier);
-    if (--span->second.claims == 0) spans_.erase(span);
+    const auto [from, to] = span_of(claim);
+    for (const uint64_t* key = from; key != to; ++key) release_key(*key, group, tier);
+    unwiden(static_cast<uint64_t>(to - from));
+    if (--spans_.at(claim.key).claims == 0) told_spans_.push_back(claim.key);
   }
   release_node(claim.node, group, tier);
+}
+
+std::pair<const uint64_t*, const uint64_t*> Stream::span_of(const Special& claim) const {
+  const std::vector<uint64_t>& keys = spans_.at(claim.key).keys;
+  const uint64_t* end = keys.data() + keys.size();
+  return {end - (claim.size / index_->block_size() - 1), end};
+}
+
+// A longer span ends with the shorter one, for a key names all that comes before it.
+void Stream::tell_span(uint64_t key, const uint64_t* from, size_t count) {
+  Span& span = spans_[key];
+  if (span.keys.size() < count) {
+    index_->held().account(static_cast<int64_t>((count - span.keys.size()) * sizeof(uint64_t)));
+    span.keys.assign(from, from + count);
+  }
+  if (span.claims == 0) told_spans_.push_back(key);
+}
+
+void Stream::end_batch(Applied& applied) {
+  for (const uint64_t key : told_spans_) {
+    const auto span = spans_.find(key);
+    if (span == spans_.end() || span->second.claims != 0) continue;
+    index_->held().account(-static_cast<int64_t>(span->second.keys.size() * sizeof(uint64_t)));
+    spans_.erase(span);
+  }
+  told_spans_.clear();
+  forget_loose();
+  std::sort(short_.begin(), short_.end());
+  short_.erase(std::unique(short_.begin(), short_.end()), short_.end());
+  for (const auto& [hash, reason] : short_)
+    for (const Book& book : books_) {
+      const uint32_t* ref = book.claims.find(hash);
+      if (ref == nullptr || (*ref & kSpecial) == 0) continue;
+      Special& claim = specials_[*ref & ~kSpecial];
+      claim.is_short = false;
+      if (!claim.resolved) applied.count(reason);
+    }
+  short_.clear();
+  gone_.clear();
+  gone_keys_.clear();
+  gone_keyed_ = 0;
+  constexpr size_t kKeep = 4096;
+  if (gone_.capacity() > kKeep) std::vector<std::pair<uint64_t, uint64_t>>().swap(gone_);
+  if (misfits_ != 0) applied.count(Reason::kBlockSizeMismatch, misfits_);
+  misfits_ = 0;
+}
+
+void Stream::forget_loose() {
+  for (const PartId& id : loose_parts_) forget_part(id);
+  loose_parts_.clear();
+}
+
+// The key of a block that this batch removed: a copy on another tier may be told after that, without its tokens.
+uint64_t Stream::removed_key(uint64_t hash) {
+  for (; gone_keyed_ < gone_.size(); ++gone_keyed_) gone_keys_[gone_[gone_keyed_].first] = gone_[gone_keyed_].second;
+  const auto found = gone_keys_.find(hash);
+  return found == gone_keys_.end() ? 0 : found->second;
 }
 
 // --- engine blocks of another size than the canonical one ---
@@ -566,15 +702,15 @@ uint32_t Stream::parts_of(uint32_t block_size) const {
   return block_size < canonical ? canonical / block_size : 1;
 }
 
-bool Stream::knows(uint64_t hash, uint64_t& key, Node& node) const {
-  if (!parts_.empty()) {
-    const auto part = parts_.find(hash);
+bool Stream::knows(uint64_t hash, uint32_t size, uint64_t& key, Node& node) const {
+  if (size < index_->block_size() && !parts_.empty()) {
+    const auto part = parts_.find({hash, size});
     if (part != parts_.end()) return key = part->second.key, true;
   }
   return key_of(hash, key, node);
 }
 
-bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
+bool Stream::resolve(uint64_t hash, uint64_t key) {
   bool any = false;
   for (Book& book : books_) {
     uint32_t* ref = book.claims.find(hash);
@@ -582,14 +718,8 @@ bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
     any = true;
     if ((*ref & kSpecial) == 0) continue;
     Special& claim = specials_[*ref & ~kSpecial];
-    if (claim.resolved) {
-      if (part && claim.part) claim.key = key;
-      continue;
-    }
-    claim.resolved = true;
-    claim.key = key;
+    if (claim.resolved || !hold(claim, book.group, book.tier, key)) continue;
     --unresolved_;
-    hold(claim, book.group, book.tier, 0);
     settle(*ref);
   }
   return any;
@@ -597,6 +727,11 @@ bool Stream::resolve(uint64_t hash, uint64_t key, bool part) {
 
 void Stream::place(const Range& range) {
   const uint32_t canonical = index_->block_size();
+  // A range that waited for the block size may turn out to be a partial block, or of a size that cannot be.
+  if (range.block_size % canonical != 0 && canonical % range.block_size != 0) {
+    if (range.block_size > canonical) misfits_ += range.hashes.size();
+    return;
+  }
   const uint32_t parts = parts_of(range.block_size);
   if (parts > 1) return place_parts(range, parts);
   const uint32_t times = range.block_size / canonical;
@@ -604,32 +739,53 @@ void Stream::place(const Range& range) {
   uint64_t chain = range.parent_key;
   bool first = range.first;
   const uint32_t* tokens = range.tokens.data();
+  std::vector<uint64_t> keys(times);
   for (size_t i = 0; i < range.hashes.size(); ++i) {
     const std::string_view own = extras_of(range.extras, i);
-    std::vector<uint64_t> keys;
     for (uint32_t n = 0; n < times; ++n, tokens += canonical) {
       if (times == 1) {
         extras = own;
       } else if (!extras_of_nth(own, n, extras)) {
+        misfits_ += range.hashes.size() - i;
         return;  // the claims stay unresolved: never a wrong key
       }
       chain = block_key(tokens, canonical, extras, first, chain, index_->seed(), scratch);
       first = false;
-      if (n + 1 < times) keys.push_back(chain);
+      keys[n] = chain;
     }
-    if (!keys.empty()) spans_.try_emplace(chain, Span{std::move(keys), 0});
-    const bool held = resolve(range.hashes[i], chain, false);
-    const auto span = spans_.find(chain);
-    if (span != spans_.end() && span->second.claims == 0) spans_.erase(span);
+    if (times > 1 && told_spans_.size() < kMaxOfBatch) tell_span(chain, keys.data(), times - 1);
     // Only a block that is held tells others its key: a removed one may never come back as the same.
-    if (held && !orphans_.empty()) adopt(range.hashes[i], chain);
+    if (resolve(range.hashes[i], chain) && !orphans_.empty()) adopt(range.hashes[i], chain, range.block_size);
+  }
+}
+
+void Stream::tell_spans(const Event& event, uint32_t canonical, uint64_t parent) {
+  if (event.hashes.empty() || event.block_size > event.tokens.size() || event.block_size % canonical != 0) return;
+  const size_t times = event.block_size / canonical;
+  std::string scratch, extras;
+  // A wrong guess of the extras makes keys that nobody asks for.
+  const std::string_view own = extras_of(event.extras, 0);
+  if (!extras_of_nth(own, event.has_parent ? 1 : 0, extras)) return;
+  std::string later;
+  extras_of_nth(own, 1, later);
+  bool first = !event.has_parent;
+  std::vector<uint64_t> keys(times);
+  for (size_t at = 0; at + event.block_size <= event.tokens.size() && told_spans_.size() < kMaxOfBatch;
+       at += event.block_size) {
+    for (size_t n = 0; n < times; ++n) {
+      const uint32_t* tokens = event.tokens.data() + at + n * canonical;
+      parent = block_key(tokens, canonical, first ? extras : later, first, parent, index_->seed(), scratch);
+      first = false;
+      keys[n] = parent;
+    }
+    tell_span(parent, keys.data(), times - 1);
   }
 }
 
 bool Stream::whole_key(const Part& last, uint64_t& key) const {
   std::vector<const Part*> chain{&last};
   while (chain.back()->place > 0) {
-    const auto before = parts_.find(chain.back()->parent);
+    const auto before = parts_.find({chain.back()->parent, static_cast<uint32_t>(last.tokens.size())});
     if (before == parts_.end()) return false;
     chain.push_back(&before->second);
   }
@@ -655,58 +811,68 @@ void Stream::place_parts(const Range& range, uint32_t parts) {
   bool has_before = !range.first;
   uint64_t before = range.parent_hash;
   for (size_t i = 0; i < range.hashes.size(); ++i) {
-    const uint64_t hash = range.hashes[i];
-    if (parts_.find(hash) == parts_.end()) {
+    const PartId id{range.hashes[i], range.block_size};
+    if (parts_.find(id) == parts_.end()) {
       Part part;
       part.first = true;
       if (has_before) {
-        const auto parent = parts_.find(before);
-        if (parent == parts_.end()) return;  // its claims are gone already
-        const bool starts_block = parent->second.place + 1 == parts;
-        part.parent = before;
-        part.place = starts_block ? 0 : parent->second.place + 1;
-        part.base = starts_block ? parent->second.key : parent->second.base;
-        part.first = !starts_block && parent->second.first;
+        const auto parent = parts_.find({before, range.block_size});
+        if (parent != parts_.end()) {
+          const bool starts_block = parent->second.place + 1 == parts;
+          part.parent = before;
+          part.place = starts_block ? 0 : parent->second.place + 1;
+          part.base = starts_block ? parent->second.key : parent->second.base;
+          part.first = !starts_block && parent->second.first;
+        } else if (i == 0 && range.parent_key != 0) {  // a block of another size that ends where a canonical one does
+          part.base = range.parent_key;
+          part.first = false;
+        } else {
+          misfits_ += range.hashes.size() - i;
+          break;
+        }
       }
       const auto* tokens = range.tokens.data() + i * range.block_size;
       part.tokens.assign(tokens, tokens + range.block_size);
       part.extras = extras_of(range.extras, i);
       if (part.place + 1 == parts && !whole_key(part, part.key)) return;
-      if (part.place > 0) parts_.at(before).children.push_back(hash);
+      if (part.place > 0) parts_.at({before, range.block_size}).children.push_back(id.hash);
       // What its earlier parts hold already.
       if (part.place + 1 == parts) {
         uint64_t at = part.parent;
         for (uint32_t left = part.place; left > 0; --left) {
-          const Part& each = parts_.at(at);
           for (const Book& book : books_) {
             const uint32_t* ref = book.claims.find(at);
-            if (ref != nullptr && (*ref & kSpecial) != 0 && specials_[*ref & ~kSpecial].part)
+            if (ref == nullptr || (*ref & kSpecial) == 0) continue;
+            const Special& claim = specials_[*ref & ~kSpecial];
+            if (claim.part && claim.size == range.block_size)
               ++part.held[static_cast<uint16_t>(book.group << 8 | book.tier)];
           }
-          at = each.parent;
+          at = parts_.at({at, range.block_size}).parent;
         }
       }
-      parts_.emplace(hash, std::move(part));
+      index_->held().account(static_cast<int64_t>(bytes_of(part)));
+      parts_.emplace(id, std::move(part));
     }
-    const uint64_t key = parts_.at(hash).key;
-    const bool held = resolve(hash, key, true);
-    before = hash;
+    const uint64_t key = parts_.at(id).key;
+    const bool held = resolve(id.hash, key);
+    // A part that nothing claims stays only while one that builds on it does, and no longer than the batch.
+    loose_parts_.push_back(id);
+    if (loose_parts_.size() >= kMaxOfBatch) forget_loose();
+    before = id.hash;
     has_before = true;
-    if (held && !orphans_.empty()) adopt(hash, key);
+    if (held && !orphans_.empty()) adopt(id.hash, key, id.size);
   }
-  // A part that nothing claims stays only while one that builds on it does.
-  for (auto hash = range.hashes.rbegin(); hash != range.hashes.rend(); ++hash) forget_part(*hash);
 }
 
 // A (group, tier) came to hold a part, or no longer does: every whole block above it is told.
-void Stream::hold_part(uint64_t hash, uint16_t holder, bool added) {
+void Stream::hold_part(const PartId& id, uint16_t holder, bool added) {
   const uint32_t canonical = index_->block_size();
-  std::vector<uint64_t> open{hash};
+  const uint32_t parts = canonical / id.size;
+  std::vector<uint64_t> open{id.hash};
   while (!open.empty()) {
-    Part& part = parts_.at(open.back());
+    Part& part = parts_.at({open.back(), id.size});
     open.pop_back();
     open.insert(open.end(), part.children.begin(), part.children.end());
-    const auto parts = static_cast<uint32_t>(canonical / part.tokens.size());
     if (part.place + 1 != parts) continue;
     uint32_t& held = part.held[holder];
     const auto group = static_cast<uint8_t>(holder >> 8), tier = static_cast<uint8_t>(holder);
@@ -720,27 +886,28 @@ void Stream::hold_part(uint64_t hash, uint16_t holder, bool added) {
 }
 
 // Takes a part out when nothing claims it and nothing builds on it, and then perhaps the one before it.
-void Stream::forget_part(uint64_t hash) {
+void Stream::forget_part(PartId id) {
   for (;;) {
-    const auto found = parts_.find(hash);
+    const auto found = parts_.find(id);
     if (found == parts_.end() || found->second.claims > 0 || !found->second.children.empty()) return;
     const bool has_before = found->second.place > 0;
-    const uint64_t before = found->second.parent;
+    const PartId before{found->second.parent, id.size};
+    index_->held().account(-static_cast<int64_t>(bytes_of(found->second)));
     parts_.erase(found);
     if (!has_before) return;
     const auto parent = parts_.find(before);
     if (parent == parts_.end()) return;
     auto& children = parent->second.children;
-    children.erase(std::remove(children.begin(), children.end(), hash), children.end());
-    hash = before;
+    children.erase(std::remove(children.begin(), children.end(), id.hash), children.end());
+    id = before;
   }
 }
 
 // --- keys that become known later ---
 
 void Stream::learn(uint64_t hash, uint64_t key) {
-  if (unresolved_ != 0) resolve(hash, key, false);
-  if (!orphans_.empty()) adopt(hash, key);
+  if (unresolved_ != 0) resolve(hash, key);
+  if (!orphans_.empty()) adopt(hash, key, index_->block_size());
 }
 
 // --- leaving ---
@@ -773,10 +940,10 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   const auto release_of_key = [&](uint64_t key, HolderId holder) {
     if (const Node node = blocks.find(key)) blocks.release(node, holder);
   };
-  for (const auto& [hash, part] : parts_)
+  for (const auto& [id, part] : parts_)
     for (const auto& [holder, held] : part.held) {
       const auto group = static_cast<uint8_t>(holder >> 8), tier = static_cast<uint8_t>(holder);
-      if (held == parts_of(static_cast<uint32_t>(part.tokens.size()))) {
+      if (held == parts_of(id.size)) {
         open(group, tier);
         note(part.key);
         removals_.close();
@@ -792,11 +959,13 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
       if ((ref & kSpecial) == 0) return nodes.push_back(ref);
       const Special& claim = specials_[ref & ~kSpecial];
       if (claim.node != 0) nodes.push_back(claim.node);
-      if (claim.wide)
-        for (const uint64_t key : spans_.at(claim.key).keys) {
-          note(key);
-          release_of_key(key, holder);
-        }
+      if (!claim.wide) return;
+      const auto [from, to] = span_of(claim);
+      for (const uint64_t* key = from; key != to; ++key) {
+        note(*key);
+        release_of_key(*key, holder);
+      }
+      unwiden(static_cast<uint64_t>(to - from));
     });
     // Chunk by chunk, which is far cheaper than block by block.
     std::sort(nodes.begin(), nodes.end());
@@ -824,8 +993,18 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   unresolved_ = 0;
   groups_.clear();
   shared_.clear();
+  int64_t bytes = 0;
+  for (const auto& [key, span] : spans_) bytes += static_cast<int64_t>(span.keys.size() * sizeof(uint64_t));
+  for (const auto& [id, part] : parts_) bytes += static_cast<int64_t>(bytes_of(part));
+  blocks.account(-bytes);
   spans_.clear();
   parts_.clear();
+  told_spans_.clear();
+  loose_parts_.clear();
+  short_.clear();
+  gone_.clear();
+  gone_keys_.clear();
+  gone_keyed_ = 0;
   drop_orphans();
   return dropped;
 }
@@ -870,10 +1049,23 @@ uint64_t Stream::size() const {
 
 uint64_t Stream::claim(uint64_t count, uint64_t taken) const {
   if (const uint64_t most = index_->max_claims_per_stream(); most != 0) {
-    const uint64_t have = size() + taken;
+    const uint64_t have = size() + wide_ + taken;
     count = std::min(count, have < most ? most - have : 0);
   }
   return index_->claim(count);
+}
+
+bool Stream::widen(uint64_t count, uint64_t taken) {
+  const uint64_t most = index_->max_claims_per_stream();
+  if (most != 0 && size() + wide_ + taken + count > most) return false;
+  if (!index_->widen(count)) return false;
+  wide_ += count;
+  return true;
+}
+
+void Stream::unwiden(uint64_t count) {
+  index_->unwiden(count);
+  wide_ -= count;
 }
 
 uint64_t Stream::claims() const {

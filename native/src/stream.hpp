@@ -5,12 +5,14 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "blocks.hpp"
@@ -92,9 +94,11 @@ class Stream {
     uint64_t key = 0;
     uint32_t count = 0;
     Node node = 0;              // of `key`; 0 while unresolved and for parts
-    bool resolved : 1 = false;  // the key is known once some event of the stream has told it
+    uint32_t size = 0;          // tokens of the block that is claimed: groups and tiers share hashes, not sizes
+    bool resolved : 1 = false;  // what it stands for is known, because some event of the stream has told it, and held
     bool wide : 1 = false;      // stands for several canonical blocks, see spans_
     bool part : 1 = false;      // a part of a canonical block, see parts_
+    bool is_short : 1 = false;  // stands in short_
     bool plain() const { return resolved && !wide && !part && count == 1; }
   };
   // Claims of one (group, tier) by engine hash. A reference is the block's node, or kSpecial and a place in specials_.
@@ -102,23 +106,33 @@ class Stream {
     uint8_t group;  // index into groups_
     uint8_t tier;
     Claims claims;
-    uint64_t held = 0;  // the sum of mixed(key) over the keys held
+    uint64_t held = 0;        // the sum of mixed(key) over the keys held
+    uint32_t block_size = 0;  // of its full blocks, the largest seen; 0 = none seen
   };
   struct Group {
     uint32_t index;  // the engine's group_idx
     uint32_t lane;
     GroupKind kind;
     uint32_t window;
-    uint32_t block_size;  // of its first full blocks; 0 = none seen
   };
-  // The keys of an engine block of several canonical blocks, but the last, which is the map's key.
+  // The keys before the one that is the map's key, in their order. Blocks of several sizes may end there: each claim
+  // stands for as many of the last ones as its own size makes.
   struct Span {
     std::vector<uint64_t> keys;
     uint32_t claims = 0;
   };
+  // Blocks of several sizes may have one hash, so a part is known by both.
+  struct PartId {
+    uint64_t hash;
+    uint32_t size;
+    bool operator==(const PartId&) const = default;
+  };
+  struct PartIdHash {
+    size_t operator()(const PartId& id) const { return id.hash ^ uint64_t{id.size} * 0x9E3779B97F4A7C15; }
+  };
   // An engine block smaller than the canonical one: tokens number `place` of `parts` that make it whole.
   struct Part {
-    uint64_t parent = 0;  // engine hash of the part before, when place > 0
+    uint64_t parent = 0;  // engine hash of the part before, of the same size, when place > 0
     uint64_t base = 0;    // key of the canonical block before
     bool first = false;   // the canonical block starts at token 0
     uint32_t place = 0;
@@ -130,32 +144,44 @@ class Stream {
     uint64_t key = 0;
     std::unordered_map<uint16_t, uint32_t> held;
   };
-  // A stored range whose parent is unknown.
+  static size_t bytes_of(const Part& part) {
+    return sizeof part + part.tokens.size() * sizeof(uint32_t) + part.extras.size();
+  }
+  // A stored range whose parent is unknown, or one from token 0 on that waits until the block size is known.
   struct Orphan {
     uint64_t parent;
     std::vector<uint64_t> hashes;
     std::vector<uint32_t> tokens;
     std::vector<std::string> extras;
     uint32_t block_size;
-    std::optional<uint64_t> digest = {};  // of the parent and the hashes: the same for another copy of the range
-    uint64_t next = 0;                    // id of the next one with the same parent
+    bool first;
+    std::optional<uint64_t> digest = {};  // of all but the tokens: the same for another copy of the range
+    uint64_t next = 0;                    // id of the next one of the same parent and block size
 
     uint64_t bytes() const;
   };
   using Orphans = std::unordered_map<uint64_t, Orphan>;  // by id; a higher one came later
-  // Ids of those that wait for one parent, the oldest and the latest.
+  // Ids of those of one block size that wait for one parent, the oldest and the latest.
   struct Waiting {
     uint64_t first, last;
   };
 
+  // A parent whose orphans are to be placed: of blocks of `size` tokens, or of any (0).
+  struct Known {
+    uint64_t hash, key;
+    uint32_t size;
+  };
+
   static constexpr uint64_t kMaxOrphanBlocks = 65536;
+  static constexpr size_t kMaxEarly = 1024;
+  static constexpr size_t kMaxOfBatch = 1U << 18;  // of each list that is kept for the length of a batch
   static constexpr uint64_t kMaxOrphanBytes = 64U << 20;
   static constexpr uint64_t kMaxUnresolved = 1U << 20;
 
   class Reader;
   bool read(std::string_view bytes);
   bool read_orphans(Reader& in);
-  bool read_book(Reader& in, uint8_t group, uint8_t tier);
+  bool read_book(Reader& in, Book& book);
 
   // Applies some of a message's events; false when that was the last.
   struct Message {
@@ -164,6 +190,9 @@ class Stream {
   };
   bool apply_some(Batch& batch, uint32_t rank, Applied& applied, Message whole, bool& looked);
   void store(const Event& event, Applied& applied);
+  uint32_t learn_size(const Event& event, uint32_t size);
+  // What was kept for the length of a batch goes, and what could not be told is counted.
+  void end_batch(Applied& applied);
   void remove(const Event& event, Applied& applied);
   void remove_gathered(Applied& applied);
   // All claims go; how they leave is remembered, unless it is of no use to anyone.
@@ -171,6 +200,9 @@ class Stream {
   uint64_t size() const;
   // As Index::claim, within the stream's own limit; `taken` are claims granted already that no book has yet.
   uint64_t claim(uint64_t count, uint64_t taken = 0) const;
+  // As Index::widen, likewise.
+  bool widen(uint64_t count, uint64_t taken);
+  void unwiden(uint64_t count);
   bool group_of(const Event& event, uint8_t& group, Applied& applied);
   uint32_t tier_of(std::string_view medium);
 
@@ -187,12 +219,28 @@ class Stream {
   void free_special(uint32_t ref);
   void grow_specials();
   bool key_of(uint64_t hash, uint64_t& key, Node& node) const;
-  // One claim. `before` is the node of the block before, if known.
-  void add_claim(uint64_t hash, uint8_t group, uint8_t tier, bool known, uint64_t key, Node before, Applied& applied);
+  // One claim of a block of `size` tokens, 0 when the event does not say it. `key` is the hash's, 0 while unknown.
+  void add_claim(uint64_t hash, uint8_t group, uint8_t tier, uint32_t size, uint64_t key, Applied& applied);
+  // Another copy says another size: what both of them hold is sure, and no more.
+  void narrow(Special& claim, uint8_t group, uint8_t tier, uint32_t size);
+  // The size of a block that nobody has told, by what is known of its group.
+  uint32_t size_of(uint64_t hash, uint8_t group) const;
   // Claims of consecutive blocks with known keys, while the stream has neither parts nor spans nor anything unresolved.
   void add_claims(const uint64_t* hashes, size_t count, Node before, uint8_t group, uint8_t tier, Applied& applied);
   void erase_claim(Book& book, uint64_t hash, uint32_t ref);
-  void hold(Special& claim, uint8_t group, uint8_t tier, Node before);
+  // Resolves a claim whose hash has this key (0: unknown, or none): false when what it stands for is not known yet.
+  bool hold(Special& claim, uint8_t group, uint8_t tier, uint64_t key);
+  // The keys before its last one that a wide claim stands for.
+  std::pair<const uint64_t*, const uint64_t*> span_of(const Special& claim) const;
+  void tell_span(uint64_t key, const uint64_t* from, size_t count);
+  // The spans of all blocks of the group's size in a range that does not say where its hashes stand.
+  void tell_spans(const Event& event, uint32_t canonical, uint64_t parent);
+  uint64_t removed_key(uint64_t hash);
+  void note_gone(uint64_t hash, uint64_t key) {
+    if (gone_.size() < kMaxOfBatch) gone_.emplace_back(hash, key);
+  }
+  bool note_short(Special& claim, Reason reason);
+  void forget_loose();
   void release(const Special& claim, uint8_t group, uint8_t tier);
   Node hold_key(uint64_t key, uint8_t group, uint8_t tier, Node before);
   void release_key(uint64_t key, uint8_t group, uint8_t tier);
@@ -215,12 +263,14 @@ class Stream {
   };
   void place(const Range& range);
   void place_parts(const Range& range, uint32_t parts);
-  void hold_part(uint64_t hash, uint16_t holder, bool added);
-  void forget_part(uint64_t hash);
+  void place_early();
+  void hold_part(const PartId& id, uint16_t holder, bool added);
+  void forget_part(PartId id);
   bool whole_key(const Part& last, uint64_t& key) const;
-  // Gives its key to every unresolved claim of a hash; true when there is any claim of it.
-  bool resolve(uint64_t hash, uint64_t key, bool part);
-  bool knows(uint64_t hash, uint64_t& key, Node& node) const;
+  // Tries every unresolved claim of a hash; true when there is any claim of it.
+  bool resolve(uint64_t hash, uint64_t key);
+  // Whether a block of `size` tokens can follow this one; its key is 0 when it ends inside a canonical block.
+  bool knows(uint64_t hash, uint32_t size, uint64_t& key, Node& node) const;
   uint32_t parts_of(uint32_t block_size) const;
   // `key` is the key of `hash`: unresolved claims of it get it, and orphans waiting for it are adopted.
   void learn(uint64_t hash, uint64_t key);
@@ -229,7 +279,9 @@ class Stream {
   void keep_orphan(Orphan&& orphan);
   Orphan take_orphan(Orphans::iterator found);
   void drop_orphans();
-  void adopt(uint64_t parent, uint64_t parent_key);
+  // `parent` has become known. Without a key it is a part of `size` tokens, which only such parts can follow.
+  void adopt(uint64_t parent, uint64_t parent_key, uint32_t size);
+  Orphans::iterator next_waiting(const Known& known);
   // No key told so far is believed any more: every claim waits for another event to tell it.
   void doubt_keys(Applied& applied);
 
@@ -245,6 +297,7 @@ class Stream {
   std::vector<Special> specials_;
   std::vector<uint32_t> free_specials_;
   uint64_t unresolved_ = 0;
+  uint64_t wide_ = 0;  // blocks of claims beyond the first of each
   std::vector<Group> groups_;
   Blocks::Pen pen_;
   // Of the event at hand, per block.
@@ -258,16 +311,26 @@ class Stream {
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;
-  std::unordered_map<uint64_t, Part> parts_;  // by engine hash
+  std::unordered_map<PartId, Part, PartIdHash> parts_;
   Orphans orphans_;
-  std::unordered_map<uint64_t, Waiting> waiting_;          // by parent hash
-  std::unordered_map<uint64_t, uint64_t> orphan_digests_;  // -> id
-  std::deque<uint64_t> orphan_order_;                      // ids, oldest first, also of some that are gone
+  std::unordered_map<uint64_t, std::map<uint32_t, Waiting>> waiting_;  // by parent hash and block size
+  std::deque<uint64_t> early_;                                         // ids of those that wait for the block size
+  std::unordered_map<uint64_t, uint64_t> orphan_digests_;              // -> id
+  std::deque<uint64_t> orphan_order_;                                  // ids, oldest first, also of some that are gone
   uint64_t next_orphan_ = 0;
   uint64_t orphan_blocks_ = 0;
   uint64_t orphan_bytes_ = 0;
-  std::vector<std::pair<uint64_t, uint64_t>> known_;  // parents whose orphans are to be placed
+  std::vector<Known> known_;  // parents whose orphans are to be placed
   bool adopting_ = false;
+  // Of the batch at hand: spans and parts that nobody may need after it, hashes with a key whose claims could
+  // not be resolved, keys of what was removed, and what is to be counted.
+  std::vector<uint64_t> told_spans_;
+  std::vector<PartId> loose_parts_;
+  std::vector<std::pair<uint64_t, Reason>> short_;
+  std::vector<std::pair<uint64_t, uint64_t>> gone_;
+  std::unordered_map<uint64_t, uint64_t> gone_keys_;  // of the first `gone_keyed_` of them, once one was asked for
+  size_t gone_keyed_ = 0;
+  uint64_t misfits_ = 0;
   // Media names as sent -> tier bit, so that lower-casing happens once.
   std::vector<std::pair<std::string, uint32_t>> tier_names_;
   // The engine lists what makes its blocks differ. An event that does not then leaves it open, it does not say

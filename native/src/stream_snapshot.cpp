@@ -109,7 +109,6 @@ void Stream::snapshot(std::string& out) const {
     write.number(each.index);
     write.number(static_cast<uint8_t>(each.kind));
     write.number(each.window);
-    write.number(each.block_size);
   }
   write.number(static_cast<uint64_t>(spans_.size()));
   for (const auto& [key, span] : spans_) {
@@ -117,8 +116,8 @@ void Stream::snapshot(std::string& out) const {
     write.numbers(span.keys);
   }
   write.number(static_cast<uint64_t>(parts_.size()));
-  for (const auto& [hash, part] : parts_) {
-    write.number(hash);
+  for (const auto& [id, part] : parts_) {
+    write.number(id.hash);
     write.number(part.parent);
     write.number(part.base);
     write.number(static_cast<uint8_t>(part.first));
@@ -134,6 +133,7 @@ void Stream::snapshot(std::string& out) const {
   for (const Orphan* each : orphans) {
     write.number(each->parent);
     write.number(each->block_size);
+    write.number(static_cast<uint8_t>(each->first));
     write.numbers(each->hashes);
     write.numbers(each->tokens);
     write.number(static_cast<uint64_t>(each->extras.size()));
@@ -152,6 +152,7 @@ void Stream::snapshot(std::string& out) const {
     std::sort(plain.begin(), plain.end());
     write.number(book.group);
     write.number(book.tier);
+    write.number(book.block_size);
     write.number(static_cast<uint64_t>(plain.size()));
     for (const auto& [node, hash] : plain) {
       write.number(hash);
@@ -162,6 +163,7 @@ void Stream::snapshot(std::string& out) const {
       write.number(each->hash);
       write.number(each->key);
       write.number(each->count);
+      write.number(each->size);
       write.number(static_cast<uint8_t>(each->resolved));
     }
   }
@@ -193,22 +195,22 @@ bool Stream::read(std::string_view bytes) {
   std::vector<uint32_t> tiers;  // by the snapshot's number
   for (uint64_t left = in.count(4); left > 0; --left) tiers.push_back(index_->tier_of(in.text()));
 
-  const uint64_t groups = in.count(13);
+  const uint64_t groups = in.count(9);
   if (groups > kMaxGroups) return false;
   for (uint64_t i = 0; i < groups; ++i) {
     const auto index = in.number<uint32_t>();
     const auto kind = in.number<uint8_t>();
     const auto window = in.number<uint32_t>();
-    const auto own_size = in.number<uint32_t>();
     if (!in.ok() || kind > static_cast<uint8_t>(GroupKind::kUnknown) || index > 0xFFFF) return false;
     const auto as = static_cast<GroupKind>(kind);
-    groups_.push_back({index, index_->open_lane(number_, index, as, window), as, window, own_size});
+    groups_.push_back({index, index_->open_lane(number_, index, as, window), as, window});
   }
   for (uint64_t left = in.count(12); left > 0; --left) {
     const auto key = in.number<uint64_t>();
-    spans_.emplace(key, Span{in.numbers<uint64_t>(), 0});
+    const auto keys = in.numbers<uint64_t>();
+    tell_span(key, keys.data(), keys.size());
   }
-  std::vector<std::pair<uint64_t, uint64_t>> children;  // parent, child
+  std::vector<std::pair<uint64_t, PartId>> children;  // parent, child
   for (uint64_t left = in.count(38); left > 0; --left) {
     const auto hash = in.number<uint64_t>();
     Part part;
@@ -222,34 +224,44 @@ bool Stream::read(std::string_view bytes) {
     if (!in.ok() || part.tokens.empty() || block_size % part.tokens.size() != 0 ||
         part.place >= block_size / part.tokens.size())
       return false;
-    if (part.place > 0) children.emplace_back(part.parent, hash);
-    parts_.emplace(hash, std::move(part));
+    const PartId id{hash, static_cast<uint32_t>(part.tokens.size())};
+    if (parts_.find(id) != parts_.end()) return false;
+    if (part.place > 0) children.emplace_back(part.parent, id);
+    index_->held().account(static_cast<int64_t>(bytes_of(part)));
+    loose_parts_.push_back(id);
+    parts_.emplace(id, std::move(part));
   }
   for (const auto& [parent, child] : children) {
-    const auto found = parts_.find(parent);
+    const auto found = parts_.find({parent, child.size});
     if (found == parts_.end() || found->second.place + 1 != parts_.at(child).place) return false;
-    found->second.children.push_back(child);
+    found->second.children.push_back(child.hash);
   }
   if (!read_orphans(in)) return false;
-  for (uint64_t left = in.count(18); left > 0; --left) {
+  for (uint64_t left = in.count(22); left > 0; --left) {
     const auto group = in.number<uint8_t>();
     const auto tier = in.number<uint8_t>();
+    const auto own_size = in.number<uint32_t>();
     if (!in.ok() || group >= groups_.size() || tier >= tiers.size() || tiers[tier] >= kMaxTiers) return false;
-    if (!read_book(in, group, static_cast<uint8_t>(tiers[tier]))) return false;
+    const auto as = static_cast<uint8_t>(tiers[tier]);
+    if (find_book(group, as) != nullptr) return false;
+    book_of(group, as).block_size = own_size;
+    if (!read_book(in, book_of(group, as))) return false;
   }
   return in.at_end();
 }
 
 bool Stream::read_orphans(Reader& in) {
-  for (uint64_t left = in.count(24); left > 0; --left) {
+  for (uint64_t left = in.count(25); left > 0; --left) {
     Orphan orphan;
     orphan.parent = in.number<uint64_t>();
     orphan.block_size = in.number<uint32_t>();
+    orphan.first = in.number<uint8_t>() != 0;
     orphan.hashes = in.numbers<uint64_t>();
     orphan.tokens = in.numbers<uint32_t>();
     for (uint64_t extras = in.count(4); extras > 0; --extras) orphan.extras.push_back(in.text());
     const size_t blocks = orphan.hashes.size();
-    if (!in.ok() || orphan.tokens.size() != blocks * orphan.block_size || orphan_blocks_ + blocks > kMaxOrphanBlocks ||
+    if (!in.ok() || orphan.block_size == 0 || (orphan.first && early_.size() >= kMaxEarly) ||
+        orphan.tokens.size() != blocks * orphan.block_size || orphan_blocks_ + blocks > kMaxOrphanBlocks ||
         (orphan.extras.size() > 1 && orphan.extras.size() != blocks))
       return false;
     keep_orphan(std::move(orphan));
@@ -257,9 +269,8 @@ bool Stream::read_orphans(Reader& in) {
   return in.ok();
 }
 
-bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
-  if (find_book(group, tier) != nullptr) return false;
-  Book& book = book_of(group, tier);
+bool Stream::read_book(Reader& in, Book& book) {
+  const uint8_t group = book.group, tier = book.tier;
   Claims& claims = book.claims;
   Blocks& blocks = index_->held();
   const HolderId holder = holder_of(group, tier);
@@ -267,6 +278,7 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
   Node nodes[kSlots], before = 0;
   bool is_new[kSlots];
   for (uint64_t left = in.count(16); left > 0;) {
+    if (index_->block_size() == 0) return false;  // keys of blocks of no size
     const size_t count = std::min<uint64_t>(left, kSlots);
     for (size_t i = 0; i < count; ++i) {
       hashes[i] = in.number<uint64_t>();
@@ -294,17 +306,18 @@ bool Stream::read_book(Reader& in, uint8_t group, uint8_t tier) {
     }
     left -= count;
   }
-  for (uint64_t left = in.count(21); left > 0; --left) {
+  for (uint64_t left = in.count(25); left > 0; --left) {
     Special claim;
     claim.hash = in.number<uint64_t>();
     claim.key = in.number<uint64_t>();
     claim.count = in.number<uint32_t>();
-    claim.resolved = in.number<uint8_t>() != 0;
+    claim.size = in.number<uint32_t>();
+    const bool resolved = in.number<uint8_t>() != 0;
     if (!in.ok() || claim.count == 0 || claims.find(claim.hash) != nullptr) return false;
-    if (!claim.resolved && unresolved_ >= kMaxUnresolved) return false;
+    if (!resolved && unresolved_ >= kMaxUnresolved) return false;
     if (Stream::claim(1) == 0) return false;
-    if (claim.resolved) {
-      hold(claim, group, tier, 0);
+    if (resolved) {
+      if (index_->block_size() == 0 || !hold(claim, group, tier, claim.key)) return index_->unclaim(1), false;
     } else {
       ++unresolved_;
     }

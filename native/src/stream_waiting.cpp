@@ -1,5 +1,6 @@
-// Blocks that wait for their parent, and claims that wait for their key.
+// Blocks that wait for their parent or for the block size, and claims that wait for their key.
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "stream.hpp"
@@ -9,8 +10,8 @@ namespace kvindex {
 
 namespace {
 
-uint64_t digest_of(uint64_t parent, const std::vector<uint64_t>& hashes) {
-  return xxh3_64(hashes.data(), hashes.size() * sizeof(uint64_t), Stream::mixed(parent));
+uint64_t digest_of(uint64_t parent, uint32_t size, const std::vector<uint64_t>& hashes) {
+  return xxh3_64(hashes.data(), hashes.size() * sizeof(uint64_t), Stream::mixed(parent ^ Stream::mixed(size)));
 }
 
 }  // namespace
@@ -22,24 +23,30 @@ uint64_t Stream::Orphan::bytes() const {
   return all;
 }
 
-// The first of a parent's is looked at itself, all others are known by their digest: mostly there is only the first.
+// The first of a parent's of one block size is looked at itself, all others are known by their digest: mostly there is
+// only the first.
 bool Stream::is_waiting(const Event& event) const {
   const auto waiting = waiting_.find(event.parent);
-  if (waiting == waiting_.end()) return false;
+  if (!event.has_parent || waiting == waiting_.end()) return false;
+  const auto size = static_cast<uint32_t>(event.block_size);
+  const auto of_size = waiting->second.find(size);
+  if (of_size == waiting->second.end()) return false;
   const auto is_same = [&](const Orphan& other) {
-    return other.parent == event.parent && other.hashes == event.hashes;
+    return other.parent == event.parent && other.block_size == size && other.hashes == event.hashes;
   };
-  if (is_same(orphans_.at(waiting->second.first))) return true;
-  const auto known = orphan_digests_.find(digest_of(event.parent, event.hashes));
+  if (is_same(orphans_.at(of_size->second.first))) return true;
+  const auto known = orphan_digests_.find(digest_of(event.parent, size, event.hashes));
   return known != orphan_digests_.end() && is_same(orphans_.at(known->second));
 }
 
 void Stream::add_orphan(const Event& event, Applied& applied) {
   const uint64_t blocks = event.hashes.size();
   if (is_waiting(event)) return;  // another copy of a range that waits already
-  Orphan orphan{event.parent, event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size)};
+  Orphan orphan{event.parent,     event.hashes, event.tokens, event.extras, static_cast<uint32_t>(event.block_size),
+                !event.has_parent};
   const uint64_t bytes = orphan.bytes();
-  if (blocks > kMaxOrphanBlocks || bytes > kMaxOrphanBytes || index_->is_full())
+  if (blocks > kMaxOrphanBlocks || bytes > kMaxOrphanBytes || index_->is_full() ||
+      (orphan.first && early_.size() >= kMaxEarly))
     return applied.count(Reason::kOrphanLimit, blocks);
   while (orphan_blocks_ + blocks > kMaxOrphanBlocks || orphan_bytes_ + bytes > kMaxOrphanBytes) {
     const auto oldest = orphans_.find(orphan_order_.front());
@@ -51,10 +58,12 @@ void Stream::add_orphan(const Event& event, Applied& applied) {
 
 void Stream::keep_orphan(Orphan&& orphan) {
   const uint64_t id = next_orphan_++, bytes = orphan.bytes();
-  const auto [waiting, is_first] = waiting_.try_emplace(orphan.parent, Waiting{id, id});
-  if (!is_first) {
+  if (orphan.first) {
+    early_.push_back(id);
+  } else if (const auto [waiting, is_new] = waiting_[orphan.parent].try_emplace(orphan.block_size, Waiting{id, id});
+             !is_new) {
     waiting->second.last = orphans_.at(waiting->second.last).next = id;
-    orphan.digest = digest_of(orphan.parent, orphan.hashes);
+    orphan.digest = digest_of(orphan.parent, orphan.block_size, orphan.hashes);
     orphan_digests_.emplace(*orphan.digest, id);
   }
   orphan_order_.push_back(id);
@@ -64,16 +73,22 @@ void Stream::keep_orphan(Orphan&& orphan) {
   orphans_.emplace(id, std::move(orphan));
 }
 
-// The oldest that waits for its parent: no other is ever taken.
+// The oldest of its block size that waits for its parent, or for the block size: no other is ever taken.
 Stream::Orphan Stream::take_orphan(Orphans::iterator found) {
   const uint64_t id = found->first;
   Orphan orphan = std::move(found->second);
   orphans_.erase(found);
-  const auto waiting = waiting_.find(orphan.parent);
-  if (waiting->second.last == id) {
-    waiting_.erase(waiting);
+  if (orphan.first) {
+    early_.pop_front();
   } else {
-    waiting->second.first = orphan.next;
+    const auto waiting = waiting_.find(orphan.parent);
+    const auto of_size = waiting->second.find(orphan.block_size);
+    if (of_size->second.last == id) {
+      waiting->second.erase(of_size);
+      if (waiting->second.empty()) waiting_.erase(waiting);
+    } else {
+      of_size->second.first = orphan.next;
+    }
   }
   if (orphan.digest) {
     const auto known = orphan_digests_.find(*orphan.digest);
@@ -95,28 +110,48 @@ void Stream::drop_orphans() {
   index_->held().account(-static_cast<int64_t>(orphan_bytes_));
   orphans_.clear();
   waiting_.clear();
+  early_.clear();
   orphan_digests_.clear();
   orphan_order_.clear();
   orphan_blocks_ = orphan_bytes_ = 0;
 }
 
-void Stream::adopt(uint64_t parent, uint64_t parent_key) {
+Stream::Orphans::iterator Stream::next_waiting(const Known& known) {
+  const auto waiting = waiting_.find(known.hash);
+  if (waiting == waiting_.end()) return orphans_.end();
+  const auto of_size = known.size == 0 ? waiting->second.begin() : waiting->second.find(known.size);
+  return of_size == waiting->second.end() ? orphans_.end() : orphans_.find(of_size->second.first);
+}
+
+void Stream::adopt(uint64_t parent, uint64_t parent_key, uint32_t size) {
   // Placing a range may make further parents known; those are worked off from here, not from inside it.
-  known_.emplace_back(parent, parent_key);
+  known_.push_back({parent, parent_key, parent_key != 0 ? 0 : size});
   if (adopting_) return;
   adopting_ = true;
+  // Also when there is no memory half-way: what then still waits goes on waiting.
+  const std::unique_ptr<Stream, void (*)(Stream*)> done(this, [](Stream* stream) {
+    stream->adopting_ = false;
+    stream->known_.clear();
+  });
   while (!known_.empty()) {
-    const auto [hash, key] = known_.back();
+    const Known known = known_.back();
     known_.pop_back();
-    for (auto waiting = waiting_.find(hash); waiting != waiting_.end(); waiting = waiting_.find(hash)) {
-      const Orphan orphan = take_orphan(orphans_.find(waiting->second.first));
-      place({orphan.hashes, orphan.tokens, orphan.extras, orphan.block_size, false, hash, key});
+    for (auto next = next_waiting(known); next != orphans_.end(); next = next_waiting(known)) {
+      const Orphan orphan = take_orphan(next);
+      place({orphan.hashes, orphan.tokens, orphan.extras, orphan.block_size, false, known.hash, known.key});
     }
   }
-  adopting_ = false;
+}
+
+void Stream::place_early() {
+  while (!early_.empty()) {
+    const Orphan range = take_orphan(orphans_.find(early_.front()));
+    place({range.hashes, range.tokens, range.extras, range.block_size, true, 0, 0});
+  }
 }
 
 void Stream::doubt_keys(Applied& applied) {
+  end_batch(applied);  // what it told so far is told and counted
   drop_orphans();
   std::vector<uint64_t> hashes;
   for (Book& book : books_) {
@@ -134,12 +169,13 @@ void Stream::doubt_keys(Applied& applied) {
       }
       Special& claim = make_special(ref, hash);
       const Special before = claim;
-      claim = {hash, 0, before.count, 0, false, false, false};
+      claim = {hash, 0, before.count, 0, before.size};
       ++unresolved_;
       release(before, book.group, book.tier);
     }
     removals_.close();
   }
+  end_batch(applied);  // with their last claim, all spans and parts go, and the keys of what was removed
 }
 
 }  // namespace kvindex

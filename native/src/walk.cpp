@@ -373,8 +373,8 @@ size_t Walk::longest(const HybridLane& lane, size_t limit, uint32_t block_size) 
       while (limit > 0 && lane.tiers[limit - 1] == 0) --limit;
       return limit;
     case GroupKind::kSliding: {
-      const size_t window = (std::max(1U, lane.info.window) - 1 + block_size - 1) / block_size;
-      if (window == 0) return limit;
+      // A window of one token needs no other, but engines ask for a block at the end all the same.
+      const size_t window = std::max<size_t>(1, (size_t{lane.info.window} + block_size - 2) / block_size);
       size_t run = 0;  // held blocks directly before `end`
       for (size_t i = limit; i-- > 0;) {
         if (lane.tiers[i] == 0) {
