@@ -44,22 +44,14 @@ enum class Tag : uint8_t { kStored, kRemoved, kCleared };
 // One event; the views point into the payload, the vectors are reused.
 struct Event {
   Tag tag;
-  std::vector<uint64_t> hashes;
-  bool has_parent;
-  uint64_t parent;
-  std::vector<uint32_t> tokens;
-  uint64_t block_size;
-  bool has_lora_id;
-  uint64_t lora_id;
+  bool has_parent, has_lora_id, has_window;
+  bool has_extra_keys;            // the engine says what makes its blocks differ, if only that nothing does
+  std::optional<Reason> unkeyed;  // why no key may be computed of the tokens, though they are as many as the hashes
+  uint64_t parent, block_size, lora_id, group, window;
   std::string_view medium;  // as sent; empty = absent
-  std::string_view lora_name;
-  std::string_view cache_salt;
-  uint64_t group;
-  std::string_view kind;
-  bool has_window;
-  uint64_t window;
-  bool has_extra_keys;              // the engine says what makes its blocks differ, if only that nothing does
-  std::optional<Reason> unkeyed;    // why no key may be computed of the tokens, though they are as many as the hashes
+  std::string_view lora_name, cache_salt, kind;
+  std::vector<uint64_t> hashes;
+  std::vector<uint32_t> tokens;
   std::vector<std::string> extras;  // encoded: none at all, one for all blocks, or one per block
 
   void reset() {

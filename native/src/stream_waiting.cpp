@@ -19,7 +19,7 @@ uint64_t digest_of(uint64_t parent, uint32_t size, const std::vector<uint64_t>& 
 uint64_t Stream::Orphan::bytes() const {
   constexpr uint64_t kOwn = 512;  // itself, and its places in the books of all
   uint64_t all = kOwn + hashes.size() * sizeof(uint64_t) + tokens.size() * sizeof(uint32_t);
-  for (const std::string& each : extras) all += sizeof each + each.size();
+  for (const std::string& each : extras) all += sizeof(std::string) + each.size();
   return all;
 }
 
