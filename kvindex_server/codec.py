@@ -1,7 +1,7 @@
 """Decodes and checks what clients send to the read path, and encodes what they get back."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypedDict, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -78,24 +78,39 @@ def decode(of: type[M], data: bytes) -> M:
         _malformed(of)
 
 
+class _Given(TypedDict):
+    """What every request has that is about a prompt."""
+
+    kind: Kind
+    text: str
+    tokens: bytes
+    keys: bytes
+    lora_name: str
+    cache_salt: str
+    mm_features: tuple[tuple[str, int, int], ...]
+
+
+def _given(data: bytes, message: _WithMedia, inputs: Mapping[int, Kind], limits: Limits) -> _Given:
+    kind = _only_input(data, message, inputs)
+    keys_field = next(number for number, each in inputs.items() if each == "keys")
+    return {
+        "kind": kind,
+        "text": _text(message, kind, limits),
+        "tokens": _tokens(data, kind, limits),
+        "keys": _keys(data, kind, keys_field, limits),
+        "lora_name": message.lora_name,
+        "cache_salt": message.cache_salt,
+        "mm_features": _mm_features(data, message),
+    }
+
+
 def decode_score(data: bytes, limits: Limits) -> ScoreQuery:
     """A checked ScoreRequest."""
     message = decode(kvindex_pb2.ScoreRequest, data)
     _check_common(message)
     _check_pods("pods", message.pods, limits)
-    kind = _only_input(data, message, _SCORE_INPUTS)
-    return ScoreQuery(
-        message.model,
-        kind,
-        text=_text(message, kind, limits),
-        tokens=_tokens(data, kind, limits),
-        keys=_keys(data, kind, 5, limits),
-        pods=tuple(message.pods),
-        lora_name=message.lora_name,
-        cache_salt=message.cache_salt,
-        mm_features=_mm_features(data, message),
-        top_k=message.top_k,
-    )
+    given = _given(data, message, _SCORE_INPUTS, limits)
+    return ScoreQuery(message.model, **given, pods=tuple(message.pods), top_k=message.top_k)
 
 
 def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
@@ -103,10 +118,10 @@ def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
     message = decode(kvindex_pb2.GetPodsForBlocksRequest, data)
     _check_common(message)
     _check_pods("pods", message.pods, limits)
-    kind = _only_input(data, message, _BLOCKS_INPUTS)
+    given = _given(data, message, _BLOCKS_INPUTS, limits)
     ints = b""
     strings: tuple[bytes, ...] = ()
-    if kind == "engine_hashes":
+    if given["kind"] == "engine_hashes":
         hashes = message.engine_hashes
         if hashes.ints and hashes.bytes:
             raise InvalidArgument("engine_hashes", "only one of ints, bytes may be filled")
@@ -116,19 +131,7 @@ def decode_blocks(data: bytes, limits: Limits) -> BlocksQuery:
         else:
             name = "engine_hashes.ints" if hashes.ints else "engine_hashes"
             ints = _packed(data, 3, 8, name, limits.max_keys, "hashes")
-    return BlocksQuery(
-        message.model,
-        kind,
-        text=_text(message, kind, limits),
-        tokens=_tokens(data, kind, limits),
-        keys=_keys(data, kind, 2, limits),
-        pods=tuple(message.pods),
-        lora_name=message.lora_name,
-        cache_salt=message.cache_salt,
-        mm_features=_mm_features(data, message),
-        engine_ints=ints,
-        engine_bytes=strings,
-    )
+    return BlocksQuery(message.model, **given, pods=tuple(message.pods), engine_ints=ints, engine_bytes=strings)
 
 
 def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) -> PlacementQuery:
@@ -136,23 +139,12 @@ def decode_placement(data: bytes, limits: Limits, placement: PlacementLimits) ->
     message = decode(kvindex_pb2.RecordPlacementRequest, data)
     _check_common(message)
     _check_name("pod", message.pod)
-    kind = _only_input(data, message, _SCORE_INPUTS)
+    given = _given(data, message, _SCORE_INPUTS, limits)
     ttl = message.ttl_seconds if message.HasField("ttl_seconds") else placement.default_ttl_seconds
     if not 0 < ttl <= placement.max_ttl_seconds:  # a NaN is not, either
         raise InvalidArgument("ttl_seconds", f"must be above 0 and at most {placement.max_ttl_seconds:g}")
-    return PlacementQuery(
-        message.model,
-        kind,
-        text=_text(message, kind, limits),
-        tokens=_tokens(data, kind, limits),
-        keys=_keys(data, kind, 5, limits),
-        lora_name=message.lora_name,
-        cache_salt=message.cache_salt,
-        mm_features=_mm_features(data, message),
-        pod=message.pod,
-        rank=message.rank if message.HasField("rank") else None,
-        ttl=ttl,
-    )
+    rank = message.rank if message.HasField("rank") else None
+    return PlacementQuery(message.model, **given, pod=message.pod, rank=rank, ttl=ttl)
 
 
 def decode_explain(data: bytes, limits: Limits) -> Query:
@@ -160,18 +152,7 @@ def decode_explain(data: bytes, limits: Limits) -> Query:
     message = decode(kvindex_pb2.ExplainRequest, data)
     _check_common(message)
     _check_pods("pods", message.pods, limits)
-    kind = _only_input(data, message, _SCORE_INPUTS)
-    return Query(
-        message.model,
-        kind,
-        text=_text(message, kind, limits),
-        tokens=_tokens(data, kind, limits),
-        keys=_keys(data, kind, 5, limits),
-        pods=tuple(message.pods),
-        lora_name=message.lora_name,
-        cache_salt=message.cache_salt,
-        mm_features=_mm_features(data, message),
-    )
+    return Query(message.model, **_given(data, message, _SCORE_INPUTS, limits), pods=tuple(message.pods))
 
 
 def decode_check(data: bytes, limits: Limits) -> CheckQuery:
