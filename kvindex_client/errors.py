@@ -52,8 +52,6 @@ def pushback(trailers: Iterable[tuple[str, str | bytes]] | None) -> Pushback | N
 
 CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the stream ended before all of it was answered")
 TOO_MANY = (grpc.StatusCode.INTERNAL, "more answers than queries")
-
-
 OF_THE_CORE = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 """What grpc.aio says, and no server, when it could not write to a stream or read from it as the connection had gone."""
 

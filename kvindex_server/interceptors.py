@@ -232,7 +232,7 @@ class Guard:
 
     def open(self, method: str, handler: grpc.RpcMethodHandler) -> Arrival:
         """A handler of another library (health), beside the others, that everybody may call."""
-        for behaviour in (handler.unary_unary, handler.unary_stream, handler.stream_stream):
+        for behaviour in (handler.unary_unary, handler.unary_stream):
             if behaviour is not None:
                 behaviour.experimental_thread_pool = self._aside
         return self._arrival(method, None, self._aside, handler)

@@ -180,13 +180,19 @@ def _secure(socket: "zmq.Socket[bytes]", bind: bool) -> None:
         socket.setsockopt(zmq.CURVE_SERVERKEY, _curve["server"])
 
 
-def _made(kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int]) -> "zmq.Socket[bytes]":
+def _made(kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int | bytes]) -> "zmq.Socket[bytes]":
     """A socket that is neither bound nor connected yet: ZeroMQ takes most options over only at that moment."""
     try:
         socket: zmq.Socket[bytes] = _context().socket(kind)
     except zmq.ZMQError as error:
         raise BindError(f"{endpoint}: {error.strerror}") from error
-    settings = {zmq.LINGER: 0, zmq.RCVHWM: hwm, zmq.SNDHWM: hwm, zmq.IPV6: 1 if "[" in endpoint else 0, **options}
+    settings: dict[int, int | bytes] = {
+        zmq.LINGER: 0,
+        zmq.RCVHWM: hwm,
+        zmq.SNDHWM: hwm,
+        zmq.IPV6: 1 if "[" in endpoint else 0,
+        **options,
+    }
     if not bind:
         settings |= {zmq.RECONNECT_IVL: 50, zmq.RECONNECT_IVL_MAX: 2000}
     for option, value in settings.items():
@@ -207,7 +213,7 @@ def _attach(socket: "zmq.Socket[bytes]", endpoint: str, *, bind: bool) -> None:
 
 
 def _open(
-    kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int] | None = None
+    kind: int, endpoint: str, *, bind: bool, hwm: int, options: Mapping[int, int | bytes] | None = None
 ) -> "zmq.Socket[bytes]":
     socket = _made(kind, endpoint, bind=bind, hwm=hwm, options=options or {})
     try:
@@ -218,25 +224,23 @@ def _open(
     return socket
 
 
-def _limit() -> dict[int, int]:
+def _limit() -> dict[int, int | bytes]:
     return {zmq.MAXMSGSIZE: MAX_FRAME_BYTES * 4}
 
 
-def _subscribing() -> dict[int, int]:
-    return _limit() | {zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS}
+def _subscribing(topic: str) -> dict[int, int | bytes]:
+    beats: dict[int, int | bytes] = {zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS}
+    return _limit() | beats | {zmq.SUBSCRIBE: topic.encode()}
 
 
 def subscriber(endpoint: str, topic: str, *, bind: bool, hwm: int = 100_000) -> Socket:
     """Receives published messages whose topic starts with `topic`."""
-    socket = _open(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing())
-    socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
-    return Socket(socket)
+    return Socket(_open(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing(topic)))
 
 
 def watched_subscriber(endpoint: str, topic: str, *, bind: bool, hwm: int = 100_000) -> "tuple[Socket, Monitor]":
     """The same, and what tells of its connection, from the first moment on."""
-    socket = _made(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing())
-    socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    socket = _made(zmq.SUB, endpoint, bind=bind, hwm=hwm, options=_subscribing(topic))
     try:
         monitor = Monitor(socket, endpoint, bind=bind)
         try:

@@ -21,7 +21,7 @@ from kvindex_server.errors import Unavailable  # noqa: E402
 from kvindex_server.store import scripts  # noqa: E402
 from kvindex_server.store.client import Client, StoreAway, StoreFull  # noqa: E402
 from kvindex_server.store.index import StoreIndex  # noqa: E402
-from kvindex_server.store.writer import packed  # noqa: E402
+from kvindex_server.store.writer import StoreStream, packed  # noqa: E402
 
 BLOCK = 4
 LEASE = 1.0
@@ -384,17 +384,29 @@ def test_whatever_answers_get_lost_the_store_ends_where_the_streams_are(
             assert matches(reader, keys) == {pod: n for pod, _, n, *_ in index._own.score(keys, [], [1.0])}
 
 
+def half_of_a_prompt(
+    server: "valkey_server.Valkey", now: list[float]
+) -> tuple[StoreIndex, StoreStream, list[int], bytes]:
+    """A replica by this clock whose stream holds 1,000 blocks of 2,000: (it, the stream, all tokens, all keys)."""
+    index = replica(server.address, clock=lambda: now[0])
+    tokens, keys = tokens_of(1, 2000)
+    stream = index.add_stream("pod", 0)
+    stream.apply([stored(tokens[: 1000 * BLOCK])])
+    settle(index)
+    return index, stream, tokens, keys
+
+
+def other_half(tokens: list[int]) -> Stored:
+    return Stored(list(range(1001, 2001)), 1000, tokens[1000 * BLOCK :], BLOCK)
+
+
 def test_a_removal_just_before_all_is_sent_anew_is_not_forgotten(tmp_path: Path) -> None:
     """What did not fit is sent again from what is held, which says nothing of what has just gone."""
     with valkey_server.valkey(tmp_path) as server:
         now = [1000.0]
-        index = replica(server.address, clock=lambda: now[0])
-        tokens, keys = tokens_of(1, 2000)
-        stream = index.add_stream("pod", 0)
-        stream.apply([stored(tokens[: 1000 * BLOCK])])
-        settle(index)
+        index, stream, tokens, keys = half_of_a_prompt(server, now)
         server.client().config_set("maxmemory", 1024 * 1024)
-        stream.apply([batch([as_map(Stored(list(range(1001, 2001)), 1000, tokens[1000 * BLOCK :], BLOCK))])])
+        stream.apply([batch([as_map(other_half(tokens))])])
         index.flush()
         assert stream.full
         server.client().config_set("maxmemory", 0)
@@ -463,17 +475,12 @@ def test_a_full_store_misses_claims_but_keeps_none_that_is_gone(tmp_path: Path) 
     """Removals go through, stores are refused and said; when there is room again all is sent."""
     with valkey_server.valkey(tmp_path) as server:
         now = [1000.0]
-        index = replica(server.address, clock=lambda: now[0])
-        tokens, keys = tokens_of(1, 2000)
-        stream = index.add_stream("pod", 0)
-        stream.apply([stored(tokens[: 1000 * BLOCK])])
-        settle(index)
+        index, stream, tokens, keys = half_of_a_prompt(server, now)
         index.renew()
         assert index.standing("pod", 0)[0] == 3
         plain = server.client()
         plain.config_set("maxmemory", 1024 * 1024)
-        more = Stored(list(range(1001, 2001)), 1000, tokens[1000 * BLOCK :], BLOCK)
-        stream.apply([batch([as_map(more), as_map(Removed([500]))])])
+        stream.apply([batch([as_map(other_half(tokens)), as_map(Removed([500]))])])
         index.flush()
         assert stream.full
         assert matches(index, keys) == {"pod": 499}

@@ -445,10 +445,6 @@ bool read_event(Cursor& in, Event& event, Reason& reason) {
   return true;
 }
 
-}  // namespace
-
-namespace {
-
 // Seconds, whatever unit the sender counts in (the Mooncake master's is milliseconds): no engine speaks from a day on
 // which the seconds are so many, nor from one on which the milliseconds are so few.
 double seconds_of(double timestamp) {

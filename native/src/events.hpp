@@ -76,8 +76,8 @@ inline std::string_view extras_of(const std::vector<std::string>& extras, size_t
 inline constexpr size_t kShedAbove = 1U << 18;  // entries
 
 template <typename T>
-void shed(std::vector<T>& entries) {
-  if (entries.capacity() > kShedAbove) std::vector<T>().swap(entries);
+void shed(std::vector<T>& entries, size_t most = kShedAbove) {
+  if (entries.capacity() > most) std::vector<T>().swap(entries);
 }
 
 class Batch {

@@ -646,11 +646,7 @@ void Stream::end_batch(Applied& applied) {
       if (!claim.resolved) applied.count(reason);
     }
   short_.clear();
-  gone_.clear();
-  gone_keys_.clear();
-  gone_keyed_ = 0;
-  constexpr size_t kKeep = 4096;
-  if (gone_.capacity() > kKeep) std::vector<std::pair<uint64_t, uint64_t>>().swap(gone_);
+  forget_gone();
   if (misfits_ != 0) applied.count(Reason::kBlockSizeMismatch, misfits_);
   misfits_ = 0;
 }
@@ -658,6 +654,14 @@ void Stream::end_batch(Applied& applied) {
 void Stream::forget_loose() {
   for (const PartId& id : loose_parts_) forget_part(id);
   loose_parts_.clear();
+}
+
+void Stream::forget_gone() {
+  gone_.clear();
+  shed(gone_, 4096);
+  if (gone_keyed_ == 0) return;  // clearing an empty map costs what it once grew to, and this is done for every batch
+  decltype(gone_keys_)().swap(gone_keys_);
+  gone_keyed_ = 0;
 }
 
 // The key of a block that this batch removed: a copy on another tier may be told after that, without its tokens.
@@ -1002,9 +1006,7 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
   told_spans_.clear();
   loose_parts_.clear();
   short_.clear();
-  gone_.clear();
-  gone_keys_.clear();
-  gone_keyed_ = 0;
+  forget_gone();
   drop_orphans();
   return dropped;
 }

@@ -239,6 +239,7 @@ class Stream {
   void note_gone(uint64_t hash, uint64_t key) {
     if (gone_.size() < kMaxOfBatch) gone_.emplace_back(hash, key);
   }
+  void forget_gone();
   bool note_short(Special& claim, Reason reason);
   void forget_loose();
   void release(const Special& claim, uint8_t group, uint8_t tier);
