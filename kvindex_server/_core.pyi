@@ -185,6 +185,36 @@ class ZeroMq:
 
     def __init__(self) -> None: ...
 
+class MessageSource:
+    """Where a stream's thread takes published messages from; belongs to that thread."""
+
+class SocketSource(MessageSource):
+    """A socket of libzmq, by its address; to be dropped before the socket is closed."""
+
+    def __init__(self, zmq: ZeroMq, socket: int) -> None: ...
+
+class Subscription(MessageSource):
+    """A subscription to one engine, over a TCP connection that is made again whenever it is lost.
+
+    `host` is an address: ValueError when it is not. OSError when the process has no descriptor left. `topic` is a
+    prefix. A frame above `max_frame` bytes ends the connection. A peer that is asked for a sign of life each
+    `heartbeat_ms` and gives none for `heartbeat_timeout_ms` is lost.
+    """
+
+    def __init__(
+        self, host: str, port: int, topic: bytes, max_frame: int, heartbeat_ms: int, heartbeat_timeout_ms: int
+    ) -> None: ...
+    def fileno(self) -> int: ...  # readable when `receive` has something to do; the same for as long as it is open
+    @property
+    def is_pending(self) -> bool: ...  # there is news or perhaps a message already: do not wait
+    def receive(self) -> list[bytes] | None:
+        """The next message's frames if one is there. None also while there is news; connects when it is time to."""
+
+    def changes(self) -> list[str]:
+        """MADE, LOST and ENDED of the connection since the last call; what is received from now on comes after it."""
+
+    def close(self) -> None: ...
+
 class Drained:
     """What one `Stream.drain` did."""
 
@@ -195,11 +225,11 @@ class Drained:
     @property
     def first(self) -> int: ...  # sequence of the first of them
     @property
-    def empty(self) -> bool: ...  # the socket had no more
+    def empty(self) -> bool: ...  # the source had no more
     @property
-    def others(self) -> bool: ...  # another socket has a message
+    def others(self) -> bool: ...  # another socket has a message, or the source has news
     @property
-    def lags(self) -> list[float]: ...  # age of the last message, seconds, each time the socket had no more
+    def lags(self) -> list[float]: ...  # age of the last message, seconds, each time the source had no more
     @property
     def withheld(self) -> tuple[int, int] | None: ...  # (sequence, digest) of a last message the order is not told of
     @property
@@ -215,16 +245,16 @@ class Stream:
     def restore(self, snapshot: bytes) -> bool: ...  # into an unused stream; False when it does not fit
     def drain(
         self,
-        zmq: ZeroMq,
-        socket: int,
+        source: MessageSource,
         order: Order,
         limit: int,
         max_payload: int,
+        zmq: ZeroMq,
         others: Sequence[int],
         idle_ms: int,
         further_ms: int,
     ) -> Drained:
-        """Apply [topic, sequence, payload] messages of a socket (its address) while each is the next one.
+        """Apply [topic, sequence, payload] messages of a source while each is the next one.
 
         Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
         sockets has a message. Ends at once when something was dropped or all was cleared.

@@ -1,10 +1,11 @@
-"""The sockets of one rank: its events, what tells of their connection, and what wakes the thread that waits."""
+"""What the thread of one rank waits for: its events, and what wakes it."""
 
 import itertools
 from collections.abc import Sequence
 
 from kvindex_server import wire
 from kvindex_server.pods import PodSpec
+from kvindex_server.subscription import subscribe
 
 _names = itertools.count()
 
@@ -13,18 +14,12 @@ class Ears:
     """Opened by whoever registers a pod, who is told of an address in use; then owned by the stream's thread."""
 
     def __init__(self, spec: PodSpec, rank: int) -> None:
-        self.events, self.monitor = wire.watched_subscriber(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
+        self.events = subscribe(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
         try:
             self.woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
         except wire.BindError:
-            self.monitor.close()
             self.events.close()
             raise
-
-    @property
-    def others(self) -> Sequence[wire.Socket]:
-        """All but the events."""
-        return self.monitor.socket, self.woken
 
     def wake(self) -> None:
         """From any thread, until `close_waker`: the owner is to look what there is to do."""
@@ -32,7 +27,6 @@ class Ears:
 
     def close(self) -> None:
         """By the owner; an endpoint that was bound is free then."""
-        self.monitor.close()
         self.events.close()
         self.woken.close()
 

@@ -140,8 +140,8 @@ class _Rank(threading.Thread):
         self._replay: wire.Socket | None = None
         self._topic: str | None = None
         self._waiter = wire.Waiter()
-        for socket in (ears.events, *ears.others):
-            self._waiter.add(socket)
+        for each in (ears.events, ears.woken):
+            self._waiter.add(each)
         self.stream: Stream = index.add_stream(spec.pod, rank)
         self.ingest = Ingest(
             self.stream,
@@ -268,7 +268,7 @@ class _Rank(threading.Thread):
             return False
         return True
 
-    def _wait(self) -> Sequence[wire.Socket]:
+    def _wait(self) -> Sequence[wire.Awaited]:
         """Until something is to be done here. While all is in order, the core applies what comes by itself."""
         if self.ingest.waiting_for_replay:
             return self._waiter.wait(SYNC_WAIT_MS)
@@ -283,7 +283,7 @@ class _Rank(threading.Thread):
         # The first message is read in Python, as the core passes topics over.
         return self.ingest.in_order and self._topic is not None
 
-    def _turn(self, ready: Sequence[wire.Socket]) -> None:
+    def _turn(self, ready: Sequence[wire.Awaited]) -> None:
         if self._ears.woken in ready:
             while self._ears.woken.receive() is not None:
                 pass
@@ -292,9 +292,8 @@ class _Rank(threading.Thread):
             self._saves.put(self._save())
         while not self._told.empty():
             self._told.get()()
-        if self._ears.monitor.socket in ready or self._ears.monitor.abandoned:
-            for change in self._ears.monitor.changes():
-                self._connection(change)
+        for change in self._ears.events.changes():
+            self._connection(change)
         # A replay is worked off before live messages, which wait in the buffer for its end.
         if self._replay is not None and self._replay in ready:
             self._read_replay(self._replay)
@@ -315,8 +314,8 @@ class _Rank(threading.Thread):
             self.ingest.connection(change is wire.Connection.MADE)
 
     def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
-        events, others = self._ears.events, self._ears.others
-        drained = events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
+        others = (self._ears.woken,)
+        drained = self._ears.events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
         if drained is not None:
             self.ingest.drained(drained)
             if odd := drained.odd:
@@ -329,7 +328,7 @@ class _Rank(threading.Thread):
             drained = self._drain(min(left, self.ingest.until_mark))
             if drained is None:
                 break
-            if drained.empty:
+            if drained.empty or drained.others:
                 return
             left -= drained.messages + 1
         received: list[list[bytes]] = []

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Protocol
 
 import zmq
 import zmq.utils.z85
 
-from kvindex_server._core import Drained, Order, Stream, ZeroMq
+from kvindex_server._core import Drained, MessageSource, Order, SocketSource, Stream, ZeroMq
 
 _log = logging.getLogger(__name__)
 
@@ -22,8 +23,11 @@ END_SEQUENCE = 0xFFFF_FFFF_FFFF_FFFF
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A larger frame is refused: no engine sends one, and a hostile one must not fill the memory.
 
-The message is dropped and counted; above four times as much ZeroMQ ends the connection before it has read it.
+The message is dropped and counted.
 """
+
+FRAME_ENDS_CONNECTION = 4
+"""Above so many times as much the connection is ended before the frame has been read."""
 
 HEARTBEAT_MS = 10_000
 HEARTBEAT_TIMEOUT_MS = 20_000
@@ -89,17 +93,11 @@ class Socket:
         idle_ms: int = 0,
         further_ms: int = 0,
     ) -> Drained | None:
-        """Apply published messages that are next in order, without Python; None when that is not possible here.
-
-        Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
-        sockets has a message. Ends at once when something was dropped or all was cleared.
-        """
+        """See `drain`."""
         if (zmq_api := _api()) is None:
             return None
-        sockets = [each._socket.underlying for each in others]
-        return stream.drain(
-            zmq_api, self._socket.underlying, order, limit, MAX_FRAME_BYTES, sockets, idle_ms, further_ms
-        )
+        source = SocketSource(zmq_api, self._socket.underlying)
+        return drain(source, stream, order, limit, others, idle_ms, further_ms)
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""
@@ -112,6 +110,16 @@ class Socket:
     def wait(self, timeout_ms: int) -> bool:
         """True when a message is there."""
         return bool(self._socket.poll(timeout_ms, zmq.POLLIN))
+
+    @property
+    def pollables(self) -> Sequence[object]:
+        """What `Waiter` waits for."""
+        return (self._socket,)
+
+    @property
+    def is_pending(self) -> bool:
+        """Never: all that is here is told by what is waited for."""
+        return False
 
     @property
     def endpoint(self) -> str:
@@ -129,6 +137,27 @@ class Socket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def drain(
+    source: MessageSource,
+    stream: Stream,
+    order: Order,
+    limit: int,
+    others: Sequence[Socket] = (),
+    idle_ms: int = 0,
+    further_ms: int = 0,
+) -> Drained | None:
+    """Apply published messages that are next in order, without Python; None when that is not possible here.
+
+    Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
+    sockets has a message or something happens to the connection. Ends at once when something was dropped or all was
+    cleared.
+    """
+    if (zmq_api := _api()) is None:
+        return None
+    sockets = [each._socket.underlying for each in others]
+    return stream.drain(source, order, limit, MAX_FRAME_BYTES, zmq_api, sockets, idle_ms, further_ms)
 
 
 @functools.cache
@@ -169,6 +198,11 @@ def encrypt(server_key: bytes, public_key: bytes, secret_key: bytes) -> None:
 
 
 _curve: dict[str, bytes] = {}
+
+
+def is_encrypted() -> bool:
+    """Whether `encrypt` was called."""
+    return bool(_curve)
 
 
 def _secure(socket: "zmq.Socket[bytes]", bind: bool) -> None:
@@ -225,7 +259,7 @@ def _open(
 
 
 def _limit() -> dict[int, int | bytes]:
-    return {zmq.MAXMSGSIZE: MAX_FRAME_BYTES * 4}
+    return {zmq.MAXMSGSIZE: MAX_FRAME_BYTES * FRAME_ENDS_CONNECTION}
 
 
 def _subscribing(topic: str) -> dict[int, int | bytes]:
@@ -281,26 +315,41 @@ def wake_pair(name: str) -> tuple[Socket, Socket]:
     return Socket(receiver), Socket(_open(zmq.PAIR, address, bind=False, hwm=16))
 
 
+class Awaited(Protocol):
+    """What can be waited for: a socket, or several things that are one."""
+
+    @property
+    def pollables(self) -> Sequence[object]:
+        """Sockets of ZeroMQ and file descriptors."""
+
+    @property
+    def is_pending(self) -> bool:
+        """There is something to do that no pollable tells."""
+
+
 class Waiter:
     """Waits for messages on a set of sockets at once; belongs to the thread that owns them."""
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
-        self._sockets: dict[object, Socket] = {}
+        self._awaited: dict[object, Awaited] = {}
 
-    def add(self, socket: Socket) -> None:
+    def add(self, awaited: Awaited) -> None:
         """Wait for this one too."""
-        self._poller.register(socket._socket, zmq.POLLIN)
-        self._sockets[socket._socket] = socket
+        for each in awaited.pollables:
+            self._poller.register(each, zmq.POLLIN)
+            self._awaited[each] = awaited
 
-    def remove(self, socket: Socket) -> None:
+    def remove(self, awaited: Awaited) -> None:
         """No longer wait for this one."""
-        self._poller.unregister(socket._socket)
-        del self._sockets[socket._socket]
+        for each in awaited.pollables:
+            self._poller.unregister(each)
+            del self._awaited[each]
 
-    def wait(self, timeout_ms: int) -> list[Socket]:
-        """Those that have a message, as soon as one has; none when the time has passed."""
-        return [self._sockets[each] for each, _ in self._poller.poll(timeout_ms)]
+    def wait(self, timeout_ms: int) -> list[Awaited]:
+        """Those that have something to do, as soon as one has; none when the time has passed."""
+        ready = [each for each in self._awaited.values() if each.is_pending]
+        return ready + [self._awaited[each] for each, _ in self._poller.poll(0 if ready else timeout_ms)]
 
 
 class Connection(enum.Enum):

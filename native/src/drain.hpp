@@ -1,4 +1,4 @@
-// Published messages from a ZeroMQ socket straight into a stream, as long as they are in order.
+// Published messages straight into a stream, as long as they are in order.
 #pragma once
 
 #include <chrono>
@@ -9,45 +9,22 @@
 #include <utility>
 #include <vector>
 
+#include "message_source.hpp"
 #include "order.hpp"
 #include "stream.hpp"
 
 namespace kvindex {
 
-// The functions of the libzmq that this process has loaded already, with pyzmq.
-class ZeroMq {
- public:
-  // Throws std::runtime_error when no loaded library has them.
-  ZeroMq();
-
-  struct Message {
-    alignas(8) unsigned char opaque[64];  // zmq_msg_t
-  };
-
-  int (*init)(Message*) = nullptr;
-  int (*receive)(Message*, void* socket, int flags) = nullptr;
-  int (*close)(Message*) = nullptr;
-  void* (*data)(Message*) = nullptr;
-  size_t (*size)(const Message*) = nullptr;
-  int (*more)(const Message*) = nullptr;
-  struct Item {
-    void* socket;
-    int fd;
-    short events, revents;
-  };
-  int (*poll)(Item*, int count, long timeout_ms) = nullptr;
-};
-
 struct Drained {
   Applied applied;
   uint64_t messages = 0;
   uint64_t first = 0;   // sequence of the first message applied
-  bool empty = false;   // the socket has no more for now
-  bool others = false;  // another socket has a message
+  bool empty = false;   // the source has no more for now
+  bool others = false;  // another socket has a message, or the source has news
   // (sequence, digest) of a last message that may change how far the stream can be trusted: applied, but it is for the
   // caller to say so to the order, once that is settled. Nobody sees its number beside the trust of before.
   std::optional<std::pair<uint64_t, uint64_t>> withheld;
-  // How old the last message was when it had been applied, seconds, each time the socket had no more.
+  // How old the last message was when it had been applied, seconds, each time the source had no more.
   std::vector<double> lags;
   // The frames of a message that was received but not applied: not next in order, or no event message.
   std::vector<std::string> odd;
@@ -61,9 +38,9 @@ struct Waiting {
 };
 
 // Applies messages [topic, sequence, payload] while each is the next one, at most `limit` of them. Calls `told`
-// whenever some were applied and the socket has no more. Ends behind a message of which something was dropped or that
+// whenever some were applied and the source has no more. Ends behind a message of which something was dropped or that
 // cleared all, as that may change how far the stream can be trusted.
-Drained drain(const ZeroMq& zmq, void* socket, Stream& stream, uint32_t rank, Order& order, uint64_t limit,
-              uint64_t max_payload, const Waiting& waiting, const std::function<void()>& told);
+Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order, uint64_t limit, uint64_t max_payload,
+              const ZeroMq& zmq, const Waiting& waiting, const std::function<void()>& told);
 
 }  // namespace kvindex

@@ -19,6 +19,7 @@
 #include "module_dialect.hpp"
 #include "module_removals.hpp"
 #include "module_score.hpp"
+#include "module_sources.hpp"
 #include "module_store.hpp"
 #include "module_text.hpp"
 #include "numbers.hpp"
@@ -217,7 +218,7 @@ NB_MODULE(_core, m) {
       .def("applied", &Order::applied, nb::arg("sequence"), nb::arg("digest"))
       .def("restarted", &Order::restarted);
 
-  nb::class_<ZeroMq>(m, "ZeroMq").def(nb::init<>());
+  bind_sources(m);
 
   nb::class_<Drained>(m, "Drained")
       .def_ro("applied", &Drained::applied)
@@ -274,14 +275,14 @@ NB_MODULE(_core, m) {
           nb::arg("snapshot"))
       .def(
           "drain",
-          [](BoundStream& self, const ZeroMq& zmq, uintptr_t socket, Order& order, uint64_t limit, uint64_t max_payload,
-             const std::vector<uintptr_t>& others, uint32_t idle_ms, uint32_t further_ms) {
+          [](BoundStream& self, MessageSource& source, Order& order, uint64_t limit, uint64_t max_payload,
+             const ZeroMq& zmq, const std::vector<uintptr_t>& others, uint32_t idle_ms, uint32_t further_ms) {
             Waiting waiting{{}, std::chrono::milliseconds(idle_ms), std::chrono::milliseconds(further_ms)};
             for (const uintptr_t each : others) waiting.others.push_back(reinterpret_cast<void*>(each));
-            return drain(zmq, reinterpret_cast<void*>(socket), *self.stream, self.rank, order, limit, max_payload,
-                         waiting, [&] { self.standing->touch(); });
+            return drain(source, *self.stream, self.rank, order, limit, max_payload, zmq, waiting,
+                         [&] { self.standing->touch(); });
           },
-          nb::arg("zmq"), nb::arg("socket"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"),
+          nb::arg("source"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"), nb::arg("zmq"),
           nb::arg("others"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear",

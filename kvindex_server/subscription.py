@@ -1,0 +1,121 @@
+"""A subscription to one engine's events: by the core itself where it connects in plain TCP, else by libzmq."""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvindex_server import wire
+from kvindex_server._core import Drained, Order, Stream
+from kvindex_server._core import Subscription as CoreSubscription
+
+
+class Subscription(Protocol):
+    """What a stream's thread needs of it; the thread owns it."""
+
+    endpoint: str
+    pollables: Sequence[object]
+
+    @property
+    def is_pending(self) -> bool:
+        """There is something to do that no pollable tells."""
+
+    def receive(self) -> list[bytes] | None:
+        """The next message's frames if one is there, else None; also None while `changes` has something to tell."""
+
+    def drain(
+        self,
+        stream: Stream,
+        order: Order,
+        limit: int,
+        others: Sequence[wire.Socket] = (),
+        idle_ms: int = 0,
+        further_ms: int = 0,
+    ) -> Drained | None:
+        """See `wire.drain`."""
+
+    def changes(self) -> list[wire.Connection]:
+        """What has happened to the connection, in order."""
+
+    def close(self) -> None:
+        """An endpoint that was bound is free then."""
+
+
+_PLAIN = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.%\w]+)\]|(\d+\.\d+\.\d+\.\d+)):(\d{1,5})")
+
+
+def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
+    """Whatever is published with a topic that begins so. BindError when the endpoint cannot be used."""
+    plain = _PLAIN.fullmatch(endpoint)
+    if plain and not bind and not wire.is_encrypted() and 0 < int(plain[3]) < 1 << 16:
+        try:
+            return _Connected(endpoint, plain[1] or plain[2], int(plain[3]), topic)
+        except ValueError as error:
+            raise wire.BindError(f"{endpoint}: {error}") from error
+        except OSError as error:
+            raise wire.BindError(f"{endpoint}: {error}") from error
+    return _OfLibrary(endpoint, topic, bind=bind)
+
+
+class _Connected:
+    def __init__(self, endpoint: str, host: str, port: int, topic: str) -> None:
+        self.endpoint = endpoint
+        most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
+        beats = wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
+        self._core = CoreSubscription(host, port, topic.encode(), most, *beats)
+        self.pollables = (self._core.fileno(),)
+
+    @property
+    def is_pending(self) -> bool:
+        return self._core.is_pending
+
+    def receive(self) -> list[bytes] | None:
+        return self._core.receive()
+
+    def drain(
+        self,
+        stream: Stream,
+        order: Order,
+        limit: int,
+        others: Sequence[wire.Socket] = (),
+        idle_ms: int = 0,
+        further_ms: int = 0,
+    ) -> Drained | None:
+        return wire.drain(self._core, stream, order, limit, others, idle_ms, further_ms)
+
+    def changes(self) -> list[wire.Connection]:
+        return [wire.Connection[each] for each in self._core.changes()]
+
+    def close(self) -> None:
+        self._core.close()
+
+
+class _OfLibrary:
+    def __init__(self, endpoint: str, topic: str, *, bind: bool) -> None:
+        self._socket, self.monitor = wire.watched_subscriber(endpoint, topic, bind=bind)
+        self.endpoint = self._socket.endpoint
+        self.pollables = (*self._socket.pollables, *self.monitor.socket.pollables)
+
+    @property
+    def is_pending(self) -> bool:
+        return self.monitor.abandoned
+
+    def receive(self) -> list[bytes] | None:
+        return self._socket.receive()
+
+    def drain(
+        self,
+        stream: Stream,
+        order: Order,
+        limit: int,
+        others: Sequence[wire.Socket] = (),
+        idle_ms: int = 0,
+        further_ms: int = 0,
+    ) -> Drained | None:
+        return self._socket.drain(stream, order, limit, (self.monitor.socket, *others), idle_ms, further_ms)
+
+    def changes(self) -> list[wire.Connection]:
+        return self.monitor.changes()
+
+    def close(self) -> None:
+        self.monitor.close()
+        self._socket.close()

@@ -1,0 +1,282 @@
+#include "subscription.hpp"
+
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+namespace kvindex {
+
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr milliseconds kFirstPause{50}, kLongestPause{2000};
+// What broke the protocol once will do so again: it is not worth more.
+constexpr milliseconds kEndedPause{1000};
+// For TCP's and ZMTP's handshakes together.
+constexpr milliseconds kHandshake{30'000};
+
+constexpr size_t kBuffer = size_t{256} << 10;
+constexpr size_t kMinRoom = kBuffer / 4;
+
+// Buffers between two uses. Few threads read at the same moment, so a few of them serve any number of streams, and
+// stay in the cache.
+class Buffers {
+ public:
+  std::vector<char> take() {
+    {
+      const std::lock_guard guard(lock_);
+      if (!idle_.empty()) {
+        std::vector<char> buffer = std::move(idle_.back());
+        idle_.pop_back();
+        return buffer;
+      }
+    }
+    return std::vector<char>(kBuffer);
+  }
+
+  void give(std::vector<char>&& buffer) {
+    const std::lock_guard guard(lock_);
+    if (idle_.size() < kIdle) idle_.push_back(std::move(buffer));
+  }
+
+ private:
+  static constexpr size_t kIdle = 8;
+
+  std::mutex lock_;
+  std::vector<std::vector<char>> idle_;
+};
+
+Buffers& buffers() {
+  static Buffers* const made = new Buffers;  // for as long as the process lives: a thread may read until its end
+  return *made;
+}
+
+int checked(int descriptor, const char* what) {
+  if (descriptor < 0) throw std::system_error(errno, std::generic_category(), what);
+  return descriptor;
+}
+
+}  // namespace
+
+Subscription::Subscription(const std::string& host, uint16_t port, Settings settings)
+    : settings_(std::move(settings)), pause_(kFirstPause) {
+  addrinfo hints{};
+  hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found) != 0)
+    throw std::invalid_argument("no address: " + host);
+  std::memcpy(&address_, found->ai_addr, found->ai_addrlen);
+  address_size_ = found->ai_addrlen;
+  freeaddrinfo(found);
+  try {
+    events_ = checked(epoll_create1(EPOLL_CLOEXEC), "epoll");
+    timer_ = checked(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timer");
+    epoll_event event{.events = EPOLLIN, .data = {.fd = timer_}};
+    checked(epoll_ctl(events_, EPOLL_CTL_ADD, timer_, &event), "epoll");
+  } catch (...) {
+    close();
+    throw;
+  }
+  connect();
+}
+
+Subscription::~Subscription() { close(); }
+
+void Subscription::close() {
+  close_socket();
+  for (int* each : {&timer_, &events_})
+    if (*each >= 0) ::close(std::exchange(*each, -1));
+}
+
+bool Subscription::receive(Message& message) {
+  is_unread_ = false;
+  if (events_ < 0) return false;
+  take_up();
+  if (phase_ == Phase::kConnecting) finish_connecting();
+  while (news_.empty() && phase_ == Phase::kConnected) {
+    size_t used = 0;
+    const Zmtp::Step step = zmtp_->next({buffer_.data() + begin_, end_ - begin_}, used, message);
+    begin_ += used;
+    if (!zmtp_->out().empty() && !flush()) {
+      lose(false);
+    } else if (step == Zmtp::Step::kMessage) {
+      is_unread_ = true;
+      return true;
+    } else if (step == Zmtp::Step::kBroken) {
+      lose(true);
+    } else if (step == Zmtp::Step::kOpened) {
+      open_ = is_unread_ = true;
+      pause_ = kFirstPause;
+      const bool asks = settings_.heartbeat.count() > 0;
+      set_alarm(asks ? Clock::now() + settings_.heartbeat : Clock::time_point::max());
+      news_.push_back(Connection::kMade);
+    } else if (!read()) {
+      break;
+    }
+  }
+  set_aside();
+  if (Clock::now() >= alarm_) look_at_clock();
+  return false;
+}
+
+std::vector<Connection> Subscription::changes() { return std::exchange(news_, {}); }
+
+// False when nothing came: there is no more for now, or the connection is lost.
+bool Subscription::read() {
+  if (std::exchange(is_read_out_, false)) return false;
+  make_room();
+  const size_t room = buffer_.size() - end_;
+  const ssize_t got = recv(socket_, buffer_.data() + end_, room, MSG_DONTWAIT);
+  if (got > 0) {
+    end_ += static_cast<size_t>(got);
+    is_read_out_ = static_cast<size_t>(got) < room;
+    asked_.reset();
+    return true;
+  }
+  if (got == 0 || (errno != EAGAIN && errno != EINTR)) lose(false);
+  return false;
+}
+
+void Subscription::make_room() {
+  if (buffer_.empty()) buffer_ = buffers().take();
+  if (begin_ > 0 && buffer_.size() - end_ < kMinRoom) {
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= std::exchange(begin_, 0);
+  }
+  // Room for a large message is made as it comes, not as it is announced.
+  if (end_ == buffer_.size()) buffer_.resize(std::min(std::max(zmtp_->needed(), end_ + 1), end_ * 2));
+}
+
+void Subscription::take_up() {
+  if (rest_.empty()) return;
+  buffer_ = buffers().take();
+  std::memcpy(buffer_.data(), rest_.data(), rest_.size());
+  begin_ = 0;
+  end_ = std::exchange(rest_, {}).size();
+}
+
+void Subscription::set_aside() {
+  const size_t size = end_ - begin_;
+  if (buffer_.empty() || size > kBuffer) return;
+  rest_.assign(buffer_.data() + begin_, size);
+  if (buffer_.size() == kBuffer) buffers().give(std::move(buffer_));
+  buffer_ = {};
+  begin_ = end_ = 0;
+}
+
+// False when the connection is lost.
+bool Subscription::flush() {
+  std::string& out = zmtp_->out();
+  const ssize_t sent = send(socket_, out.data(), out.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (sent < 0 && errno != EAGAIN && errno != EINTR) return false;
+  if (sent > 0) out.erase(0, static_cast<size_t>(sent));
+  watch(out.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
+  return true;
+}
+
+void Subscription::connect() {
+  socket_ = socket(address_.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (socket_ < 0) {
+    lose(false);
+    return;
+  }
+  const int on = 1;
+  setsockopt(socket_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
+  const bool is_begun = ::connect(socket_, reinterpret_cast<const sockaddr*>(&address_), address_size_) == 0 ||
+                        errno == EINPROGRESS;
+  if (!is_begun || epoll_ctl(events_, EPOLL_CTL_ADD, socket_, &event) != 0) {
+    lose(false);
+    return;
+  }
+  watched_ = EPOLLOUT;
+  phase_ = Phase::kConnecting;
+  set_alarm(Clock::now() + kHandshake);
+}
+
+void Subscription::finish_connecting() {
+  pollfd state{socket_, POLLOUT, 0};
+  if (poll(&state, 1, 0) == 0) return;
+  int error = 0;
+  socklen_t size = sizeof error;
+  if (getsockopt(socket_, SOL_SOCKET, SO_ERROR, &error, &size) != 0 || error != 0) {
+    lose(false);
+    return;
+  }
+  phase_ = Phase::kConnected;
+  zmtp_.emplace(settings_.topic, settings_.max_frame);
+  if (!flush()) lose(false);
+}
+
+void Subscription::lose(bool ended) {
+  close_socket();
+  if (std::exchange(open_, false)) news_.push_back(Connection::kLost);
+  if (ended) {
+    news_.push_back(Connection::kEnded);
+    pause_ = std::max(pause_, kEndedPause);
+  }
+  set_alarm(Clock::now() + pause_);
+  pause_ = std::min(pause_ * 2, kLongestPause);
+}
+
+void Subscription::close_socket() {
+  if (socket_ >= 0) ::close(std::exchange(socket_, -1));
+  phase_ = Phase::kWaiting;
+  zmtp_.reset();
+  asked_.reset();
+  is_read_out_ = is_unread_ = false;
+  begin_ = end_ = 0;
+  rest_ = {};
+  set_aside();
+}
+
+void Subscription::look_at_clock() {
+  const Clock::time_point now = Clock::now();
+  if (phase_ == Phase::kWaiting) {
+    connect();
+  } else if (!open_ || (asked_ && now >= *asked_ + settings_.heartbeat_timeout)) {
+    lose(false);
+  } else {
+    if (!asked_) asked_ = now;
+    zmtp_->ping();
+    if (!zmtp_->out().empty() && !flush()) {
+      lose(false);
+      return;
+    }
+    set_alarm(std::min(now + settings_.heartbeat, *asked_ + settings_.heartbeat_timeout));
+  }
+}
+
+void Subscription::set_alarm(Clock::time_point at) {
+  alarm_ = at;
+  itimerspec when{};
+  if (at != Clock::time_point::max()) {
+    const auto since = at.time_since_epoch();
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(since);
+    when.it_value.tv_sec = seconds.count();
+    when.it_value.tv_nsec = std::chrono::duration_cast<std::chrono::nanoseconds>(since - seconds).count();
+  }
+  timerfd_settime(timer_, TFD_TIMER_ABSTIME, &when, nullptr);
+}
+
+void Subscription::watch(uint32_t for_what) {
+  if (watched_ == for_what) return;
+  watched_ = for_what;
+  epoll_event event{.events = for_what, .data = {.fd = socket_}};
+  epoll_ctl(events_, EPOLL_CTL_MOD, socket_, &event);
+}
+
+}  // namespace kvindex

@@ -1,0 +1,96 @@
+// A subscription to one engine's event socket, over a TCP connection that is made again whenever it is lost.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "message_source.hpp"
+#include "zmtp.hpp"
+
+namespace kvindex {
+
+// What became of the connection.
+enum class Connection : uint8_t {
+  kMade,   // to a publisher, which knows what is subscribed to
+  kLost,   // it was made, and is no more
+  kEnded,  // by us: what came was no publisher's, or a frame above the limit
+};
+
+// Belongs to the thread that uses it.
+class Subscription final : public MessageSource {
+ public:
+  struct Settings {
+    std::string topic;  // a prefix
+    uint64_t max_frame = 0;
+    std::chrono::milliseconds heartbeat{0};         // a sign of life is asked for so often
+    std::chrono::milliseconds heartbeat_timeout{0};  // and waited for so long
+  };
+
+  // `host` is an address, not a name. std::invalid_argument when it is none, std::system_error when the process has no
+  // descriptor left.
+  Subscription(const std::string& host, uint16_t port, Settings settings);
+  ~Subscription() override;
+
+  // Nothing is received any more.
+  void close();
+
+  // Readable when `receive` has something to do.
+  int descriptor() const { return events_; }
+  // There is news, or what was received already may hold a message: nothing is to be waited for.
+  bool is_pending() const { return has_news() || is_unread_; }
+
+  // Also does what time demands: connecting again, signs of life.
+  bool receive(Message& message) override;
+  bool has_news() const override { return !news_.empty(); }
+  ZeroMq::Item item() const override { return {nullptr, events_, POLLIN, 0}; }
+
+  // What has happened since the last call, in order; the messages received since then come behind it.
+  std::vector<Connection> changes();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class Phase : uint8_t { kWaiting, kConnecting, kConnected };
+
+  bool read();
+  void make_room();
+  void take_up();
+  void set_aside();
+  bool flush();
+  void connect();
+  void finish_connecting();
+  void lose(bool ended);
+  void close_socket();
+  void look_at_clock();
+  void set_alarm(Clock::time_point at);
+  void watch(uint32_t for_what);
+
+  const Settings settings_;
+  sockaddr_storage address_{};
+  socklen_t address_size_ = 0;
+  int events_ = -1, timer_ = -1, socket_ = -1;
+  Phase phase_ = Phase::kWaiting;
+  bool open_ = false;  // the handshake is made
+  uint32_t watched_ = 0;
+  std::optional<Zmtp> zmtp_;
+  std::vector<Connection> news_;
+  // What was received and not read yet, between two calls that end without a message: a part of one, in `rest_`. Else
+  // between these two places of a buffer, which is one for many streams unless a message is larger.
+  std::vector<char> buffer_;
+  size_t begin_ = 0, end_ = 0;
+  std::string rest_;
+  bool is_unread_ = false;
+  bool is_read_out_ = false;  // the last read got all there was
+  // Time.
+  std::chrono::milliseconds pause_;  // before the next attempt to connect
+  Clock::time_point alarm_{};
+  std::optional<Clock::time_point> asked_;  // for a sign of life, and nothing was heard since
+};
+
+}  // namespace kvindex
