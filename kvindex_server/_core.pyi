@@ -233,6 +233,8 @@ class Drained:
     @property
     def withheld(self) -> tuple[int, int] | None: ...  # (sequence, digest) of a last message the order is not told of
     @property
+    def marks(self) -> list[tuple[int, int, int, int]]: ...  # (sequence, digest, held, claims), see marks.py
+    @property
     def odd(self) -> list[bytes]: ...  # frames of a message that was received but not applied; [] when there is none
 
 class Stream:
@@ -249,8 +251,10 @@ class Stream:
         order: Order,
         limit: int,
         max_payload: int,
+        mark_every: int,
         zmq: ZeroMq,
-        others: Sequence[int],
+        sockets: Sequence[int],
+        descriptors: Sequence[int],
         idle_ms: int,
         further_ms: int,
     ) -> Drained:

@@ -1,13 +1,10 @@
 """What the thread of one rank waits for: its events, and what wakes it."""
 
-import itertools
 from collections.abc import Sequence
 
 from kvindex_server import wire
 from kvindex_server.pods import PodSpec
 from kvindex_server.subscription import subscribe
-
-_names = itertools.count()
 
 
 class Ears:
@@ -16,23 +13,14 @@ class Ears:
     def __init__(self, spec: PodSpec, rank: int) -> None:
         self.events = subscribe(spec.endpoint_of(rank), spec.topic, bind=spec.bind)
         try:
-            self.woken, self._waker = wire.wake_pair(f"wake-{next(_names)}")
-        except wire.BindError:
+            self.waker = wire.Waker()
+        except OSError as error:
             self.events.close()
-            raise
-
-    def wake(self) -> None:
-        """From any thread, until `close_waker`: the owner is to look what there is to do."""
-        self._waker.send([b""])
+            raise wire.BindError(f"{spec.endpoint_of(rank)}: {error}") from error
 
     def close(self) -> None:
-        """By the owner; an endpoint that was bound is free then."""
+        """By the owner; an endpoint that was bound is free then. The waker stays, for those who would wake it."""
         self.events.close()
-        self.woken.close()
-
-    def close_waker(self) -> None:
-        """When the owner is done."""
-        self._waker.close()
 
 
 def open_ears(spec: PodSpec) -> list[Ears]:
@@ -51,4 +39,4 @@ def close_ears(opened: Sequence[Ears]) -> None:
     """Those that no stream has taken."""
     for ears in opened:
         ears.close()
-        ears.close_waker()
+        ears.waker.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvindex_server._core import Drained, Left, Order, Outcome, Stream, xxh3_64
 from kvindex_server.applier import Applier
-from kvindex_server.marks import EVERY, Mark, Marks, until_next
+from kvindex_server.marks import EVERY, Mark, Marks
 from kvindex_server.rearm import Aim, Rearm, Verdict
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Cause, Message, StreamState, StreamStatus, Trust
@@ -184,14 +184,11 @@ class Ingest:
         """True while the core may apply messages that are next in order itself; see `drained`."""
         return self._reached and not self._syncing and self.order.last is not None
 
-    @property
-    def until_mark(self) -> int:
-        """How many messages at most the core may apply at once."""
-        return until_next(self.order.last or 0)
-
     def drained(self, drained: Drained) -> None:
         """The core has applied published messages, all in order."""
         if drained.messages:
+            for sequence, digest, held, claims in drained.marks:
+                self.marks.add(Mark(sequence, digest, held, claims, self._marked_trust()))
             effect = self._applier.count(drained.applied, drained.messages, drained.lags)
             self._judge_effect(*effect, drained.first, drained.first + drained.messages - 1)
             if drained.withheld is not None:
@@ -742,9 +739,11 @@ class Ingest:
     def _mark(self) -> None:
         last = self.order.last
         if last is not None:
-            trust = Trust.STALE if self._doubt or self._stranger else self._counters.trust
             digest, stream = self.order.last_digest, self._stream
-            self.marks.add(Mark(last, digest, stream.digest, stream.claims, trust))
+            self.marks.add(Mark(last, digest, stream.digest, stream.claims, self._marked_trust()))
+
+    def _marked_trust(self) -> Trust:
+        return Trust.STALE if self._doubt or self._stranger else self._counters.trust
 
     def _judge_effect(self, unsound: list[str], incomplete: list[str], cleared: bool, first: int, last: int) -> None:
         if cleared:

@@ -51,8 +51,3 @@ class Marks:
         if last is not None:
             marks[last.sequence] = last
         return [marks[each] for each in sorted(marks)]
-
-
-def until_next(sequence: int) -> int:
-    """How many messages behind this one the next mark is taken; at least 1."""
-    return EVERY - sequence % EVERY

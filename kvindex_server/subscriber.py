@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 SYNC_WAIT_MS = 50
 IDLE_WAIT_MS = 5_000
+MOST_MESSAGES = 1 << 20
 FURTHER_WAIT_MS = 100
 """So long after a message its effect is counted at the latest. What it says of claims and order holds at once."""
 
@@ -140,7 +141,7 @@ class _Rank(threading.Thread):
         self._replay: wire.Socket | None = None
         self._topic: str | None = None
         self._waiter = wire.Waiter()
-        for each in (ears.events, ears.woken):
+        for each in (ears.events, ears.waker):
             self._waiter.add(each)
         self.stream: Stream = index.add_stream(spec.pod, rank)
         self.ingest = Ingest(
@@ -170,21 +171,21 @@ class _Rank(threading.Thread):
 
     def signal_stop(self) -> None:
         self._halt.set()
-        self._ears.wake()
+        self._ears.waker.wake()
 
     def join(self, timeout: float | None = None) -> int:  # type: ignore[override]
         if self.ident is not None:
             super().join(timeout)
         else:
             self._close_sockets()
-        self._ears.close_waker()
+        self._ears.waker.close()
         return self.stream.close()
 
     def clear(self) -> int:
         self.ingest.clearing()
         dropped = self.stream.clear()
         self._told.put(self.ingest.resync)
-        self._ears.wake()
+        self._ears.waker.wake()
         return dropped
 
     def save(self, timeout: float = 30.0) -> SavedStream | None:
@@ -195,7 +196,7 @@ class _Rank(threading.Thread):
         while not self._saves.empty():  # of a question that was given up
             self._saves.get()
         self._save_asked.set()
-        self._ears.wake()
+        self._ears.waker.wake()
         try:
             return self._saves.get(timeout=timeout)
         except queue.Empty:
@@ -203,11 +204,11 @@ class _Rank(threading.Thread):
 
     def doubt(self, epoch: int, why: str) -> None:
         self._told.put(lambda: self.ingest.diverged(epoch, why))
-        self._ears.wake()
+        self._ears.waker.wake()
 
     def adopt(self, saved: SavedStream, epoch: int) -> None:
         self._told.put(lambda: self._replace(saved, epoch))
-        self._ears.wake()
+        self._ears.waker.wake()
 
     def _replace(self, saved: SavedStream, epoch: int) -> None:
         if not self.ingest.replaced(saved, epoch):
@@ -274,7 +275,7 @@ class _Rank(threading.Thread):
             return self._waiter.wait(SYNC_WAIT_MS)
         drained = None
         if isinstance(self.stream, Stream) and self._is_in_order():  # one of a shared store does not wait by itself
-            drained = self._drain(self.ingest.until_mark, IDLE_WAIT_MS, FURTHER_WAIT_MS)
+            drained = self._drain(MOST_MESSAGES, IDLE_WAIT_MS, FURTHER_WAIT_MS)
         if drained is None:
             return self._waiter.wait(IDLE_WAIT_MS)
         return self._waiter.wait(0) if drained.others else ()
@@ -284,9 +285,8 @@ class _Rank(threading.Thread):
         return self.ingest.in_order and self._topic is not None
 
     def _turn(self, ready: Sequence[wire.Awaited]) -> None:
-        if self._ears.woken in ready:
-            while self._ears.woken.receive() is not None:
-                pass
+        if self._ears.waker in ready:
+            self._ears.waker.clear()
         if self._save_asked.is_set():
             self._save_asked.clear()
             self._saves.put(self._save())
@@ -314,7 +314,7 @@ class _Rank(threading.Thread):
             self.ingest.connection(change is wire.Connection.MADE)
 
     def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
-        others = (self._ears.woken,)
+        others = (self._ears.waker,)
         drained = self._ears.events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
         if drained is not None:
             self.ingest.drained(drained)
@@ -325,7 +325,7 @@ class _Rank(threading.Thread):
     def _read_events(self) -> None:
         left = self._drain_messages
         while left > 0 and self._is_in_order():
-            drained = self._drain(min(left, self.ingest.until_mark))
+            drained = self._drain(left)
             if drained is None:
                 break
             if drained.empty or drained.others:

@@ -27,7 +27,7 @@ class Subscription(Protocol):
         stream: Stream,
         order: Order,
         limit: int,
-        others: Sequence[wire.Socket] = (),
+        others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
     ) -> Drained | None:
@@ -76,7 +76,7 @@ class _Connected:
         stream: Stream,
         order: Order,
         limit: int,
-        others: Sequence[wire.Socket] = (),
+        others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
     ) -> Drained | None:
@@ -107,7 +107,7 @@ class _OfLibrary:
         stream: Stream,
         order: Order,
         limit: int,
-        others: Sequence[wire.Socket] = (),
+        others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
     ) -> Drained | None:

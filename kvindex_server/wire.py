@@ -1,10 +1,13 @@
 """ZeroMQ sockets and frames of KV-event streams, both ends; the only module that imports zmq."""
 
+import contextlib
 import enum
 import functools
 import itertools
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,6 +17,7 @@ import zmq
 import zmq.utils.z85
 
 from kvindex_server._core import Drained, MessageSource, Order, SocketSource, Stream, ZeroMq
+from kvindex_server.marks import EVERY
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Socket:
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self._socket = socket
+        self._source: SocketSource | None = None
 
     def receive(self) -> list[bytes] | None:
         """The next message's frames if one is there, else None."""
@@ -89,15 +94,16 @@ class Socket:
         stream: Stream,
         order: Order,
         limit: int,
-        others: Sequence["Socket"] = (),
+        others: Sequence["Awaited"] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
     ) -> Drained | None:
         """See `drain`."""
         if (zmq_api := _api()) is None:
             return None
-        source = SocketSource(zmq_api, self._socket.underlying)
-        return drain(source, stream, order, limit, others, idle_ms, further_ms)
+        if self._source is None:
+            self._source = SocketSource(zmq_api, self._socket.underlying)
+        return drain(self._source, stream, order, limit, others, idle_ms, further_ms)
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""
@@ -128,6 +134,7 @@ class Socket:
 
     def close(self) -> None:
         """Close at once, dropping what was not sent."""
+        self._source = None
         self._socket.close(linger=0)
 
     def __enter__(self) -> "Socket":
@@ -144,7 +151,7 @@ def drain(
     stream: Stream,
     order: Order,
     limit: int,
-    others: Sequence[Socket] = (),
+    others: Sequence["Awaited"] = (),
     idle_ms: int = 0,
     further_ms: int = 0,
 ) -> Drained | None:
@@ -156,8 +163,12 @@ def drain(
     """
     if (zmq_api := _api()) is None:
         return None
-    sockets = [each._socket.underlying for each in others]
-    return stream.drain(source, order, limit, MAX_FRAME_BYTES, zmq_api, sockets, idle_ms, further_ms)
+    pollables = [pollable for each in others for pollable in each.pollables]
+    sockets = [each.underlying for each in pollables if isinstance(each, zmq.Socket)]
+    descriptors = [each for each in pollables if isinstance(each, int)]
+    return stream.drain(
+        source, order, limit, MAX_FRAME_BYTES, EVERY, zmq_api, sockets, descriptors, idle_ms, further_ms
+    )
 
 
 @functools.cache
@@ -308,11 +319,40 @@ def replay_server(endpoint: str, *, hwm: int = 0) -> Socket:
     return Socket(_open(zmq.ROUTER, endpoint, bind=True, hwm=hwm))
 
 
-def wake_pair(name: str) -> tuple[Socket, Socket]:
-    """(receiver, sender) inside this process, to wake a thread that waits on sockets."""
-    address = f"inproc://{name}"
-    receiver = _open(zmq.PAIR, address, bind=True, hwm=16)
-    return Socket(receiver), Socket(_open(zmq.PAIR, address, bind=False, hwm=16))
+class Waker:
+    """Wakes a thread that waits for it; OSError when the process has no descriptor left."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # a descriptor that was closed may be somebody else's by now
+
+    @property
+    def pollables(self) -> Sequence[object]:
+        """What `Waiter` waits for."""
+        return (self._descriptor,)
+
+    @property
+    def is_pending(self) -> bool:
+        """Never: all is told by what is waited for."""
+        return False
+
+    def wake(self) -> None:
+        """From any thread."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.eventfd_write(self._descriptor, 1)
+
+    def clear(self) -> None:
+        """By the thread that was woken, before it looks what there is to do."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._descriptor)
+
+    def close(self) -> None:
+        """Nobody is woken any more."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
 
 class Awaited(Protocol):

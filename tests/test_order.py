@@ -166,20 +166,20 @@ def test_drain_waits_until_another_socket_has_a_message() -> None:
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)
-        woken, waker = wire.wake_pair("test-drain")
+        waker = wire.Waker()
         answers: list[Drained | None] = []
-        with woken, waker:
-            thread = threading.Thread(
-                target=lambda: answers.append(events.drain(stream, order, 100, (woken,), 20_000, 20_000)), daemon=True
-            )
-            thread.start()
-            for sequence in range(1, 4):
-                publisher.send(frames(sequence, payload(sequence, time.time())))
-                eventually(lambda number=sequence: (order.last, index.claims) == (number, number))  # type: ignore[misc]
-            assert thread.is_alive()
-            waker.send([b""])
-            thread.join(10)
-            assert not thread.is_alive()
+        thread = threading.Thread(
+            target=lambda: answers.append(events.drain(stream, order, 100, (waker,), 20_000, 20_000)), daemon=True
+        )
+        thread.start()
+        for sequence in range(1, 4):
+            publisher.send(frames(sequence, payload(sequence, time.time())))
+            eventually(lambda number=sequence: (order.last, index.claims) == (number, number))  # type: ignore[misc]
+        assert thread.is_alive()
+        waker.wake()
+        thread.join(10)
+        assert not thread.is_alive()
+        waker.close()
         drained = answers[0]
         assert drained is not None
         assert (drained.messages, drained.first, drained.others, drained.odd) == (3, 1, True, [])

@@ -189,12 +189,54 @@ void Claims::build(const Entry* from, const Entry* to, uint32_t capacity, Segmen
   }
 }
 
+void Claims::resize(Segment& segment, uint32_t end) {
+  if (end == segment.end) return;
+  void* const moved = resize_memory(segment.entries, segment.end * sizeof(Entry), end * sizeof(Entry));
+  if (moved == nullptr) throw std::bad_alloc();
+  bytes_.fetch_add(static_cast<int64_t>(footprint(end * sizeof(Entry))) -
+                       static_cast<int64_t>(footprint(segment.end * sizeof(Entry))),
+                   std::memory_order_relaxed);
+  segment.entries = static_cast<Entry*>(moved);
+  segment.end = end;
+}
+
+// Spreads the claims over another capacity, in the memory they are in: all are pushed together at its end, from where
+// each finds its new place. What is not placed yet is always behind what is: it needs as many places as there are
+// claims. More capacity than asked for is taken only when the spare places behind the end do not suffice.
 void Claims::rebuild(Segment& segment, uint32_t capacity) {
-  Segment made;
-  made.depth = segment.depth;
-  build(segment.entries, segment.entries + segment.end, capacity, made);
-  release(segment);
-  segment = made;
+  if (segment.entries == nullptr) {
+    allocate(segment, capacity);
+    return;
+  }
+  for (;; capacity = larger(capacity)) {
+    const uint32_t end = capacity + spare_of(capacity);
+    if (end > segment.end) resize(segment, end);
+    Entry* const entries = segment.entries;
+    uint32_t first = segment.end;
+    for (uint32_t at = segment.end; at-- > 0;) {
+      const Entry entry = entries[at];
+      entries[at] = {};
+      // No branch, as in `spread`: where an empty one would stand, the next one that is used is written.
+      entries[first - 1] = entry;
+      first -= entry.ref != 0 ? 1 : 0;
+    }
+    if (first > 0) entries[first - 1] = {};
+    segment.capacity = capacity;
+    const Segment spread_over = segment;  // in registers
+    uint32_t next = 0;
+    for (; first < segment.end; ++first) {
+      const Entry entry = entries[first];
+      const uint32_t home = spread_over.home(entry.mixed());
+      const uint32_t at = home > next ? home : next;
+      if (at > first || at >= end) break;
+      entries[first] = {};
+      entries[at] = entry;
+      next = at + 1;
+    }
+    if (first < segment.end) continue;
+    resize(segment, end);
+    return;
+  }
 }
 
 void Claims::split(Segment& segment) {

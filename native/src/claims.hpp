@@ -78,6 +78,7 @@ class Claims {
   static uint32_t search(const Segment& segment, uint64_t mixed);
   void allocate(Segment& segment, uint32_t capacity);
   void release(Segment& segment);
+  void resize(Segment& segment, uint32_t end);
   void rebuild(Segment& segment, uint32_t capacity);
   void split(Segment& segment);
   static bool spread(const Entry* from, const Entry* to, Segment& into);

@@ -13,10 +13,13 @@ namespace {
 
 constexpr size_t kFrames = 3;
 
-// A message that came so soon after the wait for it began is one of many: the next ones are let gather. A pause that
-// gathers fewer than kFew was not worth its wake-up.
+// A message that came so soon after the wait for it began is one of many: the next ones are let gather. As long as
+// pauses gather kFew, each wait is followed by one; others were not worth their wake-up.
 constexpr std::chrono::milliseconds kSoon{1}, kPause{8};
 constexpr uint64_t kFew = 4;
+
+// In a flood: so many messages after one another before anything else.
+constexpr uint64_t kMany = 256;
 
 uint64_t big_endian(std::span<const uint8_t> bytes) {
   uint64_t value = 0;
@@ -24,15 +27,29 @@ uint64_t big_endian(std::span<const uint8_t> bytes) {
   return value;
 }
 
+int poll_items(const ZeroMq& zmq, std::vector<ZeroMq::Item>& items, std::chrono::milliseconds most) {
+  const auto count = static_cast<int>(items.size());
+  const auto timeout = static_cast<int>(most.count());
+  if (std::any_of(items.begin(), items.end(), [](const auto& each) { return each.socket != nullptr; }))
+    return zmq.poll(items.data(), count, timeout);
+  // Without a socket of its own, ZeroMQ's poll only asks what the system is asked here.
+  std::vector<pollfd> plain;
+  plain.reserve(items.size());
+  for (const auto& each : items) plain.push_back({each.fd, each.events, 0});
+  const int ready = poll(plain.data(), plain.size(), timeout);
+  for (size_t i = 0; i < items.size(); ++i) items[i].revents = plain[i].revents;
+  return ready;
+}
+
 }  // namespace
 
 Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order, uint64_t limit, uint64_t max_payload,
-              const ZeroMq& zmq, const Waiting& waiting, const std::function<void()>& told) {
+              uint64_t mark_every, const ZeroMq& zmq, const Waiting& waiting, const std::function<void()>& told) {
   using Clock = std::chrono::steady_clock;
   Drained drained;
   Message message;
   std::vector<ZeroMq::Item> items{source.item()};
-  for (void* other : waiting.others) items.push_back({other, 0, POLLIN, 0});
+  items.insert(items.end(), waiting.others.begin(), waiting.others.end());
   Clock::time_point ends;
   uint64_t told_of = 0;
   const auto tell = [&] {
@@ -44,24 +61,23 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
     if (at > 0) drained.lags.push_back(std::max(0.0, std::chrono::duration<double>(now).count() - at));
     told();
   };
-  bool busy = false, paused = false;
+  bool paused = false;
   uint64_t before = 0;  // messages there were at the last pause
   // False when it is time to go.
   const auto wait = [&] {
     const Clock::time_point now = Clock::now();
     const auto most = drained.messages == 0 ? waiting.idle : std::chrono::floor<std::chrono::milliseconds>(ends - now);
     if (most.count() <= 0) return false;
-    if (std::exchange(paused, false)) busy = drained.messages - before >= kFew;
-    if (busy && most > kPause) {
+    if (std::exchange(paused, false)) source.comes_in_bursts = drained.messages - before >= kFew;
+    if (poll_items(zmq, items, most) <= 0) return false;
+    drained.others = std::any_of(items.begin() + 1, items.end(), [](const auto& each) { return each.revents != 0; });
+    if (drained.others) return false;
+    if (most > kPause && (source.comes_in_bursts || Clock::now() - now < kSoon)) {
       before = drained.messages;
       paused = true;
       std::this_thread::sleep_for(kPause);
-      return true;
     }
-    if (zmq.poll(items.data(), static_cast<int>(items.size()), static_cast<long>(most.count())) <= 0) return false;
-    busy = Clock::now() - now < kSoon;
-    drained.others = std::any_of(items.begin() + 1, items.end(), [](const auto& each) { return each.revents != 0; });
-    return !drained.others;
+    return true;
   };
   while (drained.messages < limit) {
     if (!source.receive(message)) {
@@ -90,6 +106,11 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
       break;
     }
     order.applied(sequence, digest);
+    if (sequence % mark_every == 0) drained.marks.push_back({sequence, digest, stream.digest(), stream.claims()});
+    if (drained.messages % kMany == 0) {
+      tell();
+      if (Clock::now() >= ends) break;
+    }
   }
   tell();
   return drained;

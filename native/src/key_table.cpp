@@ -18,6 +18,9 @@ constexpr uint64_t equal(uint64_t tags, uint64_t tag) {
   return (differing - kLow) & ~differing & kHigh;
 }
 
+// A table is halved at once: by one level at a time, each entry that goes would have two others moved.
+constexpr uint32_t kShrinkLevels = 2;
+
 constexpr uint64_t kUpperTags = 0x80808080ULL;  // the high bits of tags 8 to 11
 constexpr uint64_t kPassedOne = uint64_t{1} << 32;
 
@@ -151,7 +154,7 @@ void KeyTable::erase(uint64_t key, Node node) {
         for (uint64_t passed = first; passed != at; passed = passed + 1 == table.size ? 0 : passed + 1)
           pass(table.buckets[passed], -kPassedOne);
         --home_shard.used;
-        if (home_shard.used < home_shard.shrink_below) resize(home_shard, home_shard.level - 1);
+        if (home_shard.used < home_shard.shrink_below) resize(home_shard, home_shard.level - kShrinkLevels);
         return;
       }
     }
@@ -184,8 +187,8 @@ void KeyTable::resize(Shard& of, uint32_t level) {
   }
   of.level = level;
   of.grow_at = size * Bucket::kEntries * 9 / 10;
-  of.shrink_below = level == 0 ? 0 : buckets_at(of, level - 1) * Bucket::kEntries * 3 / 4;
-  if (level > 0 && buckets_at(of, level - 1) == size) of.shrink_below = 0;
+  const uint64_t smaller = level < kShrinkLevels ? size : buckets_at(of, level - kShrinkLevels);
+  of.shrink_below = smaller == size ? 0 : smaller * Bucket::kEntries * 3 / 4;
   of.table.store(made);
   if (old != nullptr)
     epoch_.retire([](void*, void* object, uint64_t) { give_table(static_cast<Table*>(object)); }, nullptr, old, 0);

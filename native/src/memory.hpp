@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace kvindex {
@@ -39,6 +40,28 @@ inline void give_memory(void* memory, size_t bytes) {
   } else {
     std::free(memory);
   }
+}
+
+// Another size of the same memory, its first bytes kept and what is added zeroed; null, and nothing done, when there is
+// none. Mapped memory keeps its pages: nothing is copied.
+inline void* resize_memory(void* memory, size_t from, size_t to) {
+  if (from >= kMappedFrom && to >= kMappedFrom) {
+    void* const moved = mremap(memory, footprint(from), footprint(to), MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) return nullptr;
+    // Up to the end of its last page the old memory was not zeroed by the system when it was made smaller.
+    if (to > from && footprint(from) > from)
+      std::memset(static_cast<char*>(moved) + from, 0, (to < footprint(from) ? to : footprint(from)) - from);
+    return moved;
+  }
+  void* made;
+  try {
+    made = take_memory(to);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+  std::memcpy(made, memory, from < to ? from : to);
+  give_memory(memory, from);
+  return made;
 }
 
 inline constexpr size_t kHugePage = size_t{2} << 20;

@@ -37,6 +37,9 @@ class MessageSource {
   virtual bool has_news() const = 0;
   // What a wait for the next message waits on.
   virtual ZeroMq::Item item() const = 0;
+
+  // Kept here by who drains it: after a first message, several more came within moments.
+  bool comes_in_bursts = false;
 };
 
 }  // namespace kvindex

@@ -228,6 +228,13 @@ NB_MODULE(_core, m) {
       .def_ro("others", &Drained::others)
       .def_ro("lags", &Drained::lags)
       .def_ro("withheld", &Drained::withheld)
+      .def_prop_ro("marks",
+                   [](const Drained& drained) {
+                     nb::list marks;
+                     for (const Mark& each : drained.marks)
+                       marks.append(nb::make_tuple(each.sequence, each.digest, each.held, each.claims));
+                     return marks;
+                   })
       .def_prop_ro("odd", [](const Drained& drained) {
         nb::list frames;
         for (const std::string& each : drained.odd) frames.append(nb::bytes(each.data(), each.size()));
@@ -276,14 +283,17 @@ NB_MODULE(_core, m) {
       .def(
           "drain",
           [](BoundStream& self, MessageSource& source, Order& order, uint64_t limit, uint64_t max_payload,
-             const ZeroMq& zmq, const std::vector<uintptr_t>& others, uint32_t idle_ms, uint32_t further_ms) {
+             uint64_t mark_every, const ZeroMq& zmq, const std::vector<uintptr_t>& sockets,
+             const std::vector<int>& descriptors, uint32_t idle_ms, uint32_t further_ms) {
             Waiting waiting{{}, std::chrono::milliseconds(idle_ms), std::chrono::milliseconds(further_ms)};
-            for (const uintptr_t each : others) waiting.others.push_back(reinterpret_cast<void*>(each));
-            return drain(source, *self.stream, self.rank, order, limit, max_payload, zmq, waiting,
+            for (const uintptr_t each : sockets) waiting.others.push_back({reinterpret_cast<void*>(each), 0, POLLIN, 0});
+            for (const int each : descriptors) waiting.others.push_back({nullptr, each, POLLIN, 0});
+            return drain(source, *self.stream, self.rank, order, limit, max_payload, mark_every, zmq, waiting,
                          [&] { self.standing->touch(); });
           },
-          nb::arg("source"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"), nb::arg("zmq"),
-          nb::arg("others"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
+          nb::arg("source"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"), nb::arg("mark_every"),
+          nb::arg("zmq"),
+          nb::arg("sockets"), nb::arg("descriptors"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear",
           [](BoundStream& self, Left left) {

@@ -27,35 +27,35 @@ constexpr milliseconds kEndedPause{1000};
 // For TCP's and ZMTP's handshakes together.
 constexpr milliseconds kHandshake{30'000};
 
-constexpr size_t kBuffer = size_t{256} << 10;
+constexpr size_t kBuffer = size_t{64} << 10;
 constexpr size_t kMinRoom = kBuffer / 4;
 
 // Buffers between two uses. Few threads read at the same moment, so a few of them serve any number of streams, and
 // stay in the cache.
 class Buffers {
  public:
-  std::vector<char> take() {
+  Buffer take() {
     {
       const std::lock_guard guard(lock_);
       if (!idle_.empty()) {
-        std::vector<char> buffer = std::move(idle_.back());
+        Buffer buffer = std::move(idle_.back());
         idle_.pop_back();
         return buffer;
       }
     }
-    return std::vector<char>(kBuffer);
+    return Buffer(kBuffer);
   }
 
-  void give(std::vector<char>&& buffer) {
+  void give(Buffer&& buffer) {
     const std::lock_guard guard(lock_);
     if (idle_.size() < kIdle) idle_.push_back(std::move(buffer));
   }
 
  private:
-  static constexpr size_t kIdle = 8;
+  static constexpr size_t kIdle = 16;
 
   std::mutex lock_;
-  std::vector<std::vector<char>> idle_;
+  std::vector<Buffer> idle_;
 };
 
 Buffers& buffers() {
@@ -108,7 +108,7 @@ bool Subscription::receive(Message& message) {
   if (phase_ == Phase::kConnecting) finish_connecting();
   while (news_.empty() && phase_ == Phase::kConnected) {
     size_t used = 0;
-    const Zmtp::Step step = zmtp_->next({buffer_.data() + begin_, end_ - begin_}, used, message);
+    const Zmtp::Step step = zmtp_->next({buffer_.data.get() + begin_, end_ - begin_}, used, message);
     begin_ += used;
     if (!zmtp_->out().empty() && !flush()) {
       lose(false);
@@ -138,8 +138,8 @@ std::vector<Connection> Subscription::changes() { return std::exchange(news_, {}
 bool Subscription::read() {
   if (std::exchange(is_read_out_, false)) return false;
   make_room();
-  const size_t room = buffer_.size() - end_;
-  const ssize_t got = recv(socket_, buffer_.data() + end_, room, MSG_DONTWAIT);
+  const size_t room = buffer_.size - end_;
+  const ssize_t got = recv(socket_, buffer_.data.get() + end_, room, MSG_DONTWAIT);
   if (got > 0) {
     end_ += static_cast<size_t>(got);
     is_read_out_ = static_cast<size_t>(got) < room;
@@ -151,29 +151,33 @@ bool Subscription::read() {
 }
 
 void Subscription::make_room() {
-  if (buffer_.empty()) buffer_ = buffers().take();
-  if (begin_ > 0 && buffer_.size() - end_ < kMinRoom) {
-    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+  if (buffer_.size == 0) buffer_ = buffers().take();
+  if (begin_ > 0 && buffer_.size - end_ < kMinRoom) {
+    std::memmove(buffer_.data.get(), buffer_.data.get() + begin_, end_ - begin_);
     end_ -= std::exchange(begin_, 0);
   }
   // Room for a large message is made as it comes, not as it is announced.
-  if (end_ == buffer_.size()) buffer_.resize(std::min(std::max(zmtp_->needed(), end_ + 1), end_ * 2));
+  if (end_ == buffer_.size) {
+    Buffer larger(std::min(std::max(zmtp_->needed(), end_ + 1), end_ * 2));
+    std::memcpy(larger.data.get(), buffer_.data.get(), end_);
+    buffer_ = std::move(larger);
+  }
 }
 
 void Subscription::take_up() {
   if (rest_.empty()) return;
   buffer_ = buffers().take();
-  std::memcpy(buffer_.data(), rest_.data(), rest_.size());
+  std::memcpy(buffer_.data.get(), rest_.data(), rest_.size());
   begin_ = 0;
   end_ = std::exchange(rest_, {}).size();
 }
 
 void Subscription::set_aside() {
   const size_t size = end_ - begin_;
-  if (buffer_.empty() || size > kBuffer) return;
-  rest_.assign(buffer_.data() + begin_, size);
-  if (buffer_.size() == kBuffer) buffers().give(std::move(buffer_));
-  buffer_ = {};
+  if (buffer_.size == 0 || size > kBuffer) return;
+  rest_.assign(buffer_.data.get() + begin_, size);
+  if (buffer_.size == kBuffer) buffers().give(std::move(buffer_));
+  buffer_ = Buffer();
   begin_ = end_ = 0;
 }
 

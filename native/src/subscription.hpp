@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -21,6 +22,14 @@ enum class Connection : uint8_t {
   kMade,   // to a publisher, which knows what is subscribed to
   kLost,   // it was made, and is no more
   kEnded,  // by us: what came was no publisher's, or a frame above the limit
+};
+
+// Memory that is not zeroed: it is written before it is read.
+struct Buffer {
+  explicit Buffer(size_t bytes = 0) : data(bytes > 0 ? new char[bytes] : nullptr), size(bytes) {}
+
+  std::unique_ptr<char[]> data;
+  size_t size;
 };
 
 // Belongs to the thread that uses it.
@@ -82,7 +91,7 @@ class Subscription final : public MessageSource {
   std::vector<Connection> news_;
   // What was received and not read yet, between two calls that end without a message: a part of one, in `rest_`. Else
   // between these two places of a buffer, which is one for many streams unless a message is larger.
-  std::vector<char> buffer_;
+  Buffer buffer_;
   size_t begin_ = 0, end_ = 0;
   std::string rest_;
   bool is_unread_ = false;
