@@ -13,6 +13,7 @@ from test_fleet import eventually
 
 from kvindex_server import wire
 from kvindex_server._core import Drained, Index, Order, Outcome, xxh3_64
+from kvindex_server.subscription import Subscription, subscribe
 
 
 class Model:
@@ -82,12 +83,44 @@ ODD = [
 ]
 
 
+class Listener:
+    """A subscription of which only the messages matter."""
+
+    def __init__(self, events: Subscription) -> None:
+        self._events = events
+        self._waiter = wire.Waiter()
+        self._waiter.add(events)
+        self.drain = events.drain
+
+    def receive(self) -> list[bytes] | None:
+        self._events.changes()
+        return self._events.receive()
+
+    def wait(self, timeout_ms: int) -> bool:
+        return bool(self._waiter.wait(timeout_ms))
+
+
+@contextmanager
+def listening(endpoint: str, host: str) -> Iterator[Listener]:
+    events = subscribe(endpoint.replace("127.0.0.1", host), "", bind=False)
+    try:
+        yield Listener(events)
+    finally:
+        events.close()
+
+
+@pytest.fixture(params=["127.0.0.1", "localhost"], ids=["core", "library"])
+def host(request: pytest.FixtureRequest) -> str:
+    """An address is connected to by the core, a name by ZeroMQ's library."""
+    return str(request.param)
+
+
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_drain_stops_at_a_message_that_is_not_the_next(odd: list[bytes]) -> None:
+def test_drain_stops_at_a_message_that_is_not_the_next(host: str, odd: list[bytes]) -> None:
     """What is in order is applied; the first other message is handed over whole, and nothing behind it is taken."""
     with (
         wire.publisher("tcp://127.0.0.1:*") as publisher,
-        wire.subscriber(publisher.endpoint, "", bind=False) as events,
+        listening(publisher.endpoint, host) as events,
     ):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
@@ -121,12 +154,9 @@ def test_drain_stops_at_a_message_that_is_not_the_next(odd: list[bytes]) -> None
 
 
 @contextmanager
-def connected() -> Iterator[tuple[wire.Socket, wire.Socket]]:
+def connected(host: str) -> Iterator[tuple[wire.Socket, Listener]]:
     """(publisher, its subscriber), with nothing under way."""
-    with (
-        wire.publisher("tcp://127.0.0.1:*") as publisher,
-        wire.subscriber(publisher.endpoint, "", bind=False) as events,
-    ):
+    with wire.publisher("tcp://127.0.0.1:*") as publisher, listening(publisher.endpoint, host) as events:
 
         def arrived() -> bool:
             publisher.send(frames(0, b""))
@@ -138,9 +168,9 @@ def connected() -> Iterator[tuple[wire.Socket, wire.Socket]]:
         yield publisher, events
 
 
-def test_drain_takes_no_more_than_its_limit() -> None:
+def test_drain_takes_no_more_than_its_limit(host: str) -> None:
     """One stream must not keep its thread from replays and deadlines."""
-    with connected() as (publisher, events):
+    with connected(host) as (publisher, events):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)
@@ -160,9 +190,9 @@ def test_drain_takes_no_more_than_its_limit() -> None:
         assert index.claims == 10 and events.drain(stream, order, 4).empty  # type: ignore[union-attr]
 
 
-def test_drain_waits_until_another_socket_has_a_message() -> None:
+def test_drain_waits_until_another_socket_has_a_message(host: str) -> None:
     """What comes is seen by readers at once, and the thread comes back only when it is needed elsewhere."""
-    with connected() as (publisher, events):
+    with connected(host) as (publisher, events):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)
@@ -187,9 +217,9 @@ def test_drain_waits_until_another_socket_has_a_message() -> None:
 
 
 @pytest.mark.parametrize("event", [["BlockRemoved", 99, "GPU"], ["AllBlocksCleared"], ["Surprise"]])
-def test_drain_comes_back_at_once_when_trust_may_change(event: list[object]) -> None:
+def test_drain_comes_back_at_once_when_trust_may_change(host: str, event: list[object]) -> None:
     """Nobody may be told for longer than that all is well, nor see the message's number before that is settled."""
-    with connected() as (publisher, events):
+    with connected(host) as (publisher, events):
         order = Order()
         stream = Index().add_stream("pod", 0)
         order.applied(0, 0)
@@ -206,9 +236,9 @@ def test_drain_comes_back_at_once_when_trust_may_change(event: list[object]) -> 
         assert drained is not None and (drained.messages, drained.withheld, order.last) == (1, None, 2)
 
 
-def test_drain_ends_when_nothing_comes() -> None:
+def test_drain_ends_when_nothing_comes(host: str) -> None:
     """A deadline elsewhere is kept."""
-    with connected() as (publisher, events):
+    with connected(host) as (publisher, events):
         order = Order()
         stream = Index().add_stream("pod", 0)
         order.applied(0, 0)

@@ -209,11 +209,11 @@ void Claims::rebuild(Segment& segment, uint32_t capacity) {
     return;
   }
   for (;; capacity = larger(capacity)) {
-    const uint32_t end = capacity + spare_of(capacity);
+    const uint32_t before = segment.end, end = capacity + spare_of(capacity);
     if (end > segment.end) resize(segment, end);
     Entry* const entries = segment.entries;
     uint32_t first = segment.end;
-    for (uint32_t at = segment.end; at-- > 0;) {
+    for (uint32_t at = before; at-- > 0;) {
       const Entry entry = entries[at];
       entries[at] = {};
       // No branch, as in `spread`: where an empty one would stand, the next one that is used is written.
