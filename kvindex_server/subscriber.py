@@ -11,6 +11,7 @@ from kvindex_server._core import Drained, Index, Stream
 from kvindex_server.divergence import Side
 from kvindex_server.ears import Ears
 from kvindex_server.ingest import Bounds, Ingest
+from kvindex_server.marks import EVERY
 from kvindex_server.pods import PodSpec
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Dialect, StreamStatus
@@ -315,7 +316,7 @@ class _Rank(threading.Thread):
 
     def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
         others = (self._ears.waker,)
-        drained = self._ears.events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms)
+        drained = self._ears.events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms, EVERY)
         if drained is not None:
             self.ingest.drained(drained)
             if odd := drained.odd:

@@ -13,7 +13,10 @@ class Subscription(Protocol):
     """What a stream's thread needs of it; the thread owns it."""
 
     endpoint: str
-    pollables: Sequence[object]
+
+    @property
+    def pollables(self) -> Sequence[object]:
+        """What a thread that waits for it waits on."""
 
     @property
     def is_pending(self) -> bool:
@@ -30,6 +33,7 @@ class Subscription(Protocol):
         others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
+        mark_every: int = 0,
     ) -> Drained | None:
         """See `wire.drain`."""
 
@@ -62,7 +66,7 @@ class _Connected:
         most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
         beats = wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
         self._core = CoreSubscription(host, port, topic.encode(), most, *beats)
-        self.pollables = (self._core.fileno(),)
+        self.pollables: Sequence[object] = (self._core.fileno(),)
 
     @property
     def is_pending(self) -> bool:
@@ -79,8 +83,9 @@ class _Connected:
         others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
+        mark_every: int = 0,
     ) -> Drained | None:
-        return wire.drain(self._core, stream, order, limit, others, idle_ms, further_ms)
+        return wire.drain(self._core, stream, order, limit, others, idle_ms, further_ms, mark_every)
 
     def changes(self) -> list[wire.Connection]:
         return [wire.Connection[each] for each in self._core.changes()]
@@ -93,7 +98,7 @@ class _OfLibrary:
     def __init__(self, endpoint: str, topic: str, *, bind: bool) -> None:
         self._socket, self.monitor = wire.watched_subscriber(endpoint, topic, bind=bind)
         self.endpoint = self._socket.endpoint
-        self.pollables = (*self._socket.pollables, *self.monitor.socket.pollables)
+        self.pollables: Sequence[object] = (*self._socket.pollables, *self.monitor.socket.pollables)
 
     @property
     def is_pending(self) -> bool:
@@ -110,8 +115,9 @@ class _OfLibrary:
         others: Sequence[wire.Awaited] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
+        mark_every: int = 0,
     ) -> Drained | None:
-        return self._socket.drain(stream, order, limit, (self.monitor.socket, *others), idle_ms, further_ms)
+        return self._socket.drain(stream, order, limit, (self.monitor.socket, *others), idle_ms, further_ms, mark_every)
 
     def changes(self) -> list[wire.Connection]:
         return self.monitor.changes()

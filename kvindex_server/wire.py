@@ -17,7 +17,6 @@ import zmq
 import zmq.utils.z85
 
 from kvindex_server._core import Drained, MessageSource, Order, SocketSource, Stream, ZeroMq
-from kvindex_server.marks import EVERY
 
 _log = logging.getLogger(__name__)
 
@@ -97,13 +96,14 @@ class Socket:
         others: Sequence["Awaited"] = (),
         idle_ms: int = 0,
         further_ms: int = 0,
+        mark_every: int = 0,
     ) -> Drained | None:
         """See `drain`."""
         if (zmq_api := _api()) is None:
             return None
         if self._source is None:
             self._source = SocketSource(zmq_api, self._socket.underlying)
-        return drain(self._source, stream, order, limit, others, idle_ms, further_ms)
+        return drain(self._source, stream, order, limit, others, idle_ms, further_ms, mark_every)
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""
@@ -154,12 +154,13 @@ def drain(
     others: Sequence["Awaited"] = (),
     idle_ms: int = 0,
     further_ms: int = 0,
+    mark_every: int = 0,
 ) -> Drained | None:
     """Apply published messages that are next in order, without Python; None when that is not possible here.
 
     Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
     sockets has a message or something happens to the connection. Ends at once when something was dropped or all was
-    cleared.
+    cleared. Marks what is held after each message whose number is a multiple of `mark_every`, if that is not 0.
     """
     if (zmq_api := _api()) is None:
         return None
@@ -167,7 +168,7 @@ def drain(
     sockets = [each.underlying for each in pollables if isinstance(each, zmq.Socket)]
     descriptors = [each for each in pollables if isinstance(each, int)]
     return stream.drain(
-        source, order, limit, MAX_FRAME_BYTES, EVERY, zmq_api, sockets, descriptors, idle_ms, further_ms
+        source, order, limit, MAX_FRAME_BYTES, mark_every, zmq_api, sockets, descriptors, idle_ms, further_ms
     )
 
 

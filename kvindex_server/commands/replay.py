@@ -92,7 +92,7 @@ class Player:
     def __init__(self, ranks: Sequence[Rank]) -> None:
         self.ranks = ranks
         self._waiter = wire.Waiter()
-        self._of = {each.router: each for each in ranks}
+        self._of: dict[wire.Awaited, Rank] = {each.router: each for each in ranks}
         for each in ranks:
             self._waiter.add(each.router)
         self._messages = sorted(

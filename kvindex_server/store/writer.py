@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgpack  # type: ignore[import-untyped]
 
-from kvindex_server._core import Applied, Drained, Index, Left, Order, ZeroMq
+from kvindex_server._core import Applied, Drained, Index, Left, MessageSource, Order, ZeroMq
 from kvindex_server.store import scripts
 from kvindex_server.store.client import Argument, Client, StoreAway, StoreFull
 
@@ -71,18 +71,20 @@ class StoreStream:
 
     def drain(
         self,
-        zmq: ZeroMq,
-        socket: int,
+        source: MessageSource,
         order: Order,
         limit: int,
         max_payload: int,
-        others: Sequence[int],
+        mark_every: int,
+        zmq: ZeroMq,
+        sockets: Sequence[int],
+        descriptors: Sequence[int],
         idle_ms: int,
         further_ms: int,
     ) -> Drained:
-        """The same from a socket, without waiting: what was applied is to be sent."""
+        """The same from a source, without waiting: what was applied is to be sent."""
         with self._lock:
-            drained = self._native.drain(zmq, socket, order, limit, max_payload, (), 0, 0)
+            drained = self._native.drain(source, order, limit, max_payload, mark_every, zmq, (), (), 0, 0)
         if drained.messages:
             self._dirty()
         return drained

@@ -192,12 +192,25 @@ void Claims::build(const Entry* from, const Entry* to, uint32_t capacity, Segmen
 void Claims::resize(Segment& segment, uint32_t end) {
   if (end == segment.end) return;
   void* const moved = resize_memory(segment.entries, segment.end * sizeof(Entry), end * sizeof(Entry));
-  if (moved == nullptr) throw std::bad_alloc();
   bytes_.fetch_add(static_cast<int64_t>(footprint(end * sizeof(Entry))) -
                        static_cast<int64_t>(footprint(segment.end * sizeof(Entry))),
                    std::memory_order_relaxed);
   segment.entries = static_cast<Entry*>(moved);
   segment.end = end;
+}
+
+// Moves what entries there are up to the end, in order; the place of the first one then.
+uint32_t Claims::push(Entry* const begin, const Entry* from, Entry* const end) {
+  Entry* to = end;
+  while (from != begin) {
+    const Entry entry = *--from;
+    begin[from - begin] = {};
+    // No branch, as in `spread`: where an empty one would stand, the next one that is used is written.
+    to[-1] = entry;
+    to -= entry.ref != 0 ? 1 : 0;
+  }
+  if (to != begin) to[-1] = {};
+  return static_cast<uint32_t>(to - begin);
 }
 
 // Spreads the claims over another capacity, in the memory they are in: all are pushed together at its end, from where
@@ -212,15 +225,7 @@ void Claims::rebuild(Segment& segment, uint32_t capacity) {
     const uint32_t before = segment.end, end = capacity + spare_of(capacity);
     if (end > segment.end) resize(segment, end);
     Entry* const entries = segment.entries;
-    uint32_t first = segment.end;
-    for (uint32_t at = before; at-- > 0;) {
-      const Entry entry = entries[at];
-      entries[at] = {};
-      // No branch, as in `spread`: where an empty one would stand, the next one that is used is written.
-      entries[first - 1] = entry;
-      first -= entry.ref != 0 ? 1 : 0;
-    }
-    if (first > 0) entries[first - 1] = {};
+    uint32_t first = push(entries, entries + before, entries + segment.end);
     segment.capacity = capacity;
     const Segment spread_over = segment;  // in registers
     uint32_t next = 0;
@@ -262,7 +267,10 @@ void Claims::split(Segment& segment) {
   build(old.entries, old.entries + begin, larger(old.capacity / 2), segment);
   build(old.entries + begin, old.entries + old.end, larger(old.capacity / 2), *upper);
   release(old);
-  for (size_t i = 0; i < each; ++i) directory_[first + each + i] = upper;
+  size_t i = 0;
+  do {
+    directory_[first + each + i] = upper;
+  } while (++i < each);
 }
 
 }  // namespace kvindex

@@ -78,6 +78,7 @@ class Claims {
   static uint32_t search(const Segment& segment, uint64_t mixed);
   void allocate(Segment& segment, uint32_t capacity);
   void release(Segment& segment);
+  static uint32_t push(Entry* begin, const Entry* from, Entry* end);
   void resize(Segment& segment, uint32_t end);
   void rebuild(Segment& segment, uint32_t capacity);
   void split(Segment& segment);

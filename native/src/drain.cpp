@@ -106,7 +106,8 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
       break;
     }
     order.applied(sequence, digest);
-    if (sequence % mark_every == 0) drained.marks.push_back({sequence, digest, stream.digest(), stream.claims()});
+    if (mark_every != 0 && sequence % mark_every == 0)
+      drained.marks.push_back({sequence, digest, stream.digest(), stream.claims()});
     if (drained.messages % kMany == 0) {
       tell();
       if (Clock::now() >= ends) break;

@@ -48,8 +48,8 @@ struct Waiting {
 };
 
 // Applies messages [topic, sequence, payload] while each is the next one, at most `limit` of them. Calls `told`
-// whenever some were applied and the source has no more, or there were many. Ends behind a message of which something was dropped or that
-// cleared all, as that may change how far the stream can be trusted.
+// whenever some were applied and the source has no more, or there were many. Ends behind a message of which something
+// was dropped or that cleared all, as that may change how far the stream can be trusted.
 Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order, uint64_t limit, uint64_t max_payload,
               uint64_t mark_every, const ZeroMq& zmq, const Waiting& waiting, const std::function<void()>& told);
 

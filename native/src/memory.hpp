@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -42,24 +43,19 @@ inline void give_memory(void* memory, size_t bytes) {
   }
 }
 
-// Another size of the same memory, its first bytes kept and what is added zeroed; null, and nothing done, when there is
-// none. Mapped memory keeps its pages: nothing is copied.
+// Another size of the same memory, its first bytes kept and what is added zeroed; nothing is done when there is none.
+// Mapped memory keeps its pages: nothing is copied.
 inline void* resize_memory(void* memory, size_t from, size_t to) {
   if (from >= kMappedFrom && to >= kMappedFrom) {
     void* const moved = mremap(memory, footprint(from), footprint(to), MREMAP_MAYMOVE);
-    if (moved == MAP_FAILED) return nullptr;
-    // Up to the end of its last page the old memory was not zeroed by the system when it was made smaller.
-    if (to > from && footprint(from) > from)
-      std::memset(static_cast<char*>(moved) + from, 0, (to < footprint(from) ? to : footprint(from)) - from);
+    if (moved == MAP_FAILED) throw std::bad_alloc();
+    // The system zeroes whole pages, and of the last one a part may have been in use, of a size before.
+    const size_t page_end = std::min(to, footprint(from));
+    if (page_end > from) std::memset(static_cast<char*>(moved) + from, 0, page_end - from);
     return moved;
   }
-  void* made;
-  try {
-    made = take_memory(to);
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
-  std::memcpy(made, memory, from < to ? from : to);
+  void* const made = take_memory(std::max<size_t>(to, 1));
+  std::memcpy(made, memory, std::min(from, to));
   give_memory(memory, from);
   return made;
 }

@@ -18,6 +18,7 @@ struct Message {
 
   std::vector<std::string> texts() const {
     std::vector<std::string> all;
+    all.reserve(frames.size());
     for (const auto& each : frames) all.emplace_back(reinterpret_cast<const char*>(each.data()), each.size());
     return all;
   }

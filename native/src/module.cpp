@@ -286,14 +286,15 @@ NB_MODULE(_core, m) {
              uint64_t mark_every, const ZeroMq& zmq, const std::vector<uintptr_t>& sockets,
              const std::vector<int>& descriptors, uint32_t idle_ms, uint32_t further_ms) {
             Waiting waiting{{}, std::chrono::milliseconds(idle_ms), std::chrono::milliseconds(further_ms)};
-            for (const uintptr_t each : sockets) waiting.others.push_back({reinterpret_cast<void*>(each), 0, POLLIN, 0});
+            for (const uintptr_t each : sockets)
+              waiting.others.push_back({reinterpret_cast<void*>(each), 0, POLLIN, 0});
             for (const int each : descriptors) waiting.others.push_back({nullptr, each, POLLIN, 0});
             return drain(source, *self.stream, self.rank, order, limit, max_payload, mark_every, zmq, waiting,
                          [&] { self.standing->touch(); });
           },
           nb::arg("source"), nb::arg("order"), nb::arg("limit"), nb::arg("max_payload"), nb::arg("mark_every"),
-          nb::arg("zmq"),
-          nb::arg("sockets"), nb::arg("descriptors"), nb::arg("idle_ms"), nb::arg("further_ms"), nb::call_guard<nb::gil_scoped_release>())
+          nb::arg("zmq"), nb::arg("sockets"), nb::arg("descriptors"), nb::arg("idle_ms"), nb::arg("further_ms"),
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
           "clear",
           [](BoundStream& self, Left left) {

@@ -200,8 +200,8 @@ void Subscription::connect() {
   const int on = 1;
   setsockopt(socket_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
-  const bool is_begun = ::connect(socket_, reinterpret_cast<const sockaddr*>(&address_), address_size_) == 0 ||
-                        errno == EINPROGRESS;
+  const bool is_begun =
+      ::connect(socket_, reinterpret_cast<const sockaddr*>(&address_), address_size_) == 0 || errno == EINPROGRESS;
   if (!is_begun || epoll_ctl(events_, EPOLL_CTL_ADD, socket_, &event) != 0) {
     lose(false);
     return;

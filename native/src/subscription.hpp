@@ -38,7 +38,7 @@ class Subscription final : public MessageSource {
   struct Settings {
     std::string topic;  // a prefix
     uint64_t max_frame = 0;
-    std::chrono::milliseconds heartbeat{0};         // a sign of life is asked for so often
+    std::chrono::milliseconds heartbeat{0};          // a sign of life is asked for so often
     std::chrono::milliseconds heartbeat_timeout{0};  // and waited for so long
   };
 

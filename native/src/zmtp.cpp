@@ -26,9 +26,8 @@ uint64_t big_endian(std::string_view bytes) {
 }
 
 bool is_name(std::string_view given, std::string_view name) {
-  return std::equal(given.begin(), given.end(), name.begin(), name.end(), [](unsigned char one, unsigned char other) {
-    return std::tolower(one) == std::tolower(other);
-  });
+  return std::equal(given.begin(), given.end(), name.begin(), name.end(),
+                    [](unsigned char one, unsigned char other) { return std::tolower(one) == std::tolower(other); });
 }
 
 // A command's body is its name, behind the name's length, and the rest.
@@ -175,7 +174,8 @@ void Zmtp::command(std::string_view body) {
 }
 
 void Zmtp::ping() {
-  if (phase_ == Phase::kOpen && minor_ >= 1 && out_.size() <= kMaxOut) send_command("PING", std::string_view("\0\0", 2));
+  if (phase_ == Phase::kOpen && minor_ >= 1 && out_.size() <= kMaxOut)
+    send_command("PING", std::string_view("\0\0", 2));
 }
 
 void Zmtp::send_command(std::string_view name, std::string_view rest) {

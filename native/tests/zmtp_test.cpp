@@ -1,4 +1,6 @@
 // The subscriber's side of ZMTP: what a publisher may send, in whatever pieces it comes, and what it must not.
+#include "zmtp.hpp"
+
 #include <algorithm>
 #include <cstdio>
 #include <random>
@@ -6,7 +8,6 @@
 #include <vector>
 
 #include "check.hpp"
-#include "zmtp.hpp"
 
 using namespace kvindex;
 
@@ -155,7 +156,8 @@ void test_traffic() {
   // A publisher need not filter.
   const Frames other{"other", "x"}, shorter{"kv"}, none{""}, exact{"kv@"};
   const Outcome filtered = whole(
-      open + message(other) + message(kEvent) + message(shorter) + message(none) + message(exact) + message(other), "kv@");
+      open + message(other) + message(kEvent) + message(shorter) + message(none) + message(exact) + message(other),
+      "kv@");
   CHECK(filtered.messages == (std::vector<Frames>{kEvent, exact}));
   CHECK(whole(open + message(none)).messages == std::vector<Frames>{none});
   // Of many frames some are kept: enough to see that it is no event.
