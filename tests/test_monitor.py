@@ -151,7 +151,8 @@ def test_a_frame_above_the_limit_ends_the_connection_which_is_made_anew(
         arrives(10, lambda: watched.events.receive() is not None)
         while watched.events.receive() is not None:
             pass
-        arrives(4001, lambda: watched.look() > 0)
+        publisher.send([b"", bytes(8), bytes(4001)])
+        eventually(lambda: watched.look() > 0)
         watched.tells(*([LOST, MADE] if bind else [LOST, ENDED, MADE]))
         arrives(10, lambda: [len(each) for each in watched.events.receive() or ()] == [0, 8, 10])
     watched.close()
