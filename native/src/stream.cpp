@@ -204,10 +204,13 @@ void Stream::store(const Event& event, Applied& applied) {
   }
   std::string scratch;
   keys_.resize(count);
+  const Claims& claims = book_of(group, tier_bit).claims;
   for (size_t i = 0; i < count; ++i) {
+    claims.prefetch(event.hashes[i]);
     parent = block_key(event.tokens.data() + i * canonical, canonical, extras_of(event.extras, i),
                        i == 0 && !event.has_parent, parent, index_->seed(), scratch);
     keys_[i] = parent;
+    index_->held().prefetch_key(parent);
   }
   if (unresolved_ == 0 && orphans_.empty() && parts_.empty() && spans_.empty())
     return add_claims(event.hashes.data(), count, before, group, tier_bit, applied);
@@ -416,10 +419,6 @@ void Stream::add_claims(const uint64_t* hashes, size_t count, Node before, uint8
   Book& book = book_of(group, tier);
   nodes_.resize(std::max(nodes_.size(), count));
   if (is_new_size_ < count) is_new_ = std::make_unique<bool[]>(is_new_size_ = count);
-  for (size_t i = 0; i < count; ++i) {
-    book.claims.prefetch(hashes[i]);
-    blocks.prefetch_key(keys_[i]);
-  }
   // Normally there is room, and all of them are held before it shows which were claimed already. Without room for
   // all, those are looked for first, so that the room goes to the others.
   const HolderId holder = holder_of(group, tier);
