@@ -315,8 +315,11 @@ class _Rank(threading.Thread):
             self.ingest.connection(change is wire.Connection.MADE)
 
     def _drain(self, most: int, idle_ms: int = 0, further_ms: int = 0) -> Drained | None:
-        others = (self._ears.waker,)
-        drained = self._ears.events.drain(self.stream, self.ingest.order, most, others, idle_ms, further_ms, EVERY)
+        events, order = self._ears.events, self.ingest.order
+        if events.source is None:
+            return None
+        others = (self._ears.waker, *events.beside)
+        drained = wire.drain(events.source, self.stream, order, most, others, idle_ms, further_ms, EVERY)
         if drained is not None:
             self.ingest.drained(drained)
             if odd := drained.odd:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvindex_server import wire
-from kvindex_server._core import Drained, Order, Stream
+from kvindex_server._core import MessageSource
 from kvindex_server._core import Subscription as CoreSubscription
 
 
@@ -22,20 +22,16 @@ class Subscription(Protocol):
     def is_pending(self) -> bool:
         """There is something to do that no pollable tells."""
 
+    @property
+    def source(self) -> MessageSource | None:
+        """What `wire.drain` takes messages from; None when only `receive` can."""
+
+    @property
+    def beside(self) -> Sequence[wire.Awaited]:
+        """What else tells of its connection."""
+
     def receive(self) -> list[bytes] | None:
         """The next message's frames if one is there, else None; also None while `changes` has something to tell."""
-
-    def drain(
-        self,
-        stream: Stream,
-        order: Order,
-        limit: int,
-        others: Sequence[wire.Awaited] = (),
-        idle_ms: int = 0,
-        further_ms: int = 0,
-        mark_every: int = 0,
-    ) -> Drained | None:
-        """See `wire.drain`."""
 
     def changes(self) -> list[wire.Connection]:
         """What has happened to the connection, in order."""
@@ -53,9 +49,7 @@ def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
     if plain and not bind and not wire.is_encrypted() and 0 < int(plain[3]) < 1 << 16:
         try:
             return _Connected(endpoint, plain[1] or plain[2], int(plain[3]), topic)
-        except ValueError as error:
-            raise wire.BindError(f"{endpoint}: {error}") from error
-        except OSError as error:
+        except (ValueError, OSError) as error:
             raise wire.BindError(f"{endpoint}: {error}") from error
     return _OfLibrary(endpoint, topic, bind=bind)
 
@@ -65,33 +59,22 @@ class _Connected:
         self.endpoint = endpoint
         most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
         beats = wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
-        self._core = CoreSubscription(host, port, topic.encode(), most, *beats)
-        self.pollables: Sequence[object] = (self._core.fileno(),)
+        self.source = CoreSubscription(host, port, topic.encode(), most, *beats)
+        self.pollables: Sequence[object] = (self.source.fileno(),)
+        self.beside: Sequence[wire.Awaited] = ()
 
     @property
     def is_pending(self) -> bool:
-        return self._core.is_pending
+        return self.source.is_pending
 
     def receive(self) -> list[bytes] | None:
-        return self._core.receive()
-
-    def drain(
-        self,
-        stream: Stream,
-        order: Order,
-        limit: int,
-        others: Sequence[wire.Awaited] = (),
-        idle_ms: int = 0,
-        further_ms: int = 0,
-        mark_every: int = 0,
-    ) -> Drained | None:
-        return wire.drain(self._core, stream, order, limit, others, idle_ms, further_ms, mark_every)
+        return self.source.receive()
 
     def changes(self) -> list[wire.Connection]:
-        return [wire.Connection[each] for each in self._core.changes()]
+        return [wire.Connection[each] for each in self.source.changes()]
 
     def close(self) -> None:
-        self._core.close()
+        self.source.close()
 
 
 class _OfLibrary:
@@ -99,25 +82,18 @@ class _OfLibrary:
         self._socket, self.monitor = wire.watched_subscriber(endpoint, topic, bind=bind)
         self.endpoint = self._socket.endpoint
         self.pollables: Sequence[object] = (*self._socket.pollables, *self.monitor.socket.pollables)
+        self.beside: Sequence[wire.Awaited] = (self.monitor.socket,)
 
     @property
     def is_pending(self) -> bool:
         return self.monitor.abandoned
 
+    @property
+    def source(self) -> MessageSource | None:
+        return self._socket.source
+
     def receive(self) -> list[bytes] | None:
         return self._socket.receive()
-
-    def drain(
-        self,
-        stream: Stream,
-        order: Order,
-        limit: int,
-        others: Sequence[wire.Awaited] = (),
-        idle_ms: int = 0,
-        further_ms: int = 0,
-        mark_every: int = 0,
-    ) -> Drained | None:
-        return self._socket.drain(stream, order, limit, (self.monitor.socket, *others), idle_ms, further_ms, mark_every)
 
     def changes(self) -> list[wire.Connection]:
         return self.monitor.changes()

@@ -88,22 +88,12 @@ class Socket:
         except zmq.Again:
             return None
 
-    def drain(
-        self,
-        stream: Stream,
-        order: Order,
-        limit: int,
-        others: Sequence["Awaited"] = (),
-        idle_ms: int = 0,
-        further_ms: int = 0,
-        mark_every: int = 0,
-    ) -> Drained | None:
-        """See `drain`."""
-        if (zmq_api := _api()) is None:
-            return None
-        if self._source is None:
+    @property
+    def source(self) -> MessageSource | None:
+        """What `drain` takes messages from; None when only `receive` can."""
+        if self._source is None and (zmq_api := _api()) is not None:
             self._source = SocketSource(zmq_api, self._socket.underlying)
-        return drain(self._source, stream, order, limit, others, idle_ms, further_ms, mark_every)
+        return self._source
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """False when it could not be queued."""
@@ -156,7 +146,7 @@ def drain(
     further_ms: int = 0,
     mark_every: int = 0,
 ) -> Drained | None:
-    """Apply published messages that are next in order, without Python; None when that is not possible here.
+    """Apply published messages that are next in order, without Python; None when no library can wait for `others`.
 
     Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
     sockets has a message or something happens to the connection. Ends at once when something was dropped or all was

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgpack
 import pytest
 from test_fleet import eventually
 
 from kvindex_server import wire
-from kvindex_server._core import Drained, Index, Order, Outcome, xxh3_64
+from kvindex_server._core import Drained, Index, Order, Outcome, Stream, xxh3_64
 from kvindex_server.subscription import Subscription, subscribe
 
 
@@ -90,7 +91,11 @@ class Listener:
         self._events = events
         self._waiter = wire.Waiter()
         self._waiter.add(events)
-        self.drain = events.drain
+
+    def drain(self, stream: Stream, order: Order, limit: int, *waits: Any) -> Drained | None:
+        """As `wire.drain`."""
+        assert self._events.source is not None, "pyzmq's library must be found here"
+        return wire.drain(self._events.source, stream, order, limit, *waits)
 
     def receive(self) -> list[bytes] | None:
         self._events.changes()

@@ -298,7 +298,8 @@ def test_a_wait_in_the_core_ends_with_the_connection() -> None:
         thread = threading.Thread(target=end_soon, daemon=True)
         thread.start()
         begun = time.monotonic()
-        drained = events.drain(stream, order, 100, (), 20_000, 20_000)
+        assert events.source is not None
+        drained = wire.drain(events.source, stream, order, 100, (), 20_000, 20_000)
         assert time.monotonic() - begun < 15
         thread.join(10)
         assert drained is not None and (drained.messages, drained.others, order.last) == (1, True, 1)
