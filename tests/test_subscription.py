@@ -1,5 +1,6 @@
 """The core's own subscription against a publisher made of a bare TCP socket, which can do what none would."""
 
+import contextlib
 import os
 import random
 import resource
@@ -232,14 +233,114 @@ def test_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_peer_before_heartbeats_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would not know the command; its silence still tells."""
-    monkeypatch.setattr(wire, "HEARTBEAT_MS", 30)
-    monkeypatch.setattr(wire, "HEARTBEAT_TIMEOUT_MS", 300)
+    """It need not answer and need not say anything: TCP watches over its host."""
+    monkeypatch.setattr(wire, "HEARTBEAT_MS", 20)
+    monkeypatch.setattr(wire, "HEARTBEAT_TIMEOUT_MS", 100)
     with following(minor=0) as (_, peer, seen):
-        begun = time.monotonic()
-        assert peer.socket.recv(1) == b""  # nothing, and then the end
-        assert time.monotonic() - begun > 0.25
-        seen.sees(LOST)
+        peer.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            peer.socket.recv(1)
+        peer.socket.sendall(message(frames(1, b"x")))
+        seen.sees(frames(1, b"x"))
+        assert keeps_alive(peer.socket.getpeername())
+
+
+def keeps_alive(address: object) -> bool:
+    """Whether TCP asks the other end of this process's connection from there."""
+    for each in os.listdir("/proc/self/fd"):
+        try:
+            found = socket.socket(fileno=os.dup(int(each)))
+        except OSError:
+            continue
+        with found:
+            if found.family == socket.AF_INET and found.getsockname() == address:
+                return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+    raise AssertionError("not connected")
+
+
+@contextmanager
+def sending(peer: Peer, data: bytes, pause: float = 0) -> Iterator[None]:
+    """The peer sends this again and again meanwhile, for ten seconds at most."""
+    halt, ends = threading.Event(), time.monotonic() + 10
+
+    def send() -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while not halt.wait(pause) and time.monotonic() < ends:
+                peer.socket.sendall(data)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        halt.set()
+        peer.socket.settimeout(0.1)
+        thread.join(15)
+
+
+def opened(server: socket.socket, events: Subscription) -> Peer:
+    """The next connection, with its handshake made and told."""
+    peer = accept(server, events)
+    threading.Thread(target=peer.open, daemon=True).start()
+    eventually(lambda: events.receive() is not None or events.changes() == [MADE])
+    return peer
+
+
+@pytest.mark.parametrize(
+    "noise", [b"\x00\x00" * 100_000, b"\x04\x05\x04PONG" * 50_000], ids=["other topics", "commands"]
+)
+def test_a_flood_of_something_else_keeps_no_thread(noise: bytes) -> None:
+    """The thread has to look up from it, or it could never be stopped."""
+    with listening(topic="kv@") as (server, events):
+        peer = opened(server, events)
+        with sending(peer, noise):
+            begun = time.monotonic()
+            for _ in range(20):
+                assert events.receive() is None
+            assert time.monotonic() - begun < 5 and not events.changes()
+
+
+def test_what_is_no_message_does_not_prolong_a_wait() -> None:
+    """A stream's deadlines are looked at by the clock, however often its engine asks whether we are there."""
+    with listening() as (server, events):
+        peer = opened(server, events)
+        order = Order()
+        order.applied(0, 0)
+        assert events.source is not None
+        with sending(peer, b"\x04\x07\x04PING\x00\x00", 0.05):
+            begun = time.monotonic()
+            drained = wire.drain(events.source, Index().add_stream("pod", 0), order, 100, (), 500, 500)
+            assert 0.4 < time.monotonic() - begun < 5
+        assert drained is not None and drained.empty
+
+
+def test_an_answer_that_cannot_be_sent_loses_no_message() -> None:
+    """What had come before the end is read, though nobody takes our signs of life."""
+    with listening(topic="kv@") as (server, events):
+        peer = opened(server, events)
+        sent = [frames(number, b"x") for number in range(5)]
+        ping = b"\x04\x07\x04PING\x00\x00"
+        peer.socket.sendall(ping + b"".join(message(each) + ping for each in sent))
+        time.sleep(0.05)  # all of it is here, and is read with the first one
+        received = [events.receive()]
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.socket.close()
+        time.sleep(0.05)
+        while (parts := events.receive()) is not None:
+            received.append(parts)
+        assert received == sent
+        eventually(lambda: events.receive() is not None or events.changes() == [LOST])
+
+
+def test_messages_behind_the_news_are_not_forgotten() -> None:
+    """Asked for before the news was looked at, they are still told of."""
+    with listening(topic="kv@") as (server, events):
+        peer = accept(server, events)
+        peer.socket.sendall(greeting() + READY + message(frames(1, b"x")))
+        eventually(lambda: events.receive() is not None or events.is_pending)
+        assert events.receive() is None and events.receive() is None
+        assert events.changes() == [MADE] and events.is_pending
+        assert events.receive() == frames(1, b"x")
 
 
 @pytest.mark.parametrize(
@@ -281,9 +382,7 @@ def test_an_address_of_the_sixth_version() -> None:
 def test_a_wait_in_the_core_ends_with_the_connection() -> None:
     """What was applied counts, and the thread comes back for the news."""
     with listening() as (server, events):
-        peer = accept(server, events)
-        threading.Thread(target=peer.open, daemon=True).start()
-        eventually(lambda: events.receive() is not None or events.changes() == [MADE])
+        peer = opened(server, events)
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)

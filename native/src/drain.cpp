@@ -50,7 +50,7 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
   Message message;
   std::vector<ZeroMq::Item> items{source.item()};
   items.insert(items.end(), waiting.others.begin(), waiting.others.end());
-  Clock::time_point ends;
+  Clock::time_point ends = Clock::now() + waiting.idle;  // whatever else wakes it meanwhile
   uint64_t told_of = 0;
   const auto tell = [&] {
     if (drained.messages == told_of) return;
@@ -66,7 +66,7 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
   // False when it is time to go.
   const auto wait = [&] {
     const Clock::time_point now = Clock::now();
-    const auto most = drained.messages == 0 ? waiting.idle : std::chrono::floor<std::chrono::milliseconds>(ends - now);
+    const auto most = std::chrono::ceil<std::chrono::milliseconds>(ends - now);
     if (most.count() <= 0) return false;
     if (std::exchange(paused, false)) source.comes_in_bursts = drained.messages - before >= kFew;
     if (poll_items(zmq, items, most) <= 0) return false;

@@ -29,6 +29,8 @@ constexpr milliseconds kHandshake{30'000};
 
 constexpr size_t kBuffer = size_t{64} << 10;
 constexpr size_t kMinRoom = kBuffer / 4;
+// So many reads in a row without a message for us, and the thread looks around: a peer may send other things for ever.
+constexpr int kReads = 16;
 
 // Buffers between two uses. Few threads read at the same moment, so a few of them serve any number of streams, and
 // stay in the cache.
@@ -61,6 +63,10 @@ class Buffers {
 Buffers& buffers() {
   static Buffers* const made = new Buffers;  // for as long as the process lives: a thread may read until its end
   return *made;
+}
+
+void set_option(int socket, int level, int option, int value) {
+  setsockopt(socket, level, option, &value, sizeof value);
 }
 
 int checked(int descriptor, const char* what) {
@@ -102,17 +108,16 @@ void Subscription::close() {
 }
 
 bool Subscription::receive(Message& message) {
-  is_unread_ = false;
+  is_unread_ = is_unread_ && has_news();
   if (events_ < 0) return false;
   take_up();
   if (phase_ == Phase::kConnecting) finish_connecting();
-  while (news_.empty() && phase_ == Phase::kConnected) {
+  for (int reads = 0; news_.empty() && phase_ == Phase::kConnected;) {
     size_t used = 0;
     const Zmtp::Step step = zmtp_->next({buffer_.data.get() + begin_, end_ - begin_}, used, message);
     begin_ += used;
-    if (!zmtp_->out().empty() && !flush()) {
-      lose(false);
-    } else if (step == Zmtp::Step::kMessage) {
+    if (!zmtp_->out().empty()) flush();
+    if (step == Zmtp::Step::kMessage) {
       is_unread_ = true;
       return true;
     } else if (step == Zmtp::Step::kBroken) {
@@ -120,13 +125,14 @@ bool Subscription::receive(Message& message) {
     } else if (step == Zmtp::Step::kOpened) {
       open_ = is_unread_ = true;
       pause_ = kFirstPause;
-      const bool asks = settings_.heartbeat.count() > 0;
+      const bool asks = settings_.heartbeat.count() > 0 && zmtp_->can_ping();
       set_alarm(asks ? Clock::now() + settings_.heartbeat : Clock::time_point::max());
       news_.push_back(Connection::kMade);
-    } else if (!read()) {
+    } else if (++reads > kReads || !read()) {
       break;
     }
   }
+  is_read_out_ = false;  // by the next call there may be more
   set_aside();
   if (Clock::now() >= alarm_) look_at_clock();
   return false;
@@ -136,7 +142,7 @@ std::vector<Connection> Subscription::changes() { return std::exchange(news_, {}
 
 // False when nothing came: there is no more for now, or the connection is lost.
 bool Subscription::read() {
-  if (std::exchange(is_read_out_, false)) return false;
+  if (is_read_out_) return false;
   make_room();
   const size_t room = buffer_.size - end_;
   const ssize_t got = recv(socket_, buffer_.data.get() + end_, room, MSG_DONTWAIT);
@@ -181,14 +187,13 @@ void Subscription::set_aside() {
   begin_ = end_ = 0;
 }
 
-// False when the connection is lost.
-bool Subscription::flush() {
+// A peer that takes nothing any more may still have sent something: it is lost when all of that has been read.
+void Subscription::flush() {
   std::string& out = zmtp_->out();
   const ssize_t sent = send(socket_, out.data(), out.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (sent < 0 && errno != EAGAIN && errno != EINTR) return false;
   if (sent > 0) out.erase(0, static_cast<size_t>(sent));
+  if (sent < 0 && errno != EAGAIN && errno != EINTR) out.clear();
   watch(out.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
-  return true;
 }
 
 void Subscription::connect() {
@@ -197,8 +202,12 @@ void Subscription::connect() {
     lose(false);
     return;
   }
-  const int on = 1;
-  setsockopt(socket_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  set_option(socket_, IPPROTO_TCP, TCP_NODELAY, 1);
+  // Not every peer can be asked for a sign of life; a host that is gone shows to TCP just as soon.
+  set_option(socket_, SOL_SOCKET, SO_KEEPALIVE, 1);
+  set_option(socket_, IPPROTO_TCP, TCP_KEEPIDLE, 10);
+  set_option(socket_, IPPROTO_TCP, TCP_KEEPINTVL, 5);
+  set_option(socket_, IPPROTO_TCP, TCP_KEEPCNT, 4);
   epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
   const bool is_begun =
       ::connect(socket_, reinterpret_cast<const sockaddr*>(&address_), address_size_) == 0 || errno == EINPROGRESS;
@@ -222,7 +231,7 @@ void Subscription::finish_connecting() {
   }
   phase_ = Phase::kConnected;
   zmtp_.emplace(settings_.topic, settings_.max_frame);
-  if (!flush()) lose(false);
+  flush();
 }
 
 void Subscription::lose(bool ended) {
@@ -256,10 +265,7 @@ void Subscription::look_at_clock() {
   } else {
     if (!asked_) asked_ = now;
     zmtp_->ping();
-    if (!zmtp_->out().empty() && !flush()) {
-      lose(false);
-      return;
-    }
+    flush();
     set_alarm(std::min(now + settings_.heartbeat, *asked_ + settings_.heartbeat_timeout));
   }
 }

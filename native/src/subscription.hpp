@@ -71,7 +71,7 @@ class Subscription final : public MessageSource {
   void make_room();
   void take_up();
   void set_aside();
-  bool flush();
+  void flush();
   void connect();
   void finish_connecting();
   void lose(bool ended);

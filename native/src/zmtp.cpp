@@ -91,6 +91,7 @@ Zmtp::Step Zmtp::next(std::string_view bytes, size_t& used, Message& message) {
     if ((frame.flags & ~kFlags) != 0 || (is_command && (frame.flags & kMoreFlag) != 0)) return Step::kBroken;
     if (frame.size > (is_command ? kSlack : max_frame_)) return Step::kBroken;
     needed_ = read_ + frame.header + frame.size;
+    if (needed_ > max_frame_ + kSlack) return Step::kBroken;
     if (!frame.whole || unit.size() < needed_) return Step::kMore;
     const size_t begin = read_ + frame.header;
     read_ = needed_;
@@ -111,10 +112,7 @@ Zmtp::Step Zmtp::next(std::string_view bytes, size_t& used, Message& message) {
     }
     if (phase_ != Phase::kOpen) return Step::kBroken;
     if (frames_.size() < kKeptFrames) frames_.emplace_back(begin, frame.size);
-    if ((frame.flags & kMoreFlag) != 0) {
-      if (read_ > max_frame_ + kSlack) return Step::kBroken;
-      continue;
-    }
+    if ((frame.flags & kMoreFlag) != 0) continue;
     if (deliver(unit, used, message)) return Step::kMessage;
   }
 }

@@ -21,7 +21,7 @@ class Zmtp {
     kBroken,   // these are no bytes of a publisher that can be followed; the connection is of no use any more
   };
 
-  // A larger frame breaks the connection, before its bytes are there.
+  // A larger frame breaks the connection, before its bytes are there; so does a message of many that is much larger.
   Zmtp(std::string topic, uint64_t max_frame);
 
   // The next thing in `bytes`, which begin where the last call's `used` ended. `used` of them are done with; while the
@@ -32,7 +32,8 @@ class Zmtp {
 
   // What is to be sent; the caller takes away what was.
   std::string& out() { return out_; }
-  // Asks the peer for a sign of life, if it knows how to give one.
+  // Whether the peer knows how to give a sign of life (ZMTP 3.1), and asking it for one.
+  bool can_ping() const { return phase_ == Phase::kOpen && minor_ >= 1; }
   void ping();
 
  private:

@@ -131,6 +131,9 @@ void test_what_is_no_publisher() {
   std::string endless = greeting(1) + ready();
   for (int i = 0; i < 200; ++i) endless += frame(1, std::string(kMaxFrame, 'x'));
   odd.push_back(endless);
+  std::string commands = greeting(1) + ready() + frame(1, "");
+  for (int i = 0; i < 10; ++i) commands += frame(4, std::string(60'000, 'x'));
+  odd.push_back(commands);
   for (const std::string& each : odd) {
     const Outcome outcome = whole(each);
     CHECK(outcome.broken && outcome.messages.empty());
