@@ -422,12 +422,18 @@ def test_without_descriptors_it_is_refused() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     subscribe(endpoint, "", bind=False).close()
-    used = len(os.listdir("/proc/self/fd")) - 1  # without the one that listed them
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    taken: list[int] = []
     try:
+        with contextlib.suppress(OSError):
+            while len(taken) <= highest:
+                taken.append(os.dup(0))
         with pytest.raises(wire.BindError, match="Too many open files"):
             subscribe(endpoint, "", bind=False)
     finally:
+        for each in taken:
+            os.close(each)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
