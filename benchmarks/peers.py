@@ -290,11 +290,12 @@ def main() -> None:
     arguments.add_argument("--sessions", type=int, default=6, help="chats per pod")
     arguments.add_argument("--trace", type=Path, help="a file of requests with hash_ids, one JSON object a line")
     arguments.add_argument("--requests", type=int, default=300, help="of the trace")
+    arguments.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), help="A,B")
     given = arguments.parse_args()
     loads = {"chats": ["chats", str(given.sessions)]}
     if given.trace:
         loads["trace"] = ["trace", str(given.trace.resolve()), str(given.requests)]
-    names = [name for name in CONTENDERS if name != "dynamo" or PEERS_PYTHON.exists()]
+    names = [name for name in given.contenders if name != "dynamo" or PEERS_PYTHON.exists()]
     print(f"{machine()}; median of {given.rounds} rounds; blocks per CPU-second, higher is better, unless said\n")
     print(f"| load | measure | {' | '.join(names)} | {' | '.join(f'kvindex / {name}' for name in names[1:])} |")
     print("|---" * (2 * len(names) + 1) + "|")
