@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 SYNC_WAIT_MS = 50
 IDLE_WAIT_MS = 5_000
 MOST_MESSAGES = 1 << 20
+"""Of one wait: no bound, as the clock ends it first."""
 FURTHER_WAIT_MS = 100
 """So long after a message its effect is counted at the latest. What it says of claims and order holds at once."""
 

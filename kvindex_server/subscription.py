@@ -9,18 +9,8 @@ from kvindex_server._core import MessageSource
 from kvindex_server._core import Subscription as CoreSubscription
 
 
-class Subscription(Protocol):
+class Subscription(wire.Awaited, Protocol):
     """What a stream's thread needs of it; the thread owns it."""
-
-    endpoint: str
-
-    @property
-    def pollables(self) -> Sequence[object]:
-        """What a thread that waits for it waits on."""
-
-    @property
-    def is_pending(self) -> bool:
-        """There is something to do that no pollable tells."""
 
     @property
     def source(self) -> MessageSource | None:
@@ -48,15 +38,14 @@ def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
     plain = _PLAIN.fullmatch(endpoint)
     if plain and not bind and not wire.is_encrypted() and 0 < int(plain[3]) < 1 << 16:
         try:
-            return _Connected(endpoint, plain[1] or plain[2], int(plain[3]), topic)
+            return _Connected(plain[1] or plain[2], int(plain[3]), topic)
         except (ValueError, OSError) as error:
             raise wire.BindError(f"{endpoint}: {error}") from error
     return _OfLibrary(endpoint, topic, bind=bind)
 
 
 class _Connected:
-    def __init__(self, endpoint: str, host: str, port: int, topic: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, host: str, port: int, topic: str) -> None:
         most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
         beats = wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
         self.source = CoreSubscription(host, port, topic.encode(), most, *beats)
@@ -80,7 +69,6 @@ class _Connected:
 class _OfLibrary:
     def __init__(self, endpoint: str, topic: str, *, bind: bool) -> None:
         self._socket, self.monitor = wire.watched_subscriber(endpoint, topic, bind=bind)
-        self.endpoint = self._socket.endpoint
         self.pollables: Sequence[object] = (*self._socket.pollables, *self.monitor.socket.pollables)
         self.beside: Sequence[wire.Awaited] = (self.monitor.socket,)
 

@@ -74,7 +74,20 @@ def _read(sequence: bytes, payload: bytes) -> tuple[int, bytes]:
     return number, payload
 
 
-class Socket:
+class Awaited(Protocol):
+    """What can be waited for: a socket, or several things that are one."""
+
+    @property
+    def pollables(self) -> Sequence[object]:
+        """Sockets of ZeroMQ and file descriptors."""
+
+    @property
+    def is_pending(self) -> bool:
+        """There is something to do that no pollable tells; never, of most."""
+        return False
+
+
+class Socket(Awaited):
     """A socket owned by the thread that uses it."""
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
@@ -113,11 +126,6 @@ class Socket:
         return (self._socket,)
 
     @property
-    def is_pending(self) -> bool:
-        """Never: all that is here is told by what is waited for."""
-        return False
-
-    @property
     def endpoint(self) -> str:
         """The address really bound or connected (with the port chosen for port 0)."""
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
@@ -141,16 +149,16 @@ def drain(
     stream: Stream,
     order: Order,
     limit: int,
-    others: Sequence["Awaited"] = (),
+    others: Sequence[Awaited] = (),
     idle_ms: int = 0,
     further_ms: int = 0,
     mark_every: int = 0,
 ) -> Drained | None:
     """Apply published messages that are next in order, without Python; None when no library can wait for `others`.
 
-    Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the other
-    sockets has a message or something happens to the connection. Ends at once when something was dropped or all was
-    cleared. Marks what is held after each message whose number is a multiple of `mark_every`, if that is not 0.
+    Waits `idle_ms` for a first one and, from then on, `further_ms` for further ones, until one of the others has
+    something to do or something happens to the connection. Ends at once when something was dropped or all was cleared.
+    Marks what is held after each message whose number is a multiple of `mark_every`, if that is not 0.
     """
     if (zmq_api := _api()) is None:
         return None
@@ -310,7 +318,7 @@ def replay_server(endpoint: str, *, hwm: int = 0) -> Socket:
     return Socket(_open(zmq.ROUTER, endpoint, bind=True, hwm=hwm))
 
 
-class Waker:
+class Waker(Awaited):
     """Wakes a thread that waits for it; OSError when the process has no descriptor left."""
 
     def __init__(self) -> None:
@@ -321,11 +329,6 @@ class Waker:
     def pollables(self) -> Sequence[object]:
         """What `Waiter` waits for."""
         return (self._descriptor,)
-
-    @property
-    def is_pending(self) -> bool:
-        """Never: all is told by what is waited for."""
-        return False
 
     def wake(self) -> None:
         """From any thread."""
@@ -344,18 +347,6 @@ class Waker:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
                 self._descriptor = -1
-
-
-class Awaited(Protocol):
-    """What can be waited for: a socket, or several things that are one."""
-
-    @property
-    def pollables(self) -> Sequence[object]:
-        """Sockets of ZeroMQ and file descriptors."""
-
-    @property
-    def is_pending(self) -> bool:
-        """There is something to do that no pollable tells."""
 
 
 class Waiter:

@@ -20,6 +20,7 @@ class Watched:
     """A watched subscription and all that was told of its connections."""
 
     def __init__(self, endpoint: str, *, bind: bool) -> None:
+        self.endpoint = endpoint
         self.events = subscribe(endpoint, "", bind=bind)
         self.told: list[Connection] = []
 
@@ -51,7 +52,7 @@ def visit(watched: Watched, data: bytes) -> None:
     monitor = watched.events.monitor  # type: ignore[attr-defined]
     gone, told = [], monitor._gone
     monitor._gone = lambda peer: gone.append(peer) or told(peer)  # type: ignore[func-returns-value]
-    port = int(watched.events.endpoint.rpartition(":")[2])
+    port = int(watched.endpoint.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(data)
 
@@ -70,7 +71,7 @@ def test_strangers_at_a_bound_endpoint_are_no_engines(bound: Watched) -> None:
     """A kubelet's probe, a port scan or a browser neither makes a connection nor ends the engine's."""
     for data in STRANGERS:
         visit(bound, data)
-    with wire.publisher(bound.events.endpoint, bind=False):
+    with wire.publisher(bound.endpoint, bind=False):
         bound.tells(MADE)
         for data in STRANGERS:
             visit(bound, data)
@@ -79,9 +80,9 @@ def test_strangers_at_a_bound_endpoint_are_no_engines(bound: Watched) -> None:
 
 def test_an_engine_that_leaves_after_the_next_one_came_is_told(bound: Watched) -> None:
     """The stream goes on, but whose claims these are has to be asked."""
-    first = wire.publisher(bound.events.endpoint, bind=False)
+    first = wire.publisher(bound.endpoint, bind=False)
     bound.tells(MADE)
-    with wire.publisher(bound.events.endpoint, bind=False):
+    with wire.publisher(bound.endpoint, bind=False):
         bound.tells(MADE)
         first.close()
         bound.tells(LEFT)

@@ -56,7 +56,7 @@ ChunkPool::~ChunkPool() {
       auto* many = reinterpret_cast<Holders*>(holders);
       give_memory(many, Holders::bytes(many->capacity()));
     }
-    munmap(memory, kSlabBytes);
+    give_memory(memory, kSlabBytes);
   }
 }
 
@@ -146,7 +146,7 @@ void ChunkPool::release_slab(uint32_t slab) {
   char* memory = slabs_[slab].load();
   slabs_[slab].store(nullptr);
   bytes_.fetch_sub(static_cast<int64_t>(footprint(kSlabBytes)), std::memory_order_relaxed);
-  epoch_.retire([](void*, void* object, uint64_t size) { munmap(object, size); }, nullptr, memory, kSlabBytes);
+  epoch_.retire([](void*, void* object, uint64_t size) { give_memory(object, size); }, nullptr, memory, kSlabBytes);
 }
 
 }  // namespace kvindex

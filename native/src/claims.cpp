@@ -1,5 +1,6 @@
 #include "claims.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 
@@ -161,34 +162,6 @@ void Claims::erase(uint64_t hash) {
   }
 }
 
-// Copies what entries there are, in order, each to its home or behind the one before. False when the end is too near.
-bool Claims::spread(const Entry* from, const Entry* to, Segment& into) {
-  const Segment segment = into;  // in registers
-  uint32_t next = 0, count = 0;
-  for (; from != to; ++from) {
-    const Entry entry = *from;
-    const uint32_t home = segment.home(entry.mixed());
-    const bool is_used = entry.ref != 0;
-    // No branch: empty entries lie where nobody can foresee them, and one more of them behind the last does no harm.
-    if (next == segment.end) return false;
-    const uint32_t at = is_used && home > next ? home : next;
-    segment.entries[at] = entry;
-    next = at + (is_used ? 1 : 0);
-    count += is_used ? 1 : 0;
-  }
-  into.used = count;
-  return true;
-}
-
-// Capacity for so many claims and up; more only when the spare places behind the end do not suffice.
-void Claims::build(const Entry* from, const Entry* to, uint32_t capacity, Segment& into) {
-  for (;; capacity = larger(capacity)) {
-    allocate(into, capacity);
-    if (spread(from, to, into)) return;
-    release(into);
-  }
-}
-
 void Claims::resize(Segment& segment, uint32_t end) {
   if (end == segment.end) return;
   void* const moved = resize_memory(segment.entries, segment.end * sizeof(Entry), end * sizeof(Entry));
@@ -205,7 +178,7 @@ uint32_t Claims::push(Entry* const begin, const Entry* from, Entry* const end) {
   while (from != begin) {
     const Entry entry = *--from;
     begin[from - begin] = {};
-    // No branch, as in `spread`: where an empty one would stand, the next one that is used is written.
+    // No branch: empty entries lie where nobody can foresee them. Where one would stand, the next used one is written.
     to[-1] = entry;
     to -= entry.ref != 0 ? 1 : 0;
   }
@@ -258,19 +231,20 @@ void Claims::split(Segment& segment) {
   // The upper half of the hashes goes to a new segment.
   auto* upper = new Segment;
   upper->depth = segment.depth + 1;
-  uint32_t begin = 0;
   const uint64_t bit = uint64_t{1} << (63 - segment.depth);
-  while (begin < segment.end && (segment.entries[begin].ref == 0 || (segment.entries[begin].mixed() & bit) == 0))
-    ++begin;
-  Segment old = segment;
+  Entry* const end = segment.entries + segment.end;
+  Entry* begin = segment.entries + push(segment.entries, end, end);
+  begin = std::partition_point(begin, end, [&](const Entry& each) { return (each.mixed() & bit) == 0; });
+  const uint32_t half = larger(segment.capacity / 2);
+  upper->used = static_cast<uint32_t>(end - begin);
+  allocate(*upper, std::max(half, upper->used));
+  std::copy(begin, end, upper->entries);
+  std::fill(begin, end, Entry{});
+  segment.used -= upper->used;
   segment.depth = upper->depth;
-  build(old.entries, old.entries + begin, larger(old.capacity / 2), segment);
-  build(old.entries + begin, old.entries + old.end, larger(old.capacity / 2), *upper);
-  release(old);
-  size_t i = 0;
-  do {
-    directory_[first + each + i] = upper;
-  } while (++i < each);
+  rebuild(segment, half);
+  rebuild(*upper, half);
+  std::fill_n(directory_.begin() + static_cast<ptrdiff_t>(first + each), each, upper);
 }
 
 }  // namespace kvindex

@@ -82,8 +82,6 @@ class Claims {
   void resize(Segment& segment, uint32_t end);
   void rebuild(Segment& segment, uint32_t capacity);
   void split(Segment& segment);
-  static bool spread(const Entry* from, const Entry* to, Segment& into);
-  void build(const Entry* from, const Entry* to, uint32_t capacity, Segment& into);
 
   std::atomic<int64_t>& bytes_;
   const uint64_t secret_;

@@ -5,6 +5,7 @@
 #include <thread>
 #include <utility>
 
+#include "big_endian.hpp"
 #include "xxh3.hpp"
 
 namespace kvindex {
@@ -20,12 +21,6 @@ constexpr uint64_t kFew = 4;
 
 // In a flood: so many messages after one another before anything else.
 constexpr uint64_t kMany = 256;
-
-uint64_t big_endian(std::span<const uint8_t> bytes) {
-  uint64_t value = 0;
-  for (const uint8_t each : bytes) value = value << 8 | each;
-  return value;
-}
 
 int poll_items(const ZeroMq& zmq, std::vector<ZeroMq::Item>& items, std::chrono::milliseconds most) {
   const auto count = static_cast<int>(items.size());

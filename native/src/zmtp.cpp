@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cctype>
 
+#include "big_endian.hpp"
+
 namespace kvindex {
 
 namespace {
@@ -18,12 +20,6 @@ constexpr size_t kMaxOut = 64 * 1024;
 constexpr size_t kMaxContext = 16;
 
 uint8_t at(std::string_view bytes, size_t place) { return static_cast<uint8_t>(bytes[place]); }
-
-uint64_t big_endian(std::string_view bytes) {
-  uint64_t value = 0;
-  for (size_t i = 0; i < bytes.size(); ++i) value = value << 8 | at(bytes, i);
-  return value;
-}
 
 bool is_name(std::string_view given, std::string_view name) {
   return std::equal(given.begin(), given.end(), name.begin(), name.end(),
