@@ -133,47 +133,40 @@ void Blocks::lay_down(Pen& pen) {
   pen = {};
 }
 
-void Blocks::release(Node node, HolderId holder) {
-  Chunk* chunk = pool_.of(node);
-  const uint64_t key = key_of(node), bit = bits_from(node % kSlots, 1);
-  const auto shard_lock = table_.lock(key);
-  std::lock_guard lock(chunk->lock);
-  // A claim's node is the caller's own, so its key cannot change; one held no more is nobody's business here.
-  if (chunk->remove(holder, bit, epoch_, bytes_) != 0) forget(*chunk, node, key);
-}
-
 void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
-  Chunk* chunk = pool_.at(number);
+  Chunk& chunk = *pool_.at(number);
   uint64_t keys[kSlots];
   uint64_t orphaned;
   {
-    std::lock_guard lock(chunk->lock);
-    const uint64_t gone = chunk->remove(holder, bits, epoch_, bytes_);
-    orphaned = gone & ~chunk->held();
+    const std::lock_guard lock(chunk.lock);
+    orphaned = chunk.remove(holder, bits, epoch_, bytes_) & ~chunk.held();
+    if (orphaned == 0) return;
+    // From here on nobody finds them, and nobody comes to hold them: who stores such a block makes another node.
+    chunk.live.fetch_and(~orphaned, std::memory_order_release);
     for (uint64_t rest = orphaned; rest != 0; rest &= rest - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
-      keys[slot] = chunk->keys[slot].load(std::memory_order_relaxed);
+      keys[slot] = chunk.keys[slot].load(std::memory_order_relaxed);
       table_.prefetch(keys[slot]);
     }
   }
-  for (; orphaned != 0; orphaned &= orphaned - 1) {
-    const auto slot = static_cast<uint32_t>(std::countr_zero(orphaned));
-    const auto shard_lock = table_.lock(keys[slot]);
-    std::lock_guard lock(chunk->lock);
-    // Someone may have come to hold it, or have taken it out, since its last holder left.
-    if (chunk->has(slot, keys[slot])) forget(*chunk, number * kSlots + slot, keys[slot]);
+  for (uint64_t rest = orphaned; rest != 0; rest &= rest - 1) {
+    const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
+    const auto lock = table_.lock(keys[slot]);
+    table_.erase(keys[slot], number * kSlots + slot);
   }
+  size_.fetch_sub(static_cast<uint32_t>(std::popcount(orphaned)), std::memory_order_relaxed);
+  const std::lock_guard lock(chunk.lock);
+  chunk.unname(orphaned);
+  pool_.slots_freed(number, chunk);
 }
 
-// Takes a block out when nobody holds it. Under both locks.
-void Blocks::forget(Chunk& chunk, Node node, uint64_t key) {
-  const uint64_t bit = bits_from(node % kSlots, 1);
-  if ((chunk.held() & bit) != 0) return;
-  table_.erase(key, node);
-  chunk.live.fetch_and(~bit, std::memory_order_release);
-  chunk.unname(bit);
-  size_.fetch_sub(1, std::memory_order_relaxed);
-  pool_.slots_freed(node / kSlots, chunk);
+void Blocks::release(const std::vector<Node>& nodes, HolderId holder) {
+  for (size_t i = 0; i < nodes.size();) {
+    const uint32_t chunk = nodes[i] / kSlots;
+    uint64_t bits = 0;
+    for (; i < nodes.size() && nodes[i] / kSlots == chunk; ++i) bits |= bits_from(nodes[i] % kSlots, 1);
+    release(chunk, bits, holder);
+  }
 }
 
 void holdings_of(const Blocks& blocks, uint64_t key, std::vector<Holding>& out) {

@@ -35,10 +35,11 @@ class Blocks {
   // node, and whether the holder did not hold it before.
   void hold(const uint64_t* keys, size_t count, Node before, HolderId holder, Pen& pen, Node* nodes, bool* is_new);
   void prefetch_key(uint64_t key) const { table_.prefetch(key); }
-  // One block that the holder holds.
-  void release(Node node, HolderId holder);
-  // Several blocks of one chunk.
+  // Blocks of one chunk, whose node no other thread gives back for this holder.
   void release(uint32_t chunk, uint64_t bits, HolderId holder);
+  void release(Node node, HolderId holder) { release(node / kSlots, bits_from(node % kSlots, 1), holder); }
+  // Those of one chunk that follow each other cost little more than one.
+  void release(const std::vector<Node>& nodes, HolderId holder);
   void lay_down(Pen& pen);
   // For a release soon: the chunk first, then what its key leads to.
   void prefetch(Node node) const {
@@ -64,7 +65,6 @@ class Blocks {
     uint32_t slot, count;
   };
   Place place(Node before, size_t count, Pen& pen);
-  void forget(Chunk& chunk, Node node, uint64_t key);
 
   mutable Epoch epoch_;
   std::atomic<int64_t> bytes_{0};

@@ -1,7 +1,7 @@
 // 64 blocks side by side, normally of one chain, with one bit mask per holder.
 //
 // What each party may do:
-// - Writers change a chunk under its lock. A slot's `live` bit changes only under the lock of its key's shard as well.
+// - Writers change a chunk under its lock, but for a slot's `live` bit, which is set under the lock of its key's shard.
 // - Readers take no lock: they read `version`, then keys and masks, then `version` again. It counts everything that
 //   takes away or renames, before that is visible, so an unchanged version means that all they saw was true at once.
 //   Before a slot or an inline holder gets another name it is emptied, so an old name never meets new bits.

@@ -143,10 +143,10 @@ uint32_t* Claims::insert(uint64_t hash, uint32_t ref, bool& is_new) {
   }
 }
 
-void Claims::erase(uint64_t hash) {
-  const uint64_t mixed = mix(hash);
-  Segment& segment = segment_of(mixed);
-  const uint32_t at = search(segment, mixed);
+void Claims::erase(uint64_t hash, const uint32_t* ref) {
+  Segment& segment = segment_of(mix(hash));
+  const auto at = static_cast<uint32_t>(
+      (reinterpret_cast<const char*>(ref) - reinterpret_cast<const char*>(segment.entries)) / sizeof(Entry));
   // Those behind it that do not stand where they belong move up by one.
   uint32_t last = at + 1;
   while (last < segment.end && segment.entries[last].ref != 0 && segment.home(segment.entries[last].mixed()) < last)
@@ -234,7 +234,7 @@ void Claims::split(Segment& segment) {
   const uint64_t bit = uint64_t{1} << (63 - segment.depth);
   Entry* const end = segment.entries + segment.end;
   Entry* begin = segment.entries + push(segment.entries, end, end);
-  begin = std::partition_point(begin, end, [&](const Entry& each) { return (each.mixed() & bit) == 0; });
+  begin = std::partition_point(begin, end, [&](const Entry& entry) { return (entry.mixed() & bit) == 0; });
   const uint32_t half = larger(segment.capacity / 2);
   upper->used = static_cast<uint32_t>(end - begin);
   allocate(*upper, std::max(half, upper->used));

@@ -29,7 +29,9 @@ class Claims {
   const uint32_t* find(uint64_t hash) const { return const_cast<Claims*>(this)->find(hash); }
   // Gives a hash that is not there yet the reference, which must not be 0. Returns the reference it has now, as `find`.
   uint32_t* insert(uint64_t hash, uint32_t ref, bool& is_new);
-  void erase(uint64_t hash);
+  void erase(uint64_t hash) { erase(hash, find(hash)); }
+  // With its reference, as `find` has given it.
+  void erase(uint64_t hash, const uint32_t* ref);
 
   template <typename Visit>
   void each(Visit visit) const {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <span>
-#include <thread>
 #include <utility>
 
 #include "big_endian.hpp"
@@ -15,7 +14,8 @@ namespace {
 constexpr size_t kFrames = 3;
 
 // A message that came so soon after the wait for it began is one of many: the next ones are let gather. As long as
-// pauses gather kFew, each wait is followed by one; others were not worth their wake-up.
+// pauses gather kFew, each wait is followed by one; others were not worth their wake-up. And as long as messages do not
+// cease between pauses either, there are only pauses: a wait for the next message would be a wake-up more.
 constexpr std::chrono::milliseconds kSoon{1}, kPause{8};
 constexpr uint64_t kFew = 4;
 
@@ -43,8 +43,8 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
   using Clock = std::chrono::steady_clock;
   Drained drained;
   Message message;
-  std::vector<ZeroMq::Item> items{source.item()};
-  items.insert(items.end(), waiting.others.begin(), waiting.others.end());
+  std::vector<ZeroMq::Item> others = waiting.others, all{source.item()};
+  all.insert(all.end(), others.begin(), others.end());
   Clock::time_point ends = Clock::now() + waiting.idle;  // whatever else wakes it meanwhile
   uint64_t told_of = 0;
   const auto tell = [&] {
@@ -56,23 +56,28 @@ Drained drain(MessageSource& source, Stream& stream, uint32_t rank, Order& order
     if (at > 0) drained.lags.push_back(std::max(0.0, std::chrono::duration<double>(now).count() - at));
     told();
   };
-  bool paused = false;
+  bool paused = false, ceaseless = false;
   uint64_t before = 0;  // messages there were at the last pause
-  // False when it is time to go.
+  // Both are false when it is time to go.
+  const auto pause = [&] {
+    before = drained.messages;
+    paused = true;
+    drained.others = poll_items(zmq, others, kPause) > 0;
+    return !drained.others;
+  };
   const auto wait = [&] {
     const Clock::time_point now = Clock::now();
     const auto most = std::chrono::ceil<std::chrono::milliseconds>(ends - now);
     if (most.count() <= 0) return false;
-    if (std::exchange(paused, false)) source.comes_in_bursts = drained.messages - before >= kFew;
-    if (poll_items(zmq, items, most) <= 0) return false;
-    drained.others = std::any_of(items.begin() + 1, items.end(), [](const auto& each) { return each.revents != 0; });
-    if (drained.others) return false;
-    if (most > kPause && (source.comes_in_bursts || Clock::now() - now < kSoon)) {
-      before = drained.messages;
-      paused = true;
-      std::this_thread::sleep_for(kPause);
+    if (std::exchange(paused, false)) {
+      source.comes_in_bursts = drained.messages - before >= kFew;
+      if (source.comes_in_bursts && ceaseless && most > kPause) return pause();
     }
-    return true;
+    if (poll_items(zmq, all, most) <= 0) return false;
+    drained.others = std::any_of(all.begin() + 1, all.end(), [](const auto& each) { return each.revents != 0; });
+    if (drained.others) return false;
+    ceaseless = Clock::now() - now < kSoon;
+    return most <= kPause || (!source.comes_in_bursts && !ceaseless) || pause();
   };
   while (drained.messages < limit) {
     if (!source.receive(message)) {

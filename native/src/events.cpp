@@ -1,6 +1,7 @@
 #include "events.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "keys.hpp"
 #include "msgpack.hpp"
@@ -292,8 +293,11 @@ bool read_hashes(Cursor& in, Event& event) {
   uint32_t count;
   if (!in.array(count)) return false;
   event.hashes.clear();  // seq_hashes may have named them already
-  for (uint32_t i = 0; i < count; ++i)
-    if (!read_hash(in, event.hashes.emplace_back())) return false;
+  event.first_hash = in.position();
+  for (uint32_t i = 0; i < count; ++i) {
+    i += in.wide_integers(count - i, event.hashes);
+    if (i < count && !read_hash(in, event.hashes.emplace_back())) return false;
+  }
   return true;
 }
 
@@ -497,6 +501,18 @@ bool Batch::read_rank(Cursor& in) {
   return in.peek() == Type::kInt || in.peek() == Type::kNil ? read_optional_uint(in, has_rank_, rank_) : in.skip();
 }
 
+// Removals come in rows, each the same bytes but for its hash: then `event` needs another hash and nothing else.
+bool Batch::read_removed_again(Event& event) {
+  if (static_cast<size_t>(end_ - at_) < removal_.size()) return false;
+  const uint8_t* const hash = at_ + hash_at_;
+  const size_t behind = hash_at_ + hash_size_;
+  if (std::memcmp(at_, removal_.data(), hash_at_) != 0 ||
+      std::memcmp(at_ + behind, removal_.data() + behind, removal_.size() - behind) != 0)
+    return false;
+  Cursor in(hash, hash_size_);
+  return read_hash(in, event.hashes.front()) && in.at_end();
+}
+
 Batch::Next Batch::next(Event& event, Reason& reason) {
   Cursor in(at_, static_cast<size_t>(end_ - at_));
   if (left_ == 0) {
@@ -505,9 +521,21 @@ Batch::Next Batch::next(Event& event, Reason& reason) {
     rank_follows_ = false;
     return Next::kEnd;
   }
+  if (!removal_.empty() && read_removed_again(event)) {
+    --left_;
+    at_ += removal_.size();
+    return Next::kEvent;
+  }
   const Cursor start = in;
   const bool read = read_event(in, event, reason);
-  if (!read) {
+  removal_ = {};
+  if (read && event.tag == Tag::kRemoved && event.hashes.size() == 1) {
+    removal_ = {reinterpret_cast<const char*>(at_), static_cast<size_t>(in.position() - at_)};
+    hash_at_ = static_cast<size_t>(event.first_hash - at_);
+    Cursor hash(event.first_hash, removal_.size() - hash_at_);
+    hash.skip();
+    hash_size_ = static_cast<size_t>(hash.position() - event.first_hash);
+  } else if (!read) {
     in = start;
     if (!in.skip()) {
       left_ = 0;

@@ -51,6 +51,7 @@ struct Event {
   std::string_view medium;  // as sent; empty = absent
   std::string_view lora_name, cache_salt, kind;
   std::vector<uint64_t> hashes;
+  const uint8_t* first_hash;  // where it stands
   std::vector<uint32_t> tokens;
   std::vector<std::string> extras;  // encoded: none at all, one for all blocks, or one per block
 
@@ -96,6 +97,7 @@ class Batch {
 
  private:
   bool read_rank(Cursor& in);
+  bool read_removed_again(Event& event);
 
   double timestamp_ = 0;
   bool rank_follows_ = false;
@@ -104,6 +106,9 @@ class Batch {
   uint32_t left_ = 0;
   const uint8_t* at_ = nullptr;
   const uint8_t* end_ = nullptr;
+  // The bytes of the last event when it was the removal of one block, else none; and where in them its hash stands.
+  std::string_view removal_;
+  size_t hash_at_ = 0, hash_size_ = 0;
 };
 
 }  // namespace kvindex

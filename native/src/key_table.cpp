@@ -20,6 +20,8 @@ constexpr uint64_t equal(uint64_t tags, uint64_t tag) {
 
 // A table is halved at once: by one level at a time, each entry that goes would have two others moved.
 constexpr uint32_t kShrinkLevels = 2;
+// From this level on a table has exactly half the buckets of the one two levels above.
+constexpr uint32_t kExact = 12;
 
 constexpr uint64_t kUpperTags = 0x80808080ULL;  // the high bits of tags 8 to 11
 constexpr uint64_t kPassedOne = uint64_t{1} << 32;
@@ -50,13 +52,11 @@ void KeyTable::give_table(Table* table) {
 // Sizes grow by the square root of two, each shard at another time, so that the table as a whole is always as full.
 uint64_t KeyTable::buckets_at(const Shard& shard, uint32_t level) const {
   const double phase = static_cast<double>(&shard - shards_.data()) / kShards;
-  return static_cast<uint64_t>(std::exp2((level + phase) / 2));
+  const uint32_t doublings = level < kExact ? 0 : (level - kExact) / 2;
+  return static_cast<uint64_t>(std::exp2((level - 2 * doublings + phase) / 2)) << doublings;
 }
 
-inline KeyTable::Bucket& KeyTable::home(const Table& table, uint64_t key, uint64_t& at) {
-  at = ((key >> 24 & 0xFFFFFFFFU) * table.size) >> 32;
-  return table.buckets[at];
-}
+inline uint64_t KeyTable::home(uint64_t buckets, uint64_t key) { return ((key >> 24 & 0xFFFFFFFFU) * buckets) >> 32; }
 
 // Only the holder of the shard's lock writes, so no atomic addition is needed.
 inline void KeyTable::pass(Bucket& bucket, uint64_t entries) {
@@ -64,10 +64,9 @@ inline void KeyTable::pass(Bucket& bucket, uint64_t entries) {
 }
 
 void KeyTable::prefetch(uint64_t key) const {
-  const Table* table = shard(key).table.load();  // as in `find`: what it points to is read
-  if (table == nullptr) return;
-  uint64_t at;
-  __builtin_prefetch(&home(*table, key, at));
+  const Shard& of = shard(key);
+  const uint64_t at = home(of.buckets_hint.load(std::memory_order_relaxed), key);
+  __builtin_prefetch(of.first_hint.load(std::memory_order_relaxed) + at);
 }
 
 Node KeyTable::find(uint64_t key) const {
@@ -77,8 +76,8 @@ Node KeyTable::find(uint64_t key) const {
 
 inline Node KeyTable::find_in(const Table& table, uint64_t key) const {
   const uint64_t tag = tag_of(key);
-  uint64_t at;
-  const Bucket* bucket = &home(table, key, at);
+  uint64_t at = home(table.size, key);
+  const Bucket* bucket = &table.buckets[at];
   for (uint64_t looked = 0; looked < table.size; ++looked) {
     const uint64_t lower = bucket->tags[0].load(std::memory_order_acquire);
     const uint64_t upper = bucket->tags[1].load(std::memory_order_acquire);
@@ -100,9 +99,8 @@ inline Node KeyTable::find_in(const Table& table, uint64_t key) const {
   return 0;
 }
 
-inline void KeyTable::put(Table& table, uint64_t key, Node node) {
-  uint64_t at;
-  Bucket* bucket = &home(table, key, at);
+inline void KeyTable::put(Table& table, uint64_t at, uint64_t tag, Node node) {
+  Bucket* bucket = &table.buckets[at];
   for (;;) {
     for (uint32_t half = 0; half < 2; ++half) {
       const uint64_t tags = bucket->tags[half].load(std::memory_order_relaxed);
@@ -111,7 +109,7 @@ inline void KeyTable::put(Table& table, uint64_t key, Node node) {
       if (empty == 0) continue;
       const auto shift = static_cast<uint32_t>(std::countr_zero(empty)) / 8 * 8;
       bucket->nodes[half * 8 + shift / 8].store(node, std::memory_order_relaxed);
-      bucket->tags[half].store(tags | tag_of(key) << shift, std::memory_order_release);
+      bucket->tags[half].store(tags | tag << shift, std::memory_order_release);
       return;
     }
     pass(*bucket, kPassedOne);
@@ -130,7 +128,7 @@ bool KeyTable::insert(uint64_t key, Node node) {
     resize(home_shard, level);
     table = home_shard.table.load(std::memory_order_relaxed);
   }
-  put(*table, key, node);
+  put(*table, home(table->size, key), tag_of(key), node);
   ++home_shard.used;
   return true;
 }
@@ -139,9 +137,9 @@ void KeyTable::erase(uint64_t key, Node node) {
   Shard& home_shard = shard(key);
   Table& table = *home_shard.table.load(std::memory_order_relaxed);
   const uint64_t tag = tag_of(key);
-  uint64_t at;
-  Bucket* bucket = &home(table, key, at);
-  const uint64_t first = at;
+  const uint64_t first = home(table.size, key);
+  uint64_t at = first;
+  Bucket* bucket = &table.buckets[at];
   for (;;) {
     for (uint32_t half = 0; half < 2; ++half) {
       const uint64_t tags = bucket->tags[half].load(std::memory_order_relaxed);
@@ -163,6 +161,35 @@ void KeyTable::erase(uint64_t key, Node node) {
   }
 }
 
+// All entries of a table to another one. Keys lie anywhere, so they are asked for early; and where half as many buckets
+// are to take them and none was passed on, they are not needed.
+void KeyTable::move(const Table& from, Table& to) const {
+  constexpr uint64_t kAhead = 3;
+  const bool halves = from.size == to.size * 2;
+  const auto is_home = [&](uint64_t bucket) {
+    const Bucket& before = from.buckets[bucket == 0 ? from.size - 1 : bucket - 1];
+    return halves && before.tags[1].load(std::memory_order_relaxed) < kPassedOne;
+  };
+  const auto key = [&](Node node) -> std::atomic<uint64_t>& { return pool_.of(node)->keys[node % kSlots]; };
+  const auto each = [&](uint64_t number, auto visit) {
+    const Bucket& bucket = from.buckets[number];
+    for (uint32_t i = 0; i < Bucket::kEntries; ++i)
+      if (const uint64_t tag = bucket.tags[i / 8].load(std::memory_order_relaxed) >> i % 8 * 8 & 0xFF)
+        visit(tag, bucket.nodes[i].load(std::memory_order_relaxed));
+  };
+  for (uint64_t i = 0; i < from.size; ++i) {
+    if (i + kAhead < from.size && !is_home(i + kAhead))
+      each(i + kAhead, [&](uint64_t, Node node) { __builtin_prefetch(&key(node)); });
+    if (is_home(i)) {
+      each(i, [&](uint64_t tag, Node node) { put(to, i / 2, tag, node); });
+    } else {
+      each(i, [&](uint64_t tag, Node node) {
+        put(to, home(to.size, key(node).load(std::memory_order_relaxed)), tag, node);
+      });
+    }
+  }
+}
+
 void KeyTable::resize(Shard& of, uint32_t level) {
   Table* old = of.table.load(std::memory_order_relaxed);
   const uint64_t size = buckets_at(of, level);
@@ -170,19 +197,8 @@ void KeyTable::resize(Shard& of, uint32_t level) {
   auto* buckets = reinterpret_cast<Bucket*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   auto* made = new (take_memory(sizeof(Table))) Table{size, buckets, memory};
   int64_t grown = footprint_of(size);
-  const auto each_node = [&](uint64_t bucket, auto visit) {
-    const Bucket& from = old->buckets[bucket];
-    for (uint32_t i = 0; i < Bucket::kEntries; ++i)
-      if ((from.tags[i / 8].load(std::memory_order_relaxed) >> i % 8 * 8 & 0xFF) != 0)
-        visit(from.nodes[i].load(std::memory_order_relaxed));
-  };
-  const auto key = [&](Node node) -> std::atomic<uint64_t>& { return pool_.of(node)->keys[node % kSlots]; };
   if (old != nullptr) {
-    constexpr uint64_t kAhead = 3;  // keys lie anywhere: ask for them early
-    for (uint64_t i = 0; i < old->size; ++i) {
-      if (i + kAhead < old->size) each_node(i + kAhead, [&](Node node) { __builtin_prefetch(&key(node)); });
-      each_node(i, [&](Node node) { put(*made, key(node).load(std::memory_order_relaxed), node); });
-    }
+    move(*old, *made);
     grown -= footprint_of(old->size);
   }
   of.level = level;
@@ -190,6 +206,8 @@ void KeyTable::resize(Shard& of, uint32_t level) {
   const uint64_t smaller = level < kShrinkLevels ? size : buckets_at(of, level - kShrinkLevels);
   of.shrink_below = smaller == size ? 0 : smaller * Bucket::kEntries * 3 / 4;
   of.table.store(made);
+  of.first_hint.store(buckets, std::memory_order_relaxed);
+  of.buckets_hint.store(size, std::memory_order_relaxed);
   if (old != nullptr)
     epoch_.retire([](void*, void* object, uint64_t) { give_table(static_cast<Table*>(object)); }, nullptr, old, 0);
   bytes_.fetch_add(grown, std::memory_order_relaxed);

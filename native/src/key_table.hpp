@@ -52,15 +52,19 @@ class KeyTable {
     uint32_t level = 0;
     uint64_t used = 0, grow_at = 0, shrink_below = 0;  // entries
     std::atomic<Table*> table{nullptr};
+    // For prefetches, which may be of the wrong place while a table is replaced.
+    std::atomic<Bucket*> first_hint{nullptr};
+    std::atomic<uint64_t> buckets_hint{0};
   };
   static constexpr uint32_t kShards = 256;
 
   Shard& shard(uint64_t key) { return shards_[key >> 56]; }
   const Shard& shard(uint64_t key) const { return shards_[key >> 56]; }
-  static Bucket& home(const Table& table, uint64_t key, uint64_t& at);
+  static uint64_t home(uint64_t buckets, uint64_t key);
   Node find_in(const Table& table, uint64_t key) const;
   static void pass(Bucket& bucket, uint64_t entries);
-  static void put(Table& table, uint64_t key, Node node);
+  static void put(Table& table, uint64_t at, uint64_t tag, Node node);
+  void move(const Table& from, Table& to) const;
   void resize(Shard& shard, uint32_t level);
   uint64_t buckets_at(const Shard& shard, uint32_t level) const;
   static size_t bytes_of(uint64_t buckets);

@@ -1,9 +1,12 @@
 // A cursor over msgpack bytes: reads values in place, never allocates, never reads past the end.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
+#include <vector>
 
 namespace kvindex {
 
@@ -90,14 +93,14 @@ class Cursor {
     constexpr size_t kSafe = 2 * kVector + sizeof(uint64_t);  // read behind a stretch
     if (left() < kVector + kSafe || most < 2) return 0;
     const size_t before = out.size();
-    // Each takes a byte at least: a number that is announced but not there reserves nothing.
-    const auto count = static_cast<uint32_t>(most < left() ? most : left()) & ~1U;
-    out.resize(before + count);
-    auto* to = out.data() + before;
+    const uint32_t count = most & ~1U;
     const uint8_t* at = at_;
     uint32_t i = 0;
     bool small = true;
     while (small && i < count && static_cast<size_t>(end_ - at) >= kVector + kSafe) {
+      // Room for one stretch: a number that is announced but not there reserves nothing.
+      out.resize(before + std::min<size_t>(count, i + kStretch));
+      auto* to = out.data() + before;
       uint8_t widths[kStretch + kVector], of_two[kStretch];
       // Not more than this many integers can need, nor than there is.
       size_t stretch = static_cast<size_t>(end_ - at) - kSafe;
@@ -124,6 +127,20 @@ class Cursor {
     at_ = at;
     out.resize(before + i);
     return i;
+  }
+
+  // Appends integers of 64 bits, as long as they come; returns how many.
+  uint32_t wide_integers(uint32_t most, std::vector<uint64_t>& out) {
+    constexpr size_t kWidth = 1 + sizeof(uint64_t), kStretch = 512;
+    const size_t before = out.size(), count = std::min<size_t>(most, left() / kWidth);
+    size_t i = 0;
+    while (i < count && *at_ == 0xcf) {
+      const size_t end = std::min(count, i + kStretch);  // room for one stretch: others may come soon
+      out.resize(before + end);
+      for (; i < end && *at_ == 0xcf; ++i, at_ += kWidth) out[before + i] = word_at(at_ + 1);
+    }
+    out.resize(before + i);
+    return static_cast<uint32_t>(i);
   }
 
   bool number(double& value) {
@@ -170,20 +187,15 @@ class Cursor {
     uint64_t open = 1;  // values still to be passed; no recursion, so depth costs nothing
     while (open > 0) {
       --open;
+      if (at_ == end_) return false;
+      if (const size_t width = kWidths[*at_]) {
+        if (left() < width) return false;
+        at_ += width;
+        continue;
+      }
       uint32_t count;
-      uint64_t bits;
-      bool negative;
-      double number_value;
       std::string_view bytes;
       switch (peek()) {
-        case Type::kNil:
-        case Type::kBool: ++at_; break;
-        case Type::kInt:
-          if (!integer(bits, negative)) return false;
-          break;
-        case Type::kFloat:
-          if (!number(number_value)) return false;
-          break;
         case Type::kStr:
           if (!str(bytes)) return false;
           break;
@@ -201,13 +213,25 @@ class Cursor {
         case Type::kExt:
           if (!ext()) return false;
           break;
-        case Type::kEnd: return false;
+        default: return false;
       }
     }
     return true;
   }
 
  private:
+  // Of values whose first byte says how wide they are; 0 for all others.
+  static constexpr std::array<uint8_t, 256> kWidths = [] {
+    std::array<uint8_t, 256> widths{};
+    for (size_t head = 0; head < 256; ++head) widths[head] = head <= 0x7f || head >= 0xe0 ? 1 : 0;
+    for (const size_t head : {0xc0, 0xc2, 0xc3}) widths[head] = 1;
+    for (const size_t head : {0xcc, 0xd0}) widths[head] = 2;
+    for (const size_t head : {0xcd, 0xd1}) widths[head] = 3;
+    for (const size_t head : {0xca, 0xce, 0xd2}) widths[head] = 5;
+    for (const size_t head : {0xcb, 0xcf, 0xd3}) widths[head] = 9;
+    return widths;
+  }();
+
   static uint64_t word_at(const uint8_t* at) {
     uint64_t raw;
     std::memcpy(&raw, at, 8);

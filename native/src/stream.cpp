@@ -255,15 +255,8 @@ void Stream::remove_gathered(Applied& applied) {
   if (removed_.empty()) return;
   Book& book = *removed_from_;
   Blocks& blocks = index_->held();
-  nodes_.clear();
-  for (const uint64_t hash : removed_) {
-    const uint32_t* ref = book.claims.find(hash);
-    if (ref == nullptr || (*ref & kSpecial) != 0) continue;
-    nodes_.push_back(*ref);
-    blocks.prefetch(*ref);
-  }
-  for (const Node node : nodes_) blocks.prefetch_key(blocks.key_of(node));
   uint64_t gone = 0;
+  nodes_.clear();
   removals_.open(groups_[book.group].index, book.tier, Left::kRemoved);
   for (const uint64_t hash : removed_) {
     uint32_t* ref = book.claims.find(hash);
@@ -272,7 +265,12 @@ void Stream::remove_gathered(Applied& applied) {
       continue;
     }
     ++applied.blocks_removed;
-    if ((*ref & kSpecial) != 0 && specials_[*ref & ~kSpecial].count > 1) {
+    if ((*ref & kSpecial) == 0) {
+      removed_[nodes_.size()] = hash;
+      nodes_.push_back(*ref);
+      blocks.prefetch(*ref);
+      book.claims.erase(hash, ref);
+    } else if (specials_[*ref & ~kSpecial].count > 1) {
       --specials_[*ref & ~kSpecial].count;
       settle(*ref);
     } else {
@@ -280,6 +278,19 @@ void Stream::remove_gathered(Applied& applied) {
       ++gone;
     }
   }
+  gone += nodes_.size();
+  for (const Node node : nodes_) blocks.prefetch_key(blocks.key_of(node));
+  size_t held = 0;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const uint64_t key = blocks.key_of(nodes_[i]);
+    note_gone(removed_[i], key);
+    if (!shared_.empty() && unshare(key, book.group, book.tier)) continue;
+    note_released(key, book.group, book.tier);
+    removals_.note(key);
+    nodes_[held++] = nodes_[i];
+  }
+  nodes_.resize(held);
+  blocks.release(nodes_, holder_of(book.group, book.tier));
   removals_.close();
   index_->unclaim(gone);
   removed_.clear();
@@ -977,12 +988,7 @@ uint64_t Stream::drop_all(std::optional<Left> left) {
     noted += noting;
     more = more || noting < nodes.size();
     removals_.close();
-    for (size_t i = 0; i < nodes.size();) {
-      const uint32_t chunk = nodes[i] / kSlots;
-      uint64_t bits = 0;
-      for (; i < nodes.size() && nodes[i] / kSlots == chunk; ++i) bits |= bits_from(nodes[i] % kSlots, 1);
-      blocks.release(chunk, bits, holder);
-    }
+    blocks.release(nodes, holder);
   }
   if (left && more) removals_.lose();
   if (left == Left::kCleared) removals_.cleared();

@@ -155,16 +155,12 @@ void test_blocks(bool narrow, uint64_t seed) {
   std::map<std::pair<uint64_t, HolderId>, Node> model;
   std::map<uint64_t, std::set<HolderId>> of_key;
   std::vector<Blocks::Pen> pens(kHolders);
-  const auto drop = [&](std::pair<uint64_t, HolderId> claim, bool by_chunk) {
+  const auto drop = [&](std::pair<uint64_t, HolderId> claim) {
     const Node node = model.at(claim);
-    if (by_chunk) {
-      blocks.release(node / kSlots, bits_from(node % kSlots, 1), claim.second);
-    } else {
-      blocks.release(node, claim.second);
-    }
     model.erase(claim);
     of_key[claim.first].erase(claim.second);
     if (of_key[claim.first].empty()) of_key.erase(claim.first);
+    return node;
   };
   for (int i = 0; i < 1500; ++i) {
     const auto pin = blocks.epoch().pin();
@@ -185,8 +181,15 @@ void test_blocks(bool narrow, uint64_t seed) {
         of_key[chain[begin + k]].insert(holder);
       }
     } else {
+      std::vector<Node> gone;
       for (size_t k = 0; k < count; ++k)
-        if (model.count({chain[begin + k], holder}) != 0) drop({chain[begin + k], holder}, random() % 2 == 0);
+        if (model.count({chain[begin + k], holder}) != 0) gone.push_back(drop({chain[begin + k], holder}));
+      if (random() % 2) std::reverse(gone.begin(), gone.end());
+      if (random() % 2) {
+        blocks.release(gone, holder);
+      } else {
+        for (const Node node : gone) blocks.release(node, holder);
+      }
     }
     if (random() % 50 == 0) blocks.lay_down(pens[who]);
     CHECK(blocks.size() == of_key.size());
@@ -201,13 +204,55 @@ void test_blocks(bool narrow, uint64_t seed) {
       }
   }
   const auto pin = blocks.epoch().pin();
-  while (!model.empty()) drop(model.begin()->first, false);
+  while (!model.empty()) {
+    const auto claim = model.begin()->first;
+    blocks.release(drop(claim), claim.second);
+  }
   for (auto& pen : pens) blocks.lay_down(pen);
   CHECK(blocks.size() == 0);
 }
 
-// Writers that hold and release, each its own keys and the common ones, in the same chunks. A reader never sees a
-// holder at a key that it never held, and always sees the one that never lets go.
+// One shard of the key table that grows large and shrinks again: whatever is moved, and wherever it had been passed on
+// to, all that is held is found and nothing else.
+void test_shrinking(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Blocks blocks;
+  Blocks::Pen pen;
+  const HolderId holder = holder_id(1, 0);
+  std::map<uint64_t, Node> held;
+  while (held.size() < 9000) {
+    const auto pin = blocks.epoch().pin();
+    std::vector<uint64_t> keys;
+    for (size_t more = 1 + random() % 100; more > 0; --more)
+      // Every other one into a sixteenth of the buckets, so that many are passed on.
+      keys.push_back(uint64_t{3} << 56 | (random() >> (random() % 2 ? 8 : 12)) | 1);
+    std::vector<Node> nodes(keys.size());
+    const std::unique_ptr<bool[]> is_new(new bool[keys.size()]);
+    blocks.hold(keys.data(), keys.size(), 0, holder, pen, nodes.data(), is_new.get());
+    for (size_t i = 0; i < keys.size(); ++i) held[keys[i]] = nodes[i];
+  }
+  while (!held.empty()) {
+    const auto pin = blocks.epoch().pin();
+    std::vector<Node> gone;
+    std::vector<uint64_t> gone_keys;
+    auto next = held.lower_bound(uint64_t{3} << 56 | random() >> 8);
+    for (size_t more = 1 + random() % 300; more > 0 && next != held.end(); --more) {
+      gone.push_back(next->second);
+      gone_keys.push_back(next->first);
+      next = held.erase(next);
+    }
+    blocks.release(gone, holder);
+    CHECK(blocks.size() == held.size());
+    for (const uint64_t key : gone_keys) CHECK(blocks.find(key) == 0);
+    if (random() % 8 == 0)
+      for (const auto& [key, node] : held) CHECK(blocks.find(key) == node);
+    blocks.epoch().collect();
+  }
+}
+
+// Writers that hold and release, each its own keys, the common ones and those that only writers hold, in the same
+// chunks. A reader never sees a holder at a key that it never held, and always sees the one that never lets go; what a
+// writer holds it finds, whoever lets go of it at the same moment.
 void test_blocks_at_once() {
   constexpr uint32_t kWriters = 3, kStable = 50;
   Blocks blocks;
@@ -232,13 +277,25 @@ void test_blocks_at_once() {
         std::vector<uint64_t> keys(common.begin(), common.begin() + static_cast<long>(random() % common.size()));
         for (uint64_t i = 1 + random() % 100, from = 1 + random() % 50; i > 0; --i)
           keys.push_back(own_key(writer, from++));
+        const size_t contested = keys.size();
+        for (uint64_t i = 1 + random() % 40; i <= 40; ++i) keys.push_back(own_key(kWriters + 1, i));
         std::vector<Node> nodes(keys.size());
         const std::unique_ptr<bool[]> is_new(new bool[keys.size()]);
         {
           const auto pin = blocks.epoch().pin();
           blocks.hold(keys.data(), keys.size(), 0, holder, pen, nodes.data(), is_new.get());
+          for (size_t i = contested; i < keys.size(); ++i) {
+            const auto found = holders_of(blocks, keys[i]);
+            if (std::find(found.begin(), found.end(), holder) == found.end()) std::abort();
+          }
+          std::vector<Node> gone;
           for (size_t i = keys.size(); i-- > 0;)
-            if (is_new[i]) blocks.release(nodes[i], holder);
+            if (is_new[i]) gone.push_back(nodes[i]);
+          if (random() % 2) {
+            blocks.release(gone, holder);
+          } else {
+            for (const Node node : gone) blocks.release(node, holder);
+          }
           if (random() % 16 == 0) blocks.lay_down(pen);
         }
         blocks.epoch().collect();
@@ -270,6 +327,7 @@ int main() {
   test_chunk_set();
   test_epoch();
   for (uint64_t seed = 0; seed < 6; ++seed) test_blocks(seed % 2 == 1, seed);
+  for (uint64_t seed = 0; seed < 3; ++seed) test_shrinking(seed);
   test_blocks_at_once();
   std::printf("%d passed, 0 failed\n", checks);
 }
