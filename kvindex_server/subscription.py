@@ -1,5 +1,6 @@
 """A subscription to one engine's events: by the core itself where it connects in plain TCP, else by libzmq."""
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -30,15 +31,17 @@ class Subscription(wire.Awaited, Protocol):
         """An endpoint that was bound is free then."""
 
 
-_PLAIN = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.%\w]+)\]|(\d+\.\d+\.\d+\.\d+)):(\d{1,5})")
+_PLAIN = re.compile(r"tcp://(?:\[(?P<v6>[^\[\]]+)\]|(?P<v4>[\d.]+)|(?P<name>[\w.-]+)):(?P<port>\d{1,5})", re.ASCII)
 
 
 def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
     """Whatever is published with a topic that begins so. BindError when the endpoint cannot be used."""
     plain = _PLAIN.fullmatch(endpoint)
-    if plain and not bind and not wire.is_encrypted() and 0 < int(plain[3]) < 1 << 16:
+    if plain and not bind and not wire.is_encrypted() and 0 < (port := int(plain["port"])) < 1 << 16:
         try:
-            return _Connected(plain[1] or plain[2], int(plain[3]), topic)
+            if address := plain["v6"] or plain["v4"]:
+                ipaddress.ip_address(address)
+            return _Connected(address or plain["name"], port, topic)
         except (ValueError, OSError) as error:
             raise wire.BindError(f"{endpoint}: {error}") from error
     return _OfLibrary(endpoint, topic, bind=bind)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from publisher import free_port
 from slow_proxy import SlowProxy
+from subscribing import leave_to_library
 from test_fleet import eventually
 
 from kvindex_server import wire
@@ -96,11 +97,14 @@ def test_an_endpoint_is_free_when_its_socket_is_closed() -> None:
         Watched(endpoint, bind=True).close()
 
 
-HOSTS = pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["core", "library"])
-"""An address is connected to by the core, a name by ZeroMQ's library."""
+@pytest.fixture(params=["address", "name", "library"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a subscription by the core, to an address or a name, or by ZeroMQ's library."""
+    if request.param == "library":
+        leave_to_library(monkeypatch)
+    return "localhost" if request.param == "name" else "127.0.0.1"
 
 
-@HOSTS
 def test_a_connection_that_comes_back(host: str) -> None:
     """Connecting, every loss and every return is told."""
     port = free_port()
@@ -124,11 +128,7 @@ def again(made: Callable[[], wire.Socket]) -> wire.Socket:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("host", "bind"),
-    [("127.0.0.1", True), ("127.0.0.1", False), ("localhost", False)],
-    ids=["bound", "core", "library"],
-)
+@pytest.mark.parametrize("bind", [True, False], ids=["bound", "connected"])
 def test_a_frame_above_the_limit_ends_the_connection_which_is_made_anew(
     monkeypatch: pytest.MonkeyPatch, host: str, bind: bool
 ) -> None:
@@ -173,7 +173,6 @@ def test_a_replayed_frame_above_the_limit_is_not_taken(monkeypatch: pytest.Monke
             client.receive()
 
 
-@HOSTS
 def test_a_peer_that_falls_silent_without_closing_is_lost(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     """A host that lost its power or its network sends no FIN: heartbeats tell."""
     monkeypatch.setattr(wire, "HEARTBEAT_MS", 50)

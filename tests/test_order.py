@@ -10,6 +10,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from subscribing import leave_to_library
 from test_fleet import eventually
 
 from kvindex_server import wire
@@ -106,26 +107,28 @@ class Listener:
 
 
 @contextmanager
-def listening(endpoint: str, host: str) -> Iterator[Listener]:
-    events = subscribe(endpoint.replace("127.0.0.1", host), "", bind=False)
+def listening(endpoint: str) -> Iterator[Listener]:
+    events = subscribe(endpoint, "", bind=False)
     try:
         yield Listener(events)
     finally:
         events.close()
 
 
-@pytest.fixture(params=["127.0.0.1", "localhost"], ids=["core", "library"])
-def host(request: pytest.FixtureRequest) -> str:
-    """An address is connected to by the core, a name by ZeroMQ's library."""
-    return str(request.param)
+@pytest.fixture(params=["core", "library"])
+def subscriber(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose subscription it is."""
+    if request.param == "library":
+        leave_to_library(monkeypatch)
 
 
+@pytest.mark.usefixtures("subscriber")
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_drain_stops_at_a_message_that_is_not_the_next(host: str, odd: list[bytes]) -> None:
+def test_drain_stops_at_a_message_that_is_not_the_next(odd: list[bytes]) -> None:
     """What is in order is applied; the first other message is handed over whole, and nothing behind it is taken."""
     with (
         wire.publisher("tcp://127.0.0.1:*") as publisher,
-        listening(publisher.endpoint, host) as events,
+        listening(publisher.endpoint) as events,
     ):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
@@ -159,9 +162,9 @@ def test_drain_stops_at_a_message_that_is_not_the_next(host: str, odd: list[byte
 
 
 @contextmanager
-def connected(host: str) -> Iterator[tuple[wire.Socket, Listener]]:
+def connected() -> Iterator[tuple[wire.Socket, Listener]]:
     """(publisher, its subscriber), with nothing under way."""
-    with wire.publisher("tcp://127.0.0.1:*") as publisher, listening(publisher.endpoint, host) as events:
+    with wire.publisher("tcp://127.0.0.1:*") as publisher, listening(publisher.endpoint) as events:
 
         def arrived() -> bool:
             publisher.send(frames(0, b""))
@@ -173,9 +176,10 @@ def connected(host: str) -> Iterator[tuple[wire.Socket, Listener]]:
         yield publisher, events
 
 
-def test_drain_takes_no_more_than_its_limit(host: str) -> None:
+@pytest.mark.usefixtures("subscriber")
+def test_drain_takes_no_more_than_its_limit() -> None:
     """One stream must not keep its thread from replays and deadlines."""
-    with connected(host) as (publisher, events):
+    with connected() as (publisher, events):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)
@@ -195,9 +199,10 @@ def test_drain_takes_no_more_than_its_limit(host: str) -> None:
         assert index.claims == 10 and events.drain(stream, order, 4).empty  # type: ignore[union-attr]
 
 
-def test_drain_waits_until_another_socket_has_a_message(host: str) -> None:
+@pytest.mark.usefixtures("subscriber")
+def test_drain_waits_until_another_socket_has_a_message() -> None:
     """What comes is seen by readers at once, and the thread comes back only when it is needed elsewhere."""
-    with connected(host) as (publisher, events):
+    with connected() as (publisher, events):
         index, order = Index(), Order()
         stream = index.add_stream("pod", 0)
         order.applied(0, 0)
@@ -221,10 +226,11 @@ def test_drain_waits_until_another_socket_has_a_message(host: str) -> None:
         assert 1 <= len(drained.lags) <= 3 and all(0 <= each < 60 for each in drained.lags)
 
 
+@pytest.mark.usefixtures("subscriber")
 @pytest.mark.parametrize("event", [["BlockRemoved", 99, "GPU"], ["AllBlocksCleared"], ["Surprise"]])
-def test_drain_comes_back_at_once_when_trust_may_change(host: str, event: list[object]) -> None:
+def test_drain_comes_back_at_once_when_trust_may_change(event: list[object]) -> None:
     """Nobody may be told for longer than that all is well, nor see the message's number before that is settled."""
-    with connected(host) as (publisher, events):
+    with connected() as (publisher, events):
         order = Order()
         stream = Index().add_stream("pod", 0)
         order.applied(0, 0)
@@ -241,9 +247,10 @@ def test_drain_comes_back_at_once_when_trust_may_change(host: str, event: list[o
         assert drained is not None and (drained.messages, drained.withheld, order.last) == (1, None, 2)
 
 
-def test_drain_ends_when_nothing_comes(host: str) -> None:
+@pytest.mark.usefixtures("subscriber")
+def test_drain_ends_when_nothing_comes() -> None:
     """A deadline elsewhere is kept."""
-    with connected(host) as (publisher, events):
+    with connected() as (publisher, events):
         order = Order()
         stream = Index().add_stream("pod", 0)
         order.applied(0, 0)

@@ -1,7 +1,8 @@
 // The blocks of one model: key -> which lanes hold it on which tiers. Any number of writers and readers at once.
 //
-// A block's node stands in a chunk and, under its key, in the key table. It stays while anyone holds it. A writer that
-// takes two locks takes the key's shard first, then the chunk.
+// A block's node stands in a chunk and, under its key, in the key table. It stays while anyone holds it. Its key may
+// stand in the table twice for a moment: once more with the node of a block that was just given up and is no longer
+// `live`. No writer has the lock of a shard and of a chunk at once.
 #pragma once
 
 #include <atomic>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <random>
 
 #include "memory.hpp"
@@ -229,7 +230,7 @@ void Claims::split(Segment& segment) {
   size_t first = 0;
   while (directory_[first] != &segment) ++first;
   // The upper half of the hashes goes to a new segment.
-  auto* upper = new Segment;
+  auto upper = std::make_unique<Segment>();
   upper->depth = segment.depth + 1;
   const uint64_t bit = uint64_t{1} << (63 - segment.depth);
   Entry* const end = segment.entries + segment.end;
@@ -244,7 +245,7 @@ void Claims::split(Segment& segment) {
   segment.depth = upper->depth;
   rebuild(segment, half);
   rebuild(*upper, half);
-  std::fill_n(directory_.begin() + static_cast<ptrdiff_t>(first + each), each, upper);
+  std::fill_n(directory_.begin() + static_cast<ptrdiff_t>(first + each), each, upper.release());
 }
 
 }  // namespace kvindex

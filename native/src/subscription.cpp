@@ -77,16 +77,12 @@ int checked(int descriptor, const char* what) {
 }  // namespace
 
 Subscription::Subscription(const std::string& host, uint16_t port, Settings settings)
-    : settings_(std::move(settings)), pause_(kFirstPause) {
-  addrinfo hints{};
-  hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
-  hints.ai_socktype = SOCK_STREAM;
-  addrinfo* found = nullptr;
-  if (getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found) != 0)
-    throw std::invalid_argument("no address: " + host);
-  std::memcpy(&address_, found->ai_addr, found->ai_addrlen);
-  address_size_ = found->ai_addrlen;
-  freeaddrinfo(found);
+    : settings_(std::move(settings)),
+      host_(host),
+      port_(port),
+      addresses_(Lookup::written(host, port)),
+      is_name_(addresses_.empty()),
+      pause_(kFirstPause) {
   try {
     events_ = checked(epoll_create1(EPOLL_CLOEXEC), "epoll");
     timer_ = checked(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timer");
@@ -111,6 +107,7 @@ bool Subscription::receive(Message& message) {
   is_unread_ = is_unread_ && has_news();
   if (events_ < 0) return false;
   take_up();
+  if (phase_ == Phase::kLookingUp && lookup_->is_done()) finish_looking_up();
   if (phase_ == Phase::kConnecting) finish_connecting();
   for (int reads = 0; news_.empty() && phase_ == Phase::kConnected;) {
     size_t used = 0;
@@ -125,6 +122,7 @@ bool Subscription::receive(Message& message) {
     } else if (step == Zmtp::Step::kOpened) {
       open_ = is_unread_ = true;
       pause_ = kFirstPause;
+      if (is_name_) next_address_ = addresses_.size();
       const bool asks = settings_.heartbeat.count() > 0 && zmtp_->can_ping();
       set_alarm(asks ? Clock::now() + settings_.heartbeat : Clock::time_point::max());
       news_.push_back(Connection::kMade);
@@ -197,7 +195,12 @@ void Subscription::flush() {
 }
 
 void Subscription::connect() {
-  socket_ = socket(address_.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (next_address_ == addresses_.size()) {
+    if (is_name_) return look_up();
+    next_address_ = 0;
+  }
+  const Address& address = addresses_[next_address_++];
+  socket_ = socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
   if (socket_ < 0) {
     lose(false);
     return;
@@ -209,8 +212,8 @@ void Subscription::connect() {
   set_option(socket_, IPPROTO_TCP, TCP_KEEPINTVL, 5);
   set_option(socket_, IPPROTO_TCP, TCP_KEEPCNT, 4);
   epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
-  const bool is_begun =
-      ::connect(socket_, reinterpret_cast<const sockaddr*>(&address_), address_size_) == 0 || errno == EINPROGRESS;
+  const bool is_begun = ::connect(socket_, reinterpret_cast<const sockaddr*>(&address.storage), address.size) == 0 ||
+                        errno == EINPROGRESS;
   if (!is_begun || epoll_ctl(events_, EPOLL_CTL_ADD, socket_, &event) != 0) {
     lose(false);
     return;
@@ -218,6 +221,33 @@ void Subscription::connect() {
   watched_ = EPOLLOUT;
   phase_ = Phase::kConnecting;
   set_alarm(Clock::now() + kHandshake);
+}
+
+// For as long as it takes: nobody is helped by asking once more meanwhile.
+void Subscription::look_up() {
+  try {
+    lookup_.emplace(host_, port_);
+  } catch (const std::system_error&) {
+    return lose(false);
+  }
+  phase_ = Phase::kLookingUp;
+  set_alarm(Clock::time_point::max());
+  epoll_event event{.events = EPOLLIN, .data = {.fd = lookup_->descriptor()}};
+  if (epoll_ctl(events_, EPOLL_CTL_ADD, lookup_->descriptor(), &event) != 0) lose(false);
+}
+
+void Subscription::finish_looking_up() {
+  addresses_ = lookup_->addresses();
+  next_address_ = 0;
+  if (addresses_.empty()) return lose(false);
+  give_up_lookup();
+  connect();
+}
+
+void Subscription::give_up_lookup() {
+  if (!lookup_) return;
+  epoll_ctl(events_, EPOLL_CTL_DEL, lookup_->descriptor(), nullptr);
+  lookup_.reset();
 }
 
 void Subscription::finish_connecting() {
@@ -241,11 +271,14 @@ void Subscription::lose(bool ended) {
     news_.push_back(Connection::kEnded);
     pause_ = std::max(pause_, kEndedPause);
   }
+  // A name's other addresses are not made to wait for it.
+  if (!ended && is_name_ && next_address_ < addresses_.size()) return set_alarm(Clock::now());
   set_alarm(Clock::now() + pause_);
   pause_ = std::min(pause_ * 2, kLongestPause);
 }
 
 void Subscription::close_socket() {
+  give_up_lookup();
   if (socket_ >= 0) ::close(std::exchange(socket_, -1));
   phase_ = Phase::kWaiting;
   zmtp_.reset();

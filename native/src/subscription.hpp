@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "lookup.hpp"
 #include "message_source.hpp"
 #include "zmtp.hpp"
 
@@ -42,8 +43,8 @@ class Subscription final : public MessageSource {
     std::chrono::milliseconds heartbeat_timeout{0};  // and waited for so long
   };
 
-  // `host` is an address, not a name. std::invalid_argument when it is none, std::system_error when the process has no
-  // descriptor left.
+  // A name is looked up before each connection, as it may have moved, and its addresses are tried one after the other.
+  // std::system_error when the process has no descriptor left.
   Subscription(const std::string& host, uint16_t port, Settings settings);
   ~Subscription() override;
 
@@ -65,7 +66,7 @@ class Subscription final : public MessageSource {
 
  private:
   using Clock = std::chrono::steady_clock;
-  enum class Phase : uint8_t { kWaiting, kConnecting, kConnected };
+  enum class Phase : uint8_t { kWaiting, kLookingUp, kConnecting, kConnected };
 
   bool read();
   void make_room();
@@ -73,6 +74,9 @@ class Subscription final : public MessageSource {
   void set_aside();
   void flush();
   void connect();
+  void look_up();
+  void finish_looking_up();
+  void give_up_lookup();
   void finish_connecting();
   void lose(bool ended);
   void close_socket();
@@ -81,8 +85,12 @@ class Subscription final : public MessageSource {
   void watch(uint32_t for_what);
 
   const Settings settings_;
-  sockaddr_storage address_{};
-  socklen_t address_size_ = 0;
+  const std::string host_;
+  const uint16_t port_;
+  std::optional<Lookup> lookup_;
+  std::vector<Address> addresses_;  // of a name, those of its last lookup that are still to be tried
+  size_t next_address_ = 0;
+  bool is_name_ = false;
   int events_ = -1, timer_ = -1, socket_ = -1;
   Phase phase_ = Phase::kWaiting;
   bool open_ = false;  // the handshake is made
