@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,7 +32,8 @@ class Subscription(wire.Awaited, Protocol):
         """An endpoint that was bound is free then."""
 
 
-_PLAIN = re.compile(r"tcp://(?:\[(?P<v6>[^\[\]]+)\]|(?P<v4>[\d.]+)|(?P<name>[\w.-]+)):(?P<port>\d{1,5})", re.ASCII)
+_HOST = r"\[(?P<v6>[^\[\]]+)\]|(?P<v4>\d+(?:\.\d+){3})|(?P<name>[\w.-]+)"
+_PLAIN = re.compile(rf"tcp://(?:{_HOST}):(?P<port>\d{{1,5}})", re.ASCII)
 
 
 def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
@@ -39,9 +41,11 @@ def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
     plain = _PLAIN.fullmatch(endpoint)
     if plain and not bind and not wire.is_encrypted() and 0 < (port := int(plain["port"])) < 1 << 16:
         try:
-            if address := plain["v6"] or plain["v4"]:
-                ipaddress.ip_address(address)
-            return _Connected(address or plain["name"], port, topic)
+            if plain["v6"]:
+                ipaddress.IPv6Address(plain["v6"])
+            elif plain["v4"]:
+                socket.inet_aton(plain["v4"])  # also what begins with zeros, as the system reads it
+            return _Connected(plain["v6"] or plain["v4"] or plain["name"], port, topic)
         except (ValueError, OSError) as error:
             raise wire.BindError(f"{endpoint}: {error}") from error
     return _OfLibrary(endpoint, topic, bind=bind)

@@ -437,6 +437,24 @@ def test_without_descriptors_it_is_refused() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.1", "127.0.0.01", "2130706433", "0"])
+def test_hosts_as_the_system_reads_them(host: str) -> None:
+    """What ZeroMQ's library would connect to."""
+    port = free_port()
+    with wire.publisher(f"tcp://127.0.0.1:{port}"):
+        events = subscribe(f"tcp://{host}:{port}", "", bind=False)
+        told: list[Connection] = []
+
+        def made() -> bool:
+            events.receive()
+            told.extend(events.changes())
+            return bool(told)
+
+        eventually(made)
+        assert told == [MADE]
+        events.close()
+
+
 @pytest.mark.parametrize("endpoint", ["tcp://[::1::2]:5557", "tcp://999.1.1.1:5557"])
 def test_what_is_no_address_is_refused(endpoint: str) -> None:
     """Or left to the library, which says so."""

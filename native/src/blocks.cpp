@@ -142,7 +142,7 @@ void Blocks::release(uint32_t number, uint64_t bits, HolderId holder) {
     orphaned = chunk.remove(holder, bits, epoch_, bytes_) & ~chunk.held();
     if (orphaned == 0) return;
     // From here on nobody finds them, and nobody comes to hold them: who stores such a block makes another node.
-    chunk.live.fetch_and(~orphaned, std::memory_order_release);
+    chunk.bury(orphaned);
     for (uint64_t rest = orphaned; rest != 0; rest &= rest - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
       keys[slot] = chunk.keys[slot].load(std::memory_order_relaxed);

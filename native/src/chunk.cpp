@@ -121,6 +121,13 @@ void Chunk::name(uint32_t slot, const uint64_t* wanted, uint32_t count) {
   for (uint32_t i = 0; i < count; ++i) keys[slot + i].store(wanted[i], std::memory_order_release);
 }
 
+// Counted when it is done: from then on such a block may be placed elsewhere, and whoever holds it there may come to
+// hold its neighbours here. Nobody may see those together with what was here before.
+void Chunk::bury(uint64_t bits) {
+  live.fetch_and(~bits, std::memory_order_release);
+  change();
+}
+
 void Chunk::unname(uint64_t bits) {
   change();
   taken &= ~bits;

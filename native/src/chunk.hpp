@@ -3,8 +3,9 @@
 // What each party may do:
 // - Writers change a chunk under its lock, but for a slot's `live` bit, which is set under the lock of its key's shard.
 // - Readers take no lock: they read `version`, then keys and masks, then `version` again. It counts everything that
-//   takes away or renames, before that is visible, so an unchanged version means that all they saw was true at once.
-//   Before a slot or an inline holder gets another name it is emptied, so an old name never meets new bits.
+//   takes away or renames, before that is visible (and what is no longer live, once more behind it), so an unchanged
+//   version means that all they saw was true at once. Before a slot or an inline holder gets another name it is
+//   emptied, so an old name never meets new bits.
 #pragma once
 
 #include <atomic>
@@ -105,6 +106,8 @@ struct Chunk {
     return all;
   }
   void name(uint32_t slot, const uint64_t* wanted, uint32_t count);
+  // Takes blocks that nobody holds out of sight; their slots stay in use.
+  void bury(uint64_t bits);
   void unname(uint64_t bits);
 
  private:

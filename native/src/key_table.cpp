@@ -66,7 +66,8 @@ inline void KeyTable::pass(Bucket& bucket, uint64_t entries) {
 void KeyTable::prefetch(uint64_t key) const {
   const Shard& of = shard(key);
   const uint64_t at = home(of.buckets_hint.load(std::memory_order_relaxed), key);
-  __builtin_prefetch(of.first_hint.load(std::memory_order_relaxed) + at);
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(of.first_hint.load(std::memory_order_relaxed) + at * sizeof(Bucket)));
 }
 
 Node KeyTable::find(uint64_t key) const {
@@ -152,7 +153,12 @@ void KeyTable::erase(uint64_t key, Node node) {
         for (uint64_t passed = first; passed != at; passed = passed + 1 == table.size ? 0 : passed + 1)
           pass(table.buckets[passed], -kPassedOne);
         --home_shard.used;
-        if (home_shard.used < home_shard.shrink_below) resize(home_shard, home_shard.level - kShrinkLevels);
+        if (home_shard.used >= home_shard.shrink_below) return;
+        try {
+          resize(home_shard, home_shard.level - kShrinkLevels);
+        } catch (const std::bad_alloc&) {
+          // Then it stays larger than it need be.
+        }
         return;
       }
     }
@@ -206,7 +212,7 @@ void KeyTable::resize(Shard& of, uint32_t level) {
   const uint64_t smaller = level < kShrinkLevels ? size : buckets_at(of, level - kShrinkLevels);
   of.shrink_below = smaller == size ? 0 : smaller * Bucket::kEntries * 3 / 4;
   of.table.store(made);
-  of.first_hint.store(buckets, std::memory_order_relaxed);
+  of.first_hint.store(reinterpret_cast<uintptr_t>(buckets), std::memory_order_relaxed);
   of.buckets_hint.store(size, std::memory_order_relaxed);
   if (old != nullptr)
     epoch_.retire([](void*, void* object, uint64_t) { give_table(static_cast<Table*>(object)); }, nullptr, old, 0);

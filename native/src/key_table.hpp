@@ -53,7 +53,7 @@ class KeyTable {
     uint64_t used = 0, grow_at = 0, shrink_below = 0;  // entries
     std::atomic<Table*> table{nullptr};
     // For prefetches, which may be of the wrong place while a table is replaced.
-    std::atomic<Bucket*> first_hint{nullptr};
+    std::atomic<uintptr_t> first_hint{0};
     std::atomic<uint64_t> buckets_hint{0};
   };
   static constexpr uint32_t kShards = 256;

@@ -7,8 +7,12 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace kvindex {
 
@@ -40,18 +44,54 @@ struct Lookup::Answer {
   Answer(const Answer&) = delete;
   Answer& operator=(const Answer&) = delete;
 
-  const int descriptor;
+  const int descriptor;  // never read, so that it stays readable for all who share the answer
   std::atomic<bool> done{false};
   std::vector<Address> addresses;
 };
 
-Lookup::Lookup(const std::string& host, uint16_t port) : answer_(std::make_shared<Answer>()) {
-  std::thread([answer = answer_, host, port] {
-    answer->addresses = addresses_of(host, port, 0);
-    answer->done.store(true, std::memory_order_release);
-    const uint64_t one = 1;
-    (void)!write(answer->descriptor, &one, sizeof one);
-  }).detach();
+// What is being asked for. It lives as long as the process: a resolver may answer until its end.
+struct Lookup::Asked {
+  std::mutex lock;
+  std::map<std::pair<std::string, uint16_t>, std::shared_ptr<Answer>> answers;
+
+  static Asked& all() {
+    static auto* const made = new Asked;
+    return *made;
+  }
+};
+
+void Lookup::find(const std::string& host, uint16_t port, Answer& answer) {
+  try {
+    answer.addresses = addresses_of(host, port, 0);
+  } catch (const std::bad_alloc&) {
+    answer.addresses.clear();
+  }
+  {
+    const std::lock_guard guard(Asked::all().lock);
+    Asked::all().answers.erase({host, port});
+  }
+  answer.done.store(true, std::memory_order_release);
+  const uint64_t one = 1;
+  (void)!write(answer.descriptor, &one, sizeof one);
+}
+
+Lookup::Lookup(const std::string& host, uint16_t port) {
+  const std::lock_guard guard(Asked::all().lock);
+  auto& answers = Asked::all().answers;
+  const auto asked = answers.find({host, port});
+  if (asked != answers.end()) {
+    answer_ = asked->second;
+    return;
+  }
+  if (answers.size() == kMost) throw std::system_error(EAGAIN, std::generic_category(), "lookup");
+  answer_ = std::make_shared<Answer>();
+  const auto added = answers.emplace(std::pair(host, port), answer_).first;
+  try {
+    std::thread([answer = answer_, host, port] { find(host, port, *answer); }).detach();
+  } catch (...) {
+    answers.erase(added);
+    throw;
+  }
 }
 
 int Lookup::descriptor() const { return answer_->descriptor; }

@@ -17,7 +17,9 @@ struct Address {
 
 class Lookup {
  public:
-  // std::system_error when the process has no descriptor or thread left.
+  // Shares the answer with whoever asks for the same at this moment. std::system_error when the process has no
+  // descriptor or thread left, or kMost others are still being asked for: a resolver that does not answer is not asked
+  // without end.
   Lookup(const std::string& host, uint16_t port);
 
   // Readable when it is done; closed by whoever is last to need it.
@@ -29,8 +31,13 @@ class Lookup {
   // Without asking anyone: what is written as an address, else none.
   static std::vector<Address> written(const std::string& host, uint16_t port);
 
+  static constexpr size_t kMost = 64;
+
  private:
   struct Answer;
+  struct Asked;
+
+  static void find(const std::string& host, uint16_t port, Answer& answer);
 
   std::shared_ptr<Answer> answer_;
 };

@@ -134,6 +134,7 @@ class Cursor {
     constexpr size_t kWidth = 1 + sizeof(uint64_t), kStretch = 512;
     const size_t before = out.size(), count = std::min<size_t>(most, left() / kWidth);
     size_t i = 0;
+    if (count < 2 || at_[0] != 0xcf || at_[kWidth] != 0xcf) return 0;  // not worth making room
     while (i < count && *at_ == 0xcf) {
       const size_t end = std::min(count, i + kStretch);  // room for one stretch: others may come soon
       out.resize(before + end);

@@ -24,8 +24,8 @@ using std::chrono::milliseconds;
 constexpr milliseconds kFirstPause{50}, kLongestPause{2000};
 // What broke the protocol once will do so again: it is not worth more.
 constexpr milliseconds kEndedPause{1000};
-// For TCP's and ZMTP's handshakes together.
-constexpr milliseconds kHandshake{30'000};
+// For TCP's and ZMTP's handshakes together; less where another address is still to be tried.
+constexpr milliseconds kHandshake{30'000}, kShortHandshake{2'000};
 
 constexpr size_t kBuffer = size_t{64} << 10;
 constexpr size_t kMinRoom = kBuffer / 4;
@@ -220,14 +220,14 @@ void Subscription::connect() {
   }
   watched_ = EPOLLOUT;
   phase_ = Phase::kConnecting;
-  set_alarm(Clock::now() + kHandshake);
+  set_alarm(Clock::now() + (next_address_ < addresses_.size() ? kShortHandshake : kHandshake));
 }
 
 // For as long as it takes: nobody is helped by asking once more meanwhile.
 void Subscription::look_up() {
   try {
     lookup_.emplace(host_, port_);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     return lose(false);
   }
   phase_ = Phase::kLookingUp;
