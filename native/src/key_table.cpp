@@ -157,7 +157,7 @@ void KeyTable::erase(uint64_t key, Node node) {
         try {
           resize(home_shard, home_shard.level - kShrinkLevels);
         } catch (const std::bad_alloc&) {
-          // Then it stays larger than it need be.
+          home_shard.shrink_below /= 2;  // it stays larger than it need be
         }
         return;
       }
