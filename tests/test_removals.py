@@ -463,3 +463,18 @@ def test_explain_tells_since_when_a_stream_is_stale(site: Site) -> None:
     pod = site.explain(0)
     assert before - 1 < pod.stale_since < time.time() + 1
     assert f"; the stream is STALE since {shown(pod.stale_since)}: could not be read" in pod.why
+
+
+def test_rows_of_removals_that_change_what_they_are_of() -> None:
+    """Equal events but for their hash are read together: of the tier they name, also where nothing is held there."""
+    index = Index(block_size=BLOCK)
+    stream = index.add_stream("pod", 0)
+    for medium in ("GPU", "CPU"):
+        for chain in range(CHAINS):
+            stored = Stored([chain], None, tokens_of(chain)[:BLOCK], BLOCK, medium=medium)
+            stream.apply([batch([as_map(stored)])])
+    rows = [Removed([0], "GPU"), Removed([1], "DISK"), Removed([2], "DISK"), Removed([1], "GPU"), Removed([3], "CPU")]
+    rows += [Removed([4], "CPU"), Removed([2], "GPU"), Removed([2], "GPU"), Removed([5], "DISK")]
+    applied = stream.apply([batch([as_map(each) for each in rows])])
+    assert (applied.blocks_removed, applied.reasons) == (5, {"unknown_removal": 4})
+    assert stream.claims_by_tier[:3] == [CHAINS - 3, CHAINS - 2, 0]

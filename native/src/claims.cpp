@@ -158,7 +158,7 @@ void Claims::erase(uint64_t hash, const uint32_t* ref) {
   --size_;
   if (segment.used == 0) {
     release(segment);
-  } else if (segment.capacity > 64 && segment.used * uint64_t{10} < segment.capacity * uint64_t{6}) {
+  } else if (segment.capacity > 64 && segment.used * uint64_t{2} < segment.capacity) {
     rebuild(segment, segment.used + segment.used / 4);
   }
 }

@@ -21,8 +21,8 @@ constexpr size_t kFrames = 3;
 constexpr std::chrono::milliseconds kSoon{1}, kPause{8};
 constexpr uint64_t kFew = 4;
 
-// Waits of many threads that would end within so long of each other end together: each end by itself is an interrupt and,
-// where a processor was idle, costs more than what is then read.
+// Waits of many threads that would end within so long of each other end together: each end by itself is an interrupt
+// and, where a processor was idle, costs more than what is then read.
 constexpr std::chrono::nanoseconds kTogether = std::chrono::milliseconds(2);
 
 // In a flood: so many messages after one another before anything else.

@@ -510,7 +510,8 @@ bool Batch::read_removed_again(Event& event) {
       std::memcmp(at_ + behind, removal_.data() + behind, removal_.size() - behind) != 0)
     return false;
   Cursor in(hash, hash_size_);
-  return read_hash(in, event.hashes.front()) && in.at_end();
+  event.again = read_hash(in, event.hashes.front()) && in.at_end();
+  return event.again;
 }
 
 Batch::Next Batch::next(Event& event, Reason& reason) {

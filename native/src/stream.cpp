@@ -236,6 +236,12 @@ uint32_t Stream::learn_size(const Event& event, uint32_t size) {
 
 // Removals in a row are gathered and done together: one after the other they would wait for memory at every step.
 void Stream::remove(const Event& event, Applied& applied) {
+  if (event.again && removed_from_ != nullptr && removed_from_ == removed_last_) {
+    removed_from_->claims.prefetch(event.hashes.front());
+    removed_.push_back(event.hashes.front());
+    return;
+  }
+  removed_last_ = nullptr;
   const uint32_t tier = tier_of(event.medium);
   if (tier == kMaxTiers) return applied.count(Reason::kTierLimit);
   size_t group = 0;
@@ -244,7 +250,7 @@ void Stream::remove(const Event& event, Applied& applied) {
   if (group < groups_.size()) book = find_book(static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
   if (book == nullptr) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
   if (book != removed_from_) remove_gathered(applied);
-  removed_from_ = book;
+  removed_from_ = removed_last_ = book;
   for (const uint64_t hash : event.hashes) {
     book->claims.prefetch(hash);
     removed_.push_back(hash);

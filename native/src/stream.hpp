@@ -309,6 +309,7 @@ class Stream {
   // Removals that the events at hand ask for and that are still to be done, all of one book.
   std::vector<uint64_t> removed_;
   Book* removed_from_ = nullptr;
+  Book* removed_last_ = nullptr;  // what the last removal was of, when that is known
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;
