@@ -1,6 +1,5 @@
 """A subscription to one engine's events: by the core itself where it connects in plain TCP, else by libzmq."""
 
-import ipaddress
 import re
 import socket
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from typing import Protocol
 from kvindex_server import wire
 from kvindex_server._core import MessageSource
 from kvindex_server._core import Subscription as CoreSubscription
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.pods import split_tcp
 
 
 class Subscription(wire.Awaited, Protocol):
@@ -32,23 +33,20 @@ class Subscription(wire.Awaited, Protocol):
         """An endpoint that was bound is free then."""
 
 
-_HOST = r"\[(?P<v6>[^\[\]]+)\]|(?P<v4>\d+(?:\.\d+){3})|(?P<name>[\w.-]+)"
-_PLAIN = re.compile(rf"tcp://(?:{_HOST}):(?P<port>\d{{1,5}})", re.ASCII)
+_FOUR_NUMBERS = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 
 
 def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
     """Whatever is published with a topic that begins so. BindError when the endpoint cannot be used."""
-    plain = _PLAIN.fullmatch(endpoint)
-    if plain and not bind and not wire.is_encrypted() and 0 < (port := int(plain["port"])) < 1 << 16:
-        try:
-            if plain["v6"]:
-                ipaddress.IPv6Address(plain["v6"])
-            elif plain["v4"]:
-                socket.inet_aton(plain["v4"])  # also what begins with zeros, as the system reads it
-            return _Connected(plain["v6"] or plain["v4"] or plain["name"], port, topic)
-        except (ValueError, OSError) as error:
-            raise wire.BindError(f"{endpoint}: {error}") from error
-    return _OfLibrary(endpoint, topic, bind=bind)
+    if bind or wire.is_encrypted() or not endpoint.startswith("tcp://"):
+        return _OfLibrary(endpoint, topic, bind=bind)
+    try:
+        host, port = split_tcp(endpoint, "endpoint")
+        if _FOUR_NUMBERS.fullmatch(host):
+            socket.inet_aton(host)  # also what begins with zeros, as the system reads it; no name is to be looked up
+        return _Connected(host.strip("[]"), port, topic)
+    except (InvalidArgument, OSError) as error:
+        raise wire.BindError(f"{endpoint}: {error}") from error
 
 
 class _Connected:

@@ -1,7 +1,5 @@
 """Subscriptions of tests."""
 
-import re
-
 import pytest
 
 from kvindex_server import subscription
@@ -9,4 +7,8 @@ from kvindex_server import subscription
 
 def leave_to_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on and until the test ends, ZeroMQ's library subscribes to everything."""
-    monkeypatch.setattr(subscription, "_PLAIN", re.compile("(?!)"))
+
+    def connected(host: str, port: int, topic: str) -> subscription.Subscription:
+        return subscription._OfLibrary(f"tcp://{host}:{port}", topic, bind=False)
+
+    monkeypatch.setattr(subscription, "_Connected", connected)

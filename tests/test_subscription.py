@@ -457,6 +457,6 @@ def test_hosts_as_the_system_reads_them(host: str) -> None:
 
 @pytest.mark.parametrize("endpoint", ["tcp://[::1::2]:5557", "tcp://999.1.1.1:5557"])
 def test_what_is_no_address_is_refused(endpoint: str) -> None:
-    """Or left to the library, which says so."""
+    """It is not looked up as a name would be."""
     with pytest.raises(wire.BindError):
         subscribe(endpoint, "", bind=False)

@@ -236,25 +236,28 @@ uint32_t Stream::learn_size(const Event& event, uint32_t size) {
 
 // Removals in a row are gathered and done together: one after the other they would wait for memory at every step.
 void Stream::remove(const Event& event, Applied& applied) {
-  if (event.again && removed_from_ != nullptr && removed_from_ == removed_last_) {
-    removed_from_->claims.prefetch(event.hashes.front());
-    removed_.push_back(event.hashes.front());
-    return;
+  if (!event.again || removed_from_ == nullptr) {
+    Book* const book = removed_book(event, applied);
+    if (book != removed_from_) remove_gathered(applied);
+    removed_from_ = book;
+    if (book == nullptr) return;
   }
-  removed_last_ = nullptr;
+  for (const uint64_t hash : event.hashes) {
+    removed_from_->claims.prefetch(hash);
+    removed_.push_back(hash);
+  }
+}
+
+// What a removal is of; nullptr, and counted, when nothing of it can be held.
+Stream::Book* Stream::removed_book(const Event& event, Applied& applied) {
   const uint32_t tier = tier_of(event.medium);
-  if (tier == kMaxTiers) return applied.count(Reason::kTierLimit);
+  if (tier == kMaxTiers) return applied.count(Reason::kTierLimit), nullptr;
   size_t group = 0;
   while (group < groups_.size() && groups_[group].index != event.group) ++group;
   Book* book = nullptr;
   if (group < groups_.size()) book = find_book(static_cast<uint8_t>(group), static_cast<uint8_t>(tier));
-  if (book == nullptr) return applied.count(Reason::kUnknownRemoval, event.hashes.size());
-  if (book != removed_from_) remove_gathered(applied);
-  removed_from_ = removed_last_ = book;
-  for (const uint64_t hash : event.hashes) {
-    book->claims.prefetch(hash);
-    removed_.push_back(hash);
-  }
+  if (book == nullptr) applied.count(Reason::kUnknownRemoval, event.hashes.size());
+  return book;
 }
 
 void Stream::remove_gathered(Applied& applied) {

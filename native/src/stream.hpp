@@ -194,6 +194,7 @@ class Stream {
   // What was kept for the length of a batch goes, and what could not be told is counted.
   void end_batch(Applied& applied);
   void remove(const Event& event, Applied& applied);
+  Book* removed_book(const Event& event, Applied& applied);
   void remove_gathered(Applied& applied);
   // All claims go; how they leave is remembered, unless it is of no use to anyone.
   uint64_t drop_all(std::optional<Left> left);
@@ -308,8 +309,7 @@ class Stream {
   size_t is_new_size_ = 0;
   // Removals that the events at hand ask for and that are still to be done, all of one book.
   std::vector<uint64_t> removed_;
-  Book* removed_from_ = nullptr;
-  Book* removed_last_ = nullptr;  // what the last removal was of, when that is known
+  Book* removed_from_ = nullptr;  // and of the last removal
   // Keys that several engine hashes of one (group, tier) stand for, with how many do.
   std::unordered_map<uint64_t, std::unordered_map<uint16_t, uint32_t>> shared_;
   std::unordered_map<uint64_t, Span> spans_;

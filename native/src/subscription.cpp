@@ -1,6 +1,5 @@
 #include "subscription.hpp"
 
-#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
@@ -10,8 +9,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <stdexcept>
 #include <system_error>
 #include <utility>
 
