@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from kvindex_server import descriptors, doctor
+from kvindex_server import descriptors, doctor, listening
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError, NotFound
 from kvindex_server.explain import Explainer, tokens_of
 from kvindex_server.fleet import Fleet
@@ -93,6 +93,7 @@ class Checkup:
             pods_of_others={spec.pod: spec.model for spec in registrations if spec.model != model.name},
             reached=reached,
             descriptors=(descriptors.in_use(), descriptors.limit()),
+            unclaimed=listening.unclaimed(),
             probe=None if query.kind is None else self._probe(query, query.kind, check),
         )
 

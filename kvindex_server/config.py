@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.pods import MAX_RANKS, PodSpec, split_tcp
+from kvindex_server.pods import MAX_RANKS, PodSpec, bound_address, split_tcp
 
 PREFIX = "KVINDEX_"
 MIB = 1024 * 1024
@@ -239,6 +239,29 @@ class PodFileSettings(_Section):
     interval_seconds: Seconds = Field(default=1.0, gt=0, description="The file is looked at this often")
 
 
+class DialInSettings(_Section):
+    """Pods by the topics of engines that dial in: `kv@POD@MODEL`."""
+
+    endpoint: str = Field(
+        default="",
+        description="`tcp://*:PORT` or `tcp://ADDRESS:PORT` that engines' rank 0 dials into; rank r's is at PORT + r",
+    )
+    forget_seconds: Seconds = Field(
+        default=600.0, description="A pod is taken away when its engine has been away for so long"
+    )
+
+    @model_validator(mode="after")
+    def _valid(self) -> "DialInSettings":
+        if self.endpoint:
+            try:
+                host, _ = split_tcp(self.endpoint, "endpoint")
+            except InvalidArgument as error:
+                raise _WrongField("endpoint", error.reason) from error
+            if bound_address(host) is None:
+                raise _WrongField("endpoint", "must have * or an IP address for a host")
+        return self
+
+
 class DiscoverySettings(_Section):
     """Where pods are found while running."""
 
@@ -246,6 +269,13 @@ class DiscoverySettings(_Section):
     kubernetes: KubernetesSettings = Field(default=KubernetesSettings(), description="Pods by label")
     dns: DnsSettings = Field(default=DnsSettings(), description="Pods by name")
     file: PodFileSettings = Field(default=PodFileSettings(), description="Pods by file")
+    dial_in: DialInSettings = Field(default=DialInSettings(), description="Pods by topic")
+
+    @model_validator(mode="after")
+    def _ports(self) -> "DiscoverySettings":
+        if self.dial_in.endpoint and split_tcp(self.dial_in.endpoint, "endpoint")[1] + self.defaults.ranks > 65_536:
+            raise _WrongField("dial_in.endpoint", "port + defaults.ranks - 1 is above 65535")
+        return self
 
 
 class LimitSettings(_Section):
@@ -616,6 +646,7 @@ class Settings(_Section):
         self._check_addresses()
         self._check_transport()
         self._check_plain()
+        self._check_dial_in()
         self._check_names()
         self._check_pods()
         return self
@@ -648,6 +679,10 @@ class Settings(_Section):
         for key, given in (("page.prompt", self.page.prompt), ("http.listen", self.http.listen)):
             if given and self.tls.cert_file:
                 raise _WrongField(key, "is plain HTTP and does not go with tls.cert_file")
+
+    def _check_dial_in(self) -> None:
+        if self.discovery.dial_in.endpoint and self.stream.curve_keys_file:
+            raise _WrongField("discovery.dial_in.endpoint", "does not go with stream.curve_keys_file")
 
     def _check_names(self) -> None:
         seen: dict[str, str] = {}

@@ -82,6 +82,7 @@ class Facts:
     reached: Mapping[str, str] = field(default_factory=dict)  # endpoint -> "" or why not; of streams not heard
     probe: Probe | None = None
     descriptors: tuple[int, int] = (0, 0)  # in use (-1: none is left), and how many there may be
+    unclaimed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # endpoint -> topics of engines of no pod
 
 
 def examine(facts: Facts) -> list[Finding]:
@@ -225,6 +226,19 @@ def _events(facts: Facts) -> Iterator[Finding]:
 
 
 def _topic(facts: Facts) -> Iterator[Finding]:
+    for endpoint, topics in facts.unclaimed.items():
+        for topic in topics:
+            kind, _, rest = topic.partition("@")
+            pod, at, model = rest.partition("@")
+            if kind == "kv" and at and model not in (facts.model, *facts.aliases, *facts.loras):
+                continue  # another model's
+            yield Finding(
+                Status.FAIL,
+                f"an engine has dialled in at {endpoint} with the topic {topic!r}, and no pod is registered for it",
+                "Register its pod with bind, this endpoint and this topic, or turn discovery.dial_in on; its events "
+                "wait in the engine until then.",
+                pod,
+            )
     silent = {each.pod for each in facts.streams if not each.messages and each.last_sequence is None}
     filtered = [spec for spec in facts.specs.values() if spec.topic]
     for spec in filtered:

@@ -13,9 +13,9 @@ from kvindex_server.ears import Ears, close_ears, open_ears
 from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
-from kvindex_server.pods import PodSpec, bind_the_same
+from kvindex_server.pods import PodSpec, bind_the_same, share_an_endpoint
 from kvindex_server.snapshot import SavedStream
-from kvindex_server.stream import Dialect, StreamStatus, Trust
+from kvindex_server.stream import Dialect, StreamState, StreamStatus, Trust
 from kvindex_server.subscriber import Subscriber
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,14 @@ class Fleet:
         """(model's real name, pod): what a registration is known by, whether it stands already or not."""
         return self._models.real_name(spec.model), spec.pod
 
+    def is_connected(self, spec: PodSpec) -> bool:
+        """Whether any rank of a pod's registration is connected to its engine."""
+        subscriber = self._subscribers.get(self.key_of(spec))
+        return subscriber is not None and any(
+            subscriber.status(rank).state not in (StreamState.CONNECTING, StreamState.DOWN)
+            for rank in range(subscriber.spec.ranks)
+        )
+
     def registrations(self) -> list[tuple[PodSpec, bool]]:
         """Every registration that stands, and whether discovery made it."""
         return [(each.spec, key in self._discovered) for key, each in self._subscribers.items()]
@@ -95,6 +103,7 @@ class Fleet:
                     self._discovered.discard(key)
                 return False
             self._check_limit()
+            self._check_topic(spec)
             self._check_block_size(spec)
             subscriber = self._subscribe(spec, standing)
             self._add(subscriber, discovered=discovered)
@@ -107,6 +116,17 @@ class Fleet:
         with self._lock:
             if len(self._subscribers.keys() | self._changing.keys()) > self._max_pods:
                 raise ResourceExhausted(f"{self._max_pods} pods are registered, which is the limit")
+
+    def _check_topic(self, spec: PodSpec) -> None:
+        """Of two pods that share an endpoint no topic may stand for both."""
+        for key, each in self._subscribers.items():
+            if (
+                key != self.key_of(spec)
+                and share_an_endpoint(each.spec, spec)
+                and _overlap(each.spec.topic, spec.topic)
+            ):
+                reason = f"begins as that of pod {key[1]!r} at the same endpoint, or that one as this"
+                raise InvalidArgument("topic", reason)
 
     def _check_block_size(self, spec: PodSpec) -> None:
         """Refuses what `_settle_block_size` would refuse, before anything is changed."""
@@ -162,7 +182,8 @@ class Fleet:
         except wire.BindError as error:
             for (_, pod), each in self._subscribers.items():
                 if bind_the_same(each.spec, spec):
-                    raise InvalidArgument("endpoint", f"is bound for pod {pod!r}; each pod needs its own") from error
+                    reason = f"is bound for pod {pod!r}; each pod needs its own, or each a topic"
+                    raise InvalidArgument("endpoint", reason) from error
             raise InvalidArgument("endpoint", f"cannot be used: {error}") from error
 
     def _index(self, spec: PodSpec) -> Index:
@@ -305,6 +326,10 @@ class Fleet:
 
 def _fits(size: int, other: int) -> bool:
     return size % other == 0 or other % size == 0
+
+
+def _overlap(topic: str, other: str) -> bool:
+    return topic.startswith(other) or other.startswith(topic)
 
 
 def _check_fit(spec: PodSpec, known: int) -> None:

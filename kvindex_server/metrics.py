@@ -153,6 +153,7 @@ DISCOVERY = (
     MetricName("kvindex_discovery_refused_pods", "gauge", ("source", "reason"), "Pods seen and not followed"),
     MetricName("kvindex_discovery_errors_total", "counter", ("source", "reason"), "Failures of a source"),
     MetricName("kvindex_discovery_age_seconds", "gauge", ("source",), "Since a source last answered, or the start"),
+    MetricName("kvindex_unclaimed_engines", "gauge", ("endpoint",), "Engines that dialled in and belong to no pod"),
 )
 
 
@@ -358,9 +359,10 @@ class Metrics:
         statuses: Callable[[], list[StreamStatus]],
         models: Callable[[], Iterable[ModelStats]],
         sources: Callable[[], Iterable[SourceStatus]] = list,
+        unclaimed: Callable[[], Mapping[str, Sequence[str]]] = dict,
     ) -> None:
-        """Show the fleet's streams and models, and what discovery sees, in every scrape from now on."""
-        self.registry.register(FleetCollector(statuses, models, sources))
+        """Show the fleet's streams and models, what discovery sees, and who dialled in for no pod, in every scrape."""
+        self.registry.register(FleetCollector(statuses, models, sources, unclaimed))
 
     def watch_text(self, stats: Callable[[], Mapping[str, int]], tokenizers: Tokenizers) -> None:
         """Show the text cache, and per model (is it native, are its texts never cut), in every scrape."""
@@ -406,10 +408,12 @@ class FleetCollector(Collector):
         statuses: Callable[[], list[StreamStatus]],
         models: Callable[[], Iterable[ModelStats]],
         sources: Callable[[], Iterable[SourceStatus]],
+        unclaimed: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         self._statuses = statuses
         self._models = models
         self._sources = sources
+        self._unclaimed = unclaimed
 
     def describe(self) -> Iterable[Metric]:
         """The families without samples: registering must not ask the fleet."""
@@ -427,6 +431,8 @@ class FleetCollector(Collector):
             _add_placements(families, model.name, model.placements)
         for source in self._sources():
             _add_source(families, source)
+        for endpoint, topics in self._unclaimed().items():
+            _add(families, "kvindex_unclaimed_engines", (endpoint,), len(topics))
         yield from families.values()
 
 

@@ -27,6 +27,14 @@ def split_tcp(endpoint: str, field: str) -> tuple[str, int]:
     return host, port
 
 
+def bound_address(host: str) -> str | None:
+    """The IP address to bind for the host of an endpoint; None when that is a name."""
+    try:
+        return str(ipaddress.ip_address("0.0.0.0" if host == "*" else host.strip("[]")))
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class PodSpec:
     """One registration. `endpoint` is rank 0's; rank r is at port + r on both endpoints."""
@@ -95,6 +103,12 @@ def bind_the_same(one: PodSpec, other: PodSpec) -> bool:
         return False
     first, second = split_tcp(one.endpoint, "endpoint")[1], split_tcp(other.endpoint, "endpoint")[1]
     return first < second + other.ranks and second < first + one.ranks
+
+
+def share_an_endpoint(one: PodSpec, other: PodSpec) -> bool:
+    """Both are bound here, at one endpoint, and told apart by topic."""
+    same = split_tcp(one.endpoint, "endpoint")[0] == split_tcp(other.endpoint, "endpoint")[0]
+    return same and bool(one.topic and other.topic) and bind_the_same(one, other)
 
 
 def at_rank(endpoint: str, rank: int) -> str:

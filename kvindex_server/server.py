@@ -23,6 +23,7 @@ from kvindex_server import (
     descriptors,
     health,
     interceptors,
+    listening,
     logs,
     pull,
     query,
@@ -36,6 +37,7 @@ from kvindex_server.auth import Gate, ReviewSettings, Revoked, Role, TokenFile, 
 from kvindex_server.calls import CallLog
 from kvindex_server.config import ConfigError, Settings, TlsSettings
 from kvindex_server.direct import Direct
+from kvindex_server.discovery.dial_in import DialInSource
 from kvindex_server.discovery.dns import DnsSource
 from kvindex_server.discovery.file import FileSource
 from kvindex_server.discovery.kubernetes import KubernetesSource
@@ -112,7 +114,7 @@ class Server:
         # Behind a shared store each stream is one replica's, so that there is nothing to compare.
         if kept.peers and kept.compare_seconds and self._stores is None:
             self._siblings = Siblings(self.fleet, _peers(settings), self._instance, kept.compare_seconds)
-        self.discovery = Reconciler(self.fleet, _sources(settings))
+        self.discovery = Reconciler(self.fleet, _sources(settings, self.fleet))
         self._guards: list[Guard] = []
         self._ready = threading.Event()
         self._stopping = threading.Event()
@@ -195,7 +197,7 @@ class Server:
             if self._admin is not None and settings.admin_listen
             else self.grpc_address
         )
-        self.metrics.watch(self.fleet.statuses, self._sizes, self.discovery.statuses)
+        self.metrics.watch(self.fleet.statuses, self._sizes, self.discovery.statuses, listening.unclaimed)
         self.metrics.watch_text(self.texts.stats, self.models.tokenizers)
         self.metrics.watch_snapshots(lambda: self._keeper.stats)
         host, _, port = settings.metrics_listen.rpartition(":")
@@ -506,7 +508,7 @@ def _peers(settings: Settings) -> Peers:
     return Peers(kept.peers, kept.peer_timeout_seconds, kept.peer_token_file, kept.peer_ca_file)
 
 
-def _sources(settings: Settings) -> list[Source]:
+def _sources(settings: Settings, fleet: Fleet) -> list[Source]:
     """The configured sources, the most explicit first: it wins where two of them find one pod."""
     discovery, defaults = settings.discovery, settings.discovery.defaults
     if not defaults.model and len(settings.models) == 1:
@@ -518,6 +520,8 @@ def _sources(settings: Settings) -> list[Source]:
         sources.append(KubernetesSource(discovery.kubernetes, defaults))
     if discovery.dns.hosts:
         sources.append(DnsSource(discovery.dns, defaults))
+    if discovery.dial_in.endpoint:
+        sources.append(DialInSource(discovery.dial_in, defaults, fleet.is_connected))
     return sources
 
 

@@ -1,15 +1,18 @@
-"""A subscription to one engine's events: by the core itself where it connects in plain TCP, else by libzmq."""
+"""A subscription to one engine's events: by the core itself in plain TCP, else by libzmq.
+
+libzmq also binds endpoints that are one pod's alone, whatever the topic.
+"""
 
 import re
 import socket
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvindex_server import wire
+from kvindex_server import listening, wire
 from kvindex_server._core import MessageSource
 from kvindex_server._core import Subscription as CoreSubscription
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.pods import split_tcp
+from kvindex_server.pods import bound_address, split_tcp
 
 
 class Subscription(wire.Awaited, Protocol):
@@ -37,24 +40,28 @@ _FOUR_NUMBERS = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 
 
 def subscribe(endpoint: str, topic: str, *, bind: bool) -> Subscription:
-    """Whatever is published with a topic that begins so. BindError when the endpoint cannot be used."""
-    if bind or wire.is_encrypted() or not endpoint.startswith("tcp://"):
+    """Whatever is published with a topic that begins so. BindError when the endpoint cannot be used.
+
+    With a topic, an IP address that is bound may be shared with others whose topic is another one.
+    """
+    if wire.is_encrypted() or not endpoint.startswith("tcp://"):
         return _OfLibrary(endpoint, topic, bind=bind)
     try:
         host, port = split_tcp(endpoint, "endpoint")
+        if bind:
+            address = bound_address(host) if topic else None
+            return _Listened(address, port, topic) if address else _OfLibrary(endpoint, topic, bind=True)
         if _FOUR_NUMBERS.fullmatch(host):
             socket.inet_aton(host)  # also what begins with zeros, as the system reads it; no name is to be looked up
         return _Connected(host.strip("[]"), port, topic)
-    except (InvalidArgument, OSError) as error:
+    except (InvalidArgument, OSError, ValueError) as error:
         raise wire.BindError(f"{endpoint}: {error}") from error
 
 
-class _Connected:
-    def __init__(self, host: str, port: int, topic: str) -> None:
-        most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
-        beats = wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
-        self.source = CoreSubscription(host, port, topic.encode(), most, *beats)
-        self.pollables: Sequence[object] = (self.source.fileno(),)
+class _OfCore:
+    def __init__(self, source: CoreSubscription) -> None:
+        self.source = source
+        self.pollables: Sequence[object] = (source.fileno(),)
         self.beside: Sequence[wire.Awaited] = ()
 
     @property
@@ -69,6 +76,36 @@ class _Connected:
 
     def close(self) -> None:
         self.source.close()
+
+
+class _Connected(_OfCore):
+    def __init__(self, host: str, port: int, topic: str) -> None:
+        most = wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION
+        super().__init__(CoreSubscription(host, port, topic.encode(), most, *_beats()))
+
+
+class _Listened(_OfCore):
+    """The engine of one topic, where several may dial in."""
+
+    def __init__(self, address: str, port: int, topic: str) -> None:
+        self._at: tuple[str, int] | None = (address, port)
+        listener = listening.join(address, port)
+        try:
+            super().__init__(CoreSubscription(listener, topic.encode(), *_beats()))
+        except BaseException:
+            del listener
+            listening.leave(address, port)
+            raise
+
+    def close(self) -> None:
+        super().close()
+        if self._at is not None:
+            listening.leave(*self._at)
+            self._at = None
+
+
+def _beats() -> tuple[int, int]:
+    return wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS
 
 
 class _OfLibrary:

@@ -25,4 +25,4 @@ ASAN_OPTIONS+=:log_path=$reports TSAN_OPTIONS+=:log_path=$reports
 trap 'cat "$reports".* >&2 2> /dev/null || true' EXIT
 LD_PRELOAD=$runtime CORE=$(echo "$build"/_core*.so) PYTHONPATH=tests \
   "$python" -m pytest -q -p other_core -p no:cacheprovider --timeout 600 \
-  tests/test_concurrency.py tests/test_order.py tests/test_snapshot_core.py tests/test_subscription.py
+  tests/test_concurrency.py tests/test_order.py tests/test_snapshot_core.py tests/test_subscription.py tests/test_listening.py

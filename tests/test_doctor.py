@@ -132,6 +132,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         Status.FAIL,
         "connection refused",
     ),
+    "nobody's": (
+        replace(WELL, unclaimed={"tcp://0.0.0.0:5557": ["kv@z@another", "kv@z@m"]}),
+        "topic",
+        Status.FAIL,
+        "'kv@z@m', and no pod is registered for it",
+    ),
     "idle": (
         replace(with_stream(**SILENT), reached={"tcp://a:5557": ACCEPTED}),
         "events_heard",

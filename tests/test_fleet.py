@@ -328,12 +328,13 @@ def test_a_bound_pod_is_registered_anew_at_its_own_endpoint(fleet: Fleet) -> Non
         assert fleet.register(spec)
 
 
-def test_a_bound_endpoint_is_one_pods(fleet: Fleet) -> None:
-    """Engines that share an endpoint and differ by topic are not told apart: the second one is refused and told why."""
-    spec = PodSpec("first", "m", f"tcp://127.0.0.1:{free_ports(1)}", bind=True, topic="kv@first@m")
+def test_a_bound_endpoint_without_topics_is_one_pods(fleet: Fleet) -> None:
+    """Nothing would tell their engines apart: the second one is refused and told why, with a topic or without."""
+    spec = PodSpec("first", "m", f"tcp://127.0.0.1:{free_ports(1)}", bind=True)
     fleet.register(spec)
-    with pytest.raises(InvalidArgument, match=r"^endpoint: is bound for pod 'first'"):
-        fleet.register(replace(spec, pod="second", topic="kv@second@m"))
+    for topic in ("", "kv@second@m"):
+        with pytest.raises(InvalidArgument, match=r"^endpoint: is bound for pod 'first'"):
+            fleet.register(replace(spec, pod="second", topic=topic))
     assert fleet.pods("m") == ["first"]
 
 

@@ -314,7 +314,7 @@ def test_labels_are_as_declared() -> None:
     metrics.observe_usage("m", 2, 1)
     metrics.shed("method", "in_flight")
     metrics.watch_in_flight("method", lambda: 1)
-    metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE])
+    metrics.watch(lambda: [status()], lambda: [Stats()], lambda: [SOURCE], lambda: {"tcp://0.0.0.0:5557": ["kv@a@m"]})
     metrics.watch_text(_core.TextCache(1 << 20).stats, lambda: {"m": (True, False)})
     metrics.watch_snapshots(KeeperStats)
     metrics.watch_store(lambda: [StoreStats("m", True, {"reads": 1})])

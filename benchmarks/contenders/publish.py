@@ -56,6 +56,7 @@ def main() -> None:
         for spans in random.Random(2).sample(traffic.prompts, PROBES)
     ]
     print(json.dumps([traffic.blocks, len(pods), probes]), flush=True)
+    del traffic  # of ten million blocks 8 GB
     context = zmq.Context()
     sockets: dict[int, zmq.Socket[bytes]] = {}
     sequences: dict[int, int] = {}

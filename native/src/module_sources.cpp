@@ -1,9 +1,13 @@
 #include "module_sources.hpp"
 
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <memory>
+#include <stdexcept>
 #include <system_error>
 
+#include "listener.hpp"
 #include "socket_source.hpp"
 #include "subscription.hpp"
 
@@ -34,6 +38,32 @@ nb::object frames_of(Subscription& self) {
   return frames;
 }
 
+nb::list pairs_of(const std::vector<Listener::Heard>& heard) {
+  nb::list pairs;
+  for (const auto& [topic, address] : heard)
+    pairs.append(nb::make_tuple(nb::bytes(topic.data(), topic.size()), nb::str(address.c_str())));
+  return pairs;
+}
+
+Subscription::Settings settings_of(const nb::bytes& topic, uint64_t max_frame, uint32_t heartbeat_ms,
+                                   uint32_t heartbeat_timeout_ms) {
+  return {{topic.c_str(), topic.size()},
+          max_frame,
+          std::chrono::milliseconds(heartbeat_ms),
+          std::chrono::milliseconds(heartbeat_timeout_ms)};
+}
+
+// What the system has refused, as Python tells it: with its number.
+template <typename Make>
+void or_os_error(Make make) {
+  try {
+    make();
+  } catch (const std::system_error& error) {
+    PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.code().message()).ptr());
+    throw nb::python_error();
+  }
+}
+
 }  // namespace
 
 void bind_sources(nb::module_& m) {
@@ -46,24 +76,37 @@ void bind_sources(nb::module_& m) {
             new (self) SocketSource(zmq, reinterpret_cast<void*>(socket));
           },
           nb::arg("zmq"), nb::arg("socket"), nb::keep_alive<1, 2>());
+  nb::class_<Listener>(m, "Listener")
+      .def(
+          "__init__",
+          [](Listener* self, const std::string& host, uint16_t port, uint64_t max_frame) {
+            or_os_error([&] { new (self) Listener(host, port, max_frame); });
+          },
+          nb::arg("host"), nb::arg("port"), nb::arg("max_frame"))
+      .def("unclaimed", [](const Listener& self) { return pairs_of(self.unclaimed()); })
+      .def("heard", [](const Listener& self) { return pairs_of(self.heard()); });
   nb::class_<Subscription, MessageSource>(m, "Subscription")
       .def(
           "__init__",
           [](Subscription* self, const std::string& host, uint16_t port, const nb::bytes& topic, uint64_t max_frame,
              uint32_t heartbeat_ms, uint32_t heartbeat_timeout_ms) {
-            Subscription::Settings settings{{topic.c_str(), topic.size()},
-                                            max_frame,
-                                            std::chrono::milliseconds(heartbeat_ms),
-                                            std::chrono::milliseconds(heartbeat_timeout_ms)};
-            try {
-              new (self) Subscription(host, port, std::move(settings));
-            } catch (const std::system_error& error) {
-              PyErr_SetString(PyExc_OSError, error.what());
-              throw nb::python_error();
-            }
+            or_os_error([&] {
+              new (self) Subscription(host, port, settings_of(topic, max_frame, heartbeat_ms, heartbeat_timeout_ms));
+            });
           },
           nb::arg("host"), nb::arg("port"), nb::arg("topic"), nb::arg("max_frame"), nb::arg("heartbeat_ms"),
           nb::arg("heartbeat_timeout_ms"))
+      .def(
+          "__init__",
+          [](Subscription* self, std::shared_ptr<Listener> listener, const nb::bytes& topic, uint32_t heartbeat_ms,
+             uint32_t heartbeat_timeout_ms) {
+            or_os_error([&] {
+              const uint64_t max_frame = listener->max_frame();
+              new (self)
+                  Subscription(std::move(listener), settings_of(topic, max_frame, heartbeat_ms, heartbeat_timeout_ms));
+            });
+          },
+          nb::arg("listener"), nb::arg("topic"), nb::arg("heartbeat_ms"), nb::arg("heartbeat_timeout_ms"))
       .def("fileno", &Subscription::descriptor)
       .def_prop_ro("is_pending", &Subscription::is_pending)
       .def("receive", &frames_of)

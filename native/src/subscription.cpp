@@ -1,7 +1,5 @@
 #include "subscription.hpp"
 
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -11,8 +9,10 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <utility>
+
+#include "descriptor.hpp"
+#include "tcp.hpp"
 
 namespace kvindex {
 
@@ -64,15 +64,6 @@ Buffers& buffers() {
   return *made;
 }
 
-void set_option(int socket, int level, int option, int value) {
-  setsockopt(socket, level, option, &value, sizeof value);
-}
-
-int checked(int descriptor, const char* what) {
-  if (descriptor < 0) throw std::system_error(errno, std::generic_category(), what);
-  return descriptor;
-}
-
 }  // namespace
 
 Subscription::Subscription(const std::string& host, uint16_t port, Settings settings)
@@ -82,6 +73,24 @@ Subscription::Subscription(const std::string& host, uint16_t port, Settings sett
       addresses_(Lookup::written(host, port)),
       is_name_(addresses_.empty()),
       pause_(kFirstPause) {
+  watch_clock();
+  connect();
+}
+
+Subscription::Subscription(std::shared_ptr<Listener> listener, Settings settings)
+    : settings_(std::move(settings)), pause_(kFirstPause) {
+  taker_.emplace(std::move(listener), settings_.topic);
+  watch_clock();
+  set_alarm(Clock::time_point::max());
+  epoll_event event{.events = EPOLLIN, .data = {.fd = taker_->descriptor()}};
+  if (epoll_ctl(events_, EPOLL_CTL_ADD, taker_->descriptor(), &event) != 0) {
+    const std::system_error error(errno, std::generic_category(), "epoll");
+    close();
+    throw error;
+  }
+}
+
+void Subscription::watch_clock() {
   try {
     events_ = checked(epoll_create1(EPOLL_CLOEXEC), "epoll");
     timer_ = checked(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timer");
@@ -91,13 +100,13 @@ Subscription::Subscription(const std::string& host, uint16_t port, Settings sett
     close();
     throw;
   }
-  connect();
 }
 
 Subscription::~Subscription() { close(); }
 
 void Subscription::close() {
   close_socket();
+  taker_.reset();
   for (int* each : {&timer_, &events_})
     if (*each >= 0) ::close(std::exchange(*each, -1));
 }
@@ -108,6 +117,8 @@ bool Subscription::receive(Message& message) {
   take_up();
   if (phase_ == Phase::kLookingUp && lookup_->is_done()) finish_looking_up();
   if (phase_ == Phase::kConnecting) finish_connecting();
+  if (taker_ && phase_ == Phase::kWaiting) take_arrival();
+  bool is_read = false;
   for (int reads = 0; news_.empty() && phase_ == Phase::kConnected;) {
     size_t used = 0;
     const Zmtp::Step step = zmtp_->next({buffer_.data.get() + begin_, end_ - begin_}, used, message);
@@ -119,20 +130,44 @@ bool Subscription::receive(Message& message) {
     } else if (step == Zmtp::Step::kBroken) {
       lose(true);
     } else if (step == Zmtp::Step::kOpened) {
-      open_ = is_unread_ = true;
-      pause_ = kFirstPause;
-      if (is_name_) next_address_ = addresses_.size();
-      const bool asks = settings_.heartbeat.count() > 0 && zmtp_->can_ping();
-      set_alarm(asks ? Clock::now() + settings_.heartbeat : Clock::time_point::max());
-      news_.push_back(Connection::kMade);
+      opened();
     } else if (++reads > kReads || !read()) {
+      is_read = reads <= kReads;
       break;
     }
+  }
+  if (taker_ && is_read && phase_ == Phase::kConnected && taker_->has_arrival()) {
+    lose(false);
+    take_arrival();
   }
   is_read_out_ = false;  // by the next call there may be more
   set_aside();
   if (Clock::now() >= alarm_) look_at_clock();
   return false;
+}
+
+void Subscription::opened() {
+  open_ = is_unread_ = true;
+  pause_ = kFirstPause;
+  if (is_name_) next_address_ = addresses_.size();
+  const bool asks = settings_.heartbeat.count() > 0 && zmtp_->can_ping();
+  set_alarm(asks ? Clock::now() + settings_.heartbeat : Clock::time_point::max());
+  news_.push_back(Connection::kMade);
+}
+
+void Subscription::take_arrival() {
+  std::optional<Listener::Arrival> arrival = taker_->take();
+  if (!arrival) return;
+  epoll_event event{.events = EPOLLIN, .data = {.fd = arrival->socket.get()}};
+  if (epoll_ctl(events_, EPOLL_CTL_ADD, arrival->socket.get(), &event) != 0) return;  // the engine will dial in again
+  socket_ = arrival->socket.release();
+  watched_ = EPOLLIN;
+  phase_ = Phase::kConnected;
+  zmtp_.emplace(std::move(arrival->zmtp));
+  zmtp_->insist(settings_.topic);
+  rest_ = std::move(arrival->unread);
+  take_up();
+  opened();
 }
 
 std::vector<Connection> Subscription::changes() { return std::exchange(news_, {}); }
@@ -204,12 +239,7 @@ void Subscription::connect() {
     lose(false);
     return;
   }
-  set_option(socket_, IPPROTO_TCP, TCP_NODELAY, 1);
-  // Not every peer can be asked for a sign of life; a host that is gone shows to TCP just as soon.
-  set_option(socket_, SOL_SOCKET, SO_KEEPALIVE, 1);
-  set_option(socket_, IPPROTO_TCP, TCP_KEEPIDLE, 10);
-  set_option(socket_, IPPROTO_TCP, TCP_KEEPINTVL, 5);
-  set_option(socket_, IPPROTO_TCP, TCP_KEEPCNT, 4);
+  set_up_connection(socket_);
   epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
   const bool is_begun = ::connect(socket_, reinterpret_cast<const sockaddr*>(&address.storage), address.size) == 0 ||
                         errno == EINPROGRESS;
@@ -270,6 +300,7 @@ void Subscription::lose(bool ended) {
     news_.push_back(Connection::kEnded);
     pause_ = std::max(pause_, kEndedPause);
   }
+  if (taker_) return set_alarm(Clock::time_point::max());  // it is for the engine to dial in again
   // A name's other addresses are not made to wait for it.
   if (!ended && is_name_ && next_address_ < addresses_.size()) return set_alarm(Clock::now());
   set_alarm(Clock::now() + pause_);

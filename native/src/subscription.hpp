@@ -1,4 +1,5 @@
-// A subscription to one engine's event socket, over a TCP connection that is made again whenever it is lost.
+// A subscription to one engine's event socket, over a TCP connection that is made again whenever it is lost: by us, or
+// by the engine where it dials in.
 #pragma once
 
 #include <sys/socket.h>
@@ -12,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "listener.hpp"
 #include "lookup.hpp"
 #include "message_source.hpp"
 #include "zmtp.hpp"
@@ -46,6 +48,9 @@ class Subscription final : public MessageSource {
   // A name is looked up before each connection, as it may have moved, and its addresses are tried one after the other.
   // std::system_error when the process has no descriptor left.
   Subscription(const std::string& host, uint16_t port, Settings settings);
+  // To the engine that dials in and publishes with such a topic. One that dials in after it stands for it, and is heard
+  // when all that came before is read. std::invalid_argument when somebody takes such connections there already.
+  Subscription(std::shared_ptr<Listener> listener, Settings settings);
   ~Subscription() override;
 
   // Nothing is received any more.
@@ -68,7 +73,10 @@ class Subscription final : public MessageSource {
   using Clock = std::chrono::steady_clock;
   enum class Phase : uint8_t { kWaiting, kLookingUp, kConnecting, kConnected };
 
+  void watch_clock();
   bool read();
+  void opened();
+  void take_arrival();
   void make_room();
   void take_up();
   void set_aside();
@@ -85,8 +93,9 @@ class Subscription final : public MessageSource {
   void watch(uint32_t for_what);
 
   const Settings settings_;
+  std::optional<Listener::Taker> taker_;  // where engines dial in; else the following five
   const std::string host_;
-  const uint16_t port_;
+  const uint16_t port_ = 0;
   std::optional<Lookup> lookup_;
   std::vector<Address> addresses_;  // of a name, those of its last lookup that are still to be tried
   size_t next_address_ = 0;

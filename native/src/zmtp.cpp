@@ -110,7 +110,20 @@ Zmtp::Step Zmtp::next(std::string_view bytes, size_t& used, Message& message) {
     if (frames_.size() < kKeptFrames) frames_.emplace_back(begin, frame.size);
     if ((frame.flags & kMoreFlag) != 0) continue;
     if (deliver(unit, used, message)) return Step::kMessage;
+    if (insists_) return Step::kBroken;
   }
+}
+
+std::optional<std::string_view> Zmtp::topic_at(std::string_view bytes) {
+  const Frame frame = frame_at(bytes);
+  if (!frame.whole || (frame.flags & ~(kMoreFlag | kLongFlag)) != 0) return std::nullopt;
+  if (bytes.size() - frame.header < frame.size) return std::nullopt;
+  return bytes.substr(frame.header, frame.size);
+}
+
+void Zmtp::insist(std::string topic) {
+  topic_ = std::move(topic);
+  insists_ = true;
 }
 
 Zmtp::Step Zmtp::greeting(std::string_view bytes, size_t& used) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -30,6 +31,11 @@ class Zmtp {
   // After kMore: that many bytes, counted from behind the used ones, are needed to get any further.
   size_t needed() const { return needed_; }
 
+  // The first frame of the message that `bytes` begin with, if all of it is there.
+  static std::optional<std::string_view> topic_at(std::string_view bytes);
+  // For a subscription to everything, from now on: the connection is broken by a topic that does not begin so.
+  void insist(std::string topic);
+
   // What is to be sent; the caller takes away what was.
   std::string& out() { return out_; }
   // Whether the peer knows how to give a sign of life (ZMTP 3.1), and asking it for one.
@@ -46,8 +52,9 @@ class Zmtp {
   void command(std::string_view body);
   void send_command(std::string_view name, std::string_view rest);
 
-  const std::string topic_;
-  const uint64_t max_frame_;
+  std::string topic_;
+  bool insists_ = false;
+  uint64_t max_frame_;
   Phase phase_ = Phase::kGreeting;
   uint8_t minor_ = 0;
   size_t needed_;

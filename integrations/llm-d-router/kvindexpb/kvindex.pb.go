@@ -2104,7 +2104,7 @@ type RegisterPodRequest struct {
 	Engine string `protobuf:"bytes,7,opt,name=engine,proto3" json:"engine,omitempty"`
 	// 0 means learn from the first event.
 	BlockSize uint32 `protobuf:"varint,8,opt,name=block_size,json=blockSize,proto3" json:"block_size,omitempty"`
-	// The server binds endpoint and the engine dials in.
+	// The server binds endpoint and the engine dials in. Pods may share an endpoint when each has a topic of its own.
 	Bind bool `protobuf:"varint,9,opt,name=bind,proto3" json:"bind,omitempty"`
 	// Names one life of the engine, such as a container id. Another one than before drops every claim of the pod.
 	Incarnation   string `protobuf:"bytes,10,opt,name=incarnation,proto3" json:"incarnation,omitempty"`

@@ -1051,7 +1051,7 @@ class RegisterPodRequest(_message.Message):
     block_size: _builtins.int
     """0 means learn from the first event."""
     bind: _builtins.bool
-    """The server binds endpoint and the engine dials in."""
+    """The server binds endpoint and the engine dials in. Pods may share an endpoint when each has a topic of its own."""
     incarnation: _builtins.str
     """Names one life of the engine, such as a container id. Another one than before drops every claim of the pod."""
     def __init__(

@@ -1,0 +1,125 @@
+"""Follows the engines that dial into one endpoint and name pod and model in their topic: `kv@POD@MODEL`."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvindex_server import listening
+from kvindex_server._core import Listener
+from kvindex_server.config import ConfigError, DialInSettings, DiscoveryDefaults
+from kvindex_server.discovery.describe import host
+from kvindex_server.discovery.source import Changed, Found, Progress, Refusals, Sight
+from kvindex_server.errors import InvalidArgument
+from kvindex_server.pods import PodSpec, at_rank, bound_address, split_tcp
+
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    spec: PodSpec
+    seen: float
+
+
+class DialInSource:
+    """The pods whose engines have dialled in; one whose connections stay away for long enough is gone.
+
+    Its replays are asked for at the address that its connection came from, if `replay_port` says where.
+    """
+
+    name = "dial_in"
+
+    def __init__(
+        self, settings: DialInSettings, defaults: DiscoveryDefaults, is_connected: Callable[[PodSpec], bool]
+    ) -> None:
+        """`is_connected` tells whether any rank of a pod's registration has a connection now."""
+        self._endpoint = settings.endpoint
+        self._forget_seconds = settings.forget_seconds
+        self._defaults = defaults
+        self._is_connected = is_connected
+        self.progress = Progress(self.name)
+        self._refusals = Refusals(self.name)
+        self._refused: dict[str, int] = {}
+        self._listeners: list[tuple[tuple[str, int], Listener]] = []
+        self._known: dict[bytes, _Known] = {}  # by topic
+        self._found: tuple[Found, ...] = ()
+        self._halt = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dial-in", daemon=True)
+        self._changed: Changed = lambda: None
+
+    def start(self, changed: Changed) -> None:
+        """Bind the endpoint of each rank. ConfigError when one is in use."""
+        self._changed = changed
+        for rank in range(self._defaults.ranks):
+            endpoint = at_rank(self._endpoint, rank)
+            name, port = split_tcp(endpoint, "endpoint")
+            address = bound_address(name)
+            assert address is not None, "as the configuration was checked"
+            try:
+                self._listeners.append(((address, port), listening.join(address, port)))
+            except OSError as error:
+                raise ConfigError("discovery.dial_in.endpoint", f"{endpoint}: {error.strerror}") from error
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The endpoint is free as soon as no pod uses it any more."""
+        self._halt.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=1.0)
+        while self._listeners:
+            at, listener = self._listeners.pop()
+            del listener
+            listening.leave(*at)
+
+    def look(self) -> Sight:
+        """The pods that have dialled in."""
+        return Sight(self._found, self._refused)
+
+    def _run(self) -> None:
+        while not self._halt.is_set():
+            self._renew()
+            self._halt.wait(LOOK_SECONDS)
+
+    def _renew(self) -> None:
+        now = time.monotonic()
+        refusals = self._refusals.begin()
+        heard = dict(each for _, listener in self._listeners for each in listener.heard())
+        for unclaimed in {topic for _, listener in self._listeners for topic, _ in listener.unclaimed()}:
+            try:
+                self._known[unclaimed] = _Known(self._describe(unclaimed, heard.get(unclaimed, "")), now)
+            except InvalidArgument as problem:
+                refusals.add(unclaimed.decode(errors="replace"), "topic", str(problem))
+        for topic, known in list(self._known.items()):
+            if self._is_connected(known.spec):
+                # It may have come again from elsewhere.
+                self._known[topic] = _Known(self._describe(topic, heard.get(topic, "")), now)
+            elif now - known.seen > self._forget_seconds:
+                del self._known[topic]
+        self._refused = refusals.end()
+        self.progress.succeeded()
+        found = tuple(Found(each.spec) for each in self._known.values())
+        if found != self._found:
+            self._found = found
+            self._changed()
+
+    def _describe(self, topic: bytes, address: str) -> PodSpec:
+        try:
+            kind, pod, model = topic.decode().split("@", 2)
+        except ValueError:
+            raise InvalidArgument("topic", "is not of the form kv@POD@MODEL") from None
+        if kind != "kv":
+            raise InvalidArgument("topic", "is not of the form kv@POD@MODEL")
+        defaults = self._defaults
+        replay = defaults.replay_port if address else 0
+        return PodSpec(
+            pod=pod,
+            model=model,
+            endpoint=self._endpoint,
+            replay_endpoint=f"tcp://{host(address)}:{replay}" if replay else "",
+            ranks=defaults.ranks,
+            topic=topic.decode(),
+            engine=defaults.engine,
+            block_size=defaults.block_size,
+            bind=True,
+        ).validate()

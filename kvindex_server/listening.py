@@ -1,0 +1,49 @@
+"""Endpoints that engines dial into: each is bound once, for all pods that are told apart there by topic."""
+
+import threading
+from dataclasses import dataclass
+
+from kvindex_server import wire
+from kvindex_server._core import Listener
+
+
+@dataclass(slots=True)
+class _Shared:
+    listener: Listener
+    users: int = 0
+
+
+_lock = threading.Lock()
+_shared: dict[tuple[str, int], _Shared] = {}
+
+
+def join(host: str, port: int) -> Listener:
+    """Binds an address for its first user. OSError when it cannot be bound; `leave` when it is no longer used."""
+    with _lock:
+        shared = _shared.get((host, port))
+        if shared is None:
+            listener = Listener(host, port, wire.MAX_FRAME_BYTES * wire.FRAME_ENDS_CONNECTION)
+            shared = _shared[host, port] = _Shared(listener)
+        shared.users += 1
+        return shared.listener
+
+
+def leave(host: str, port: int) -> None:
+    """The address is free when its last user has left, and no longer refers to the listener."""
+    with _lock:
+        shared = _shared[host, port]
+        shared.users -= 1
+        if shared.users == 0:
+            del _shared[host, port], shared
+
+
+def unclaimed() -> dict[str, list[str]]:
+    """Of each endpoint, the topics of connected engines that no pod is registered for."""
+    with _lock:
+        listeners = [(at, shared.listener) for at, shared in _shared.items()]
+    return {
+        f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}": [
+            topic.decode(errors="replace") for topic, _ in listener.unclaimed()
+        ]
+        for (host, port), listener in listeners
+    }
