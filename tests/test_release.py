@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -41,7 +42,9 @@ def test_the_version_stands_in_one_place() -> None:
     assert kvindex_server.__version__ == version
     assert (chart["version"], chart["appVersion"]) == (version, version)
     recipe = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"image: kvindex-server:(\S+)", recipe)) == {version}
+    named = [image or chart for image, chart in re.findall(r"\bkvindex-server:(\S+)|--version (\S+)", recipe)]
+    assert len(named) == 3
+    assert set(named) == {version}
     for path in (ROOT / "kvindex_server").rglob("*.py"):
         assert f'"{version}"' not in path.read_text(encoding="utf-8"), path
 
@@ -99,6 +102,22 @@ def test_only_a_tag_publishes() -> None:
             text = json.dumps(step)
             if re.search(r"docker push|helm push|pypi-publish|gh release", text):
                 assert "tag" in str(job.get("if", "")) or "tag" in str(step.get("if", "")), text
+
+
+def test_the_released_chart_runs_the_released_image(tmp_path: Path) -> None:
+    """The publishing job's own line, run over a copy of the chart, makes its image the one that the job has pushed."""
+    publish = _workflow("release.yml")["jobs"]["publish"]
+    assert publish["env"]["REGISTRY"] == "${{ needs.version.outputs.registry }}"
+    commands = [line.strip() for step in publish["steps"] for line in step.get("run", "").splitlines()]
+    (line,) = [each for each in commands if each.startswith("sed ")]
+    (pushed,) = [each.partition("=")[2].strip('"') for each in commands if each.startswith("image=")]
+    chart = Path("deploy", "helm", "kvindex-server")
+    shutil.copytree(ROOT / chart, tmp_path / chart)
+    environment = {"PATH": os.environ["PATH"], "REGISTRY": "ghcr.io/someone"}
+    subprocess.run(["sh", "-eu", "-c", line], cwd=tmp_path, env=environment, check=True, timeout=30)
+    values = yaml.safe_load((tmp_path / chart / "values.yaml").read_text(encoding="utf-8"))
+    assert values["image"]["repository"] == "ghcr.io/someone/kvindex-server"
+    assert pushed == "$REGISTRY/kvindex-server:$VERSION"
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")
