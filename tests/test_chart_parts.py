@@ -182,6 +182,25 @@ def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) ->
     assert "/etc/kvindex-store" not in _volumes(manifests)
 
 
+# ---- queries by HTTP -------------------------------------------------------
+
+
+def test_queries_by_http_have_a_port_of_the_service(helm: str, tmp_path: Path) -> None:
+    """Where the server listens, the Service leads and the policy lets those in who may call by gRPC; else nowhere."""
+    callers = [{"podSelector": {"matchLabels": {"app": "router"}}}]
+    values = {"ports": {"http": 8090}, "networkPolicy": {"enabled": True, "grpcFrom": callers}}
+    manifests = render(helm, tmp_path, {**values, "config": {"http": {"max_connections": 7}}})
+    _valid(manifests)
+    http = rendered_settings(manifests, tmp_path).http
+    assert (http.listen, http.max_connections) == ("0.0.0.0:8090", 7)
+    assert {"name": "http", "containerPort": 8090} in container(manifests)["ports"]
+    served = {each["name"]: each["targetPort"] for each in manifests["Service"]["spec"]["ports"]}
+    assert served["http"] == "http"
+    rule = manifests["NetworkPolicy"]["spec"]["ingress"][0]
+    assert ([each["port"] for each in rule["ports"]], rule["from"]) == (["grpc", "http"], callers)
+    assert rendered_settings(render(helm, tmp_path, {}), tmp_path).http.listen is None
+
+
 # ---- availability ----------------------------------------------------------
 
 
@@ -233,13 +252,14 @@ def test_the_index_stays_within_the_memory_limit(
 
 
 def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
-    """The PrometheusRule: lag, gap, stale, blind, saturation, a dropped hit ratio; the dashboard is valid JSON."""
+    """The PrometheusRule: lag, gap, stale, blind, divergence, saturation, hit ratio; the dashboard is JSON."""
     manifests = render(helm, tmp_path, {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}})
     (group,) = manifests["PrometheusRule"]["spec"]["groups"]
     names = {rule["alert"] for rule in group["rules"]}
     assert {
         *("KVIndexIngestBehind", "KVIndexStreamBroken", "KVIndexStreamStale", "KVIndexStreamBlind"),
         *("KVIndexSaturated", "KVIndexHitRatioDropped", "KVIndexLimitReached"),
+        *("KVIndexReplicasDiffer", "KVIndexStoreLost", "KVIndexSnapshotsFail"),
     } <= names
     dashboard = manifests["ConfigMap-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -262,6 +282,9 @@ def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
         ({"store": {"url": "valkey://h:1"}, "config": {"store": {"addresses": ["h:1"]}}}, "two ways"),
         ({"store": {"secretName": "a"}}, "store.url"),
         ({"snapshot": {"volume": {"emptyDir": None}}}, "volume"),
+        ({"snapshot": {"volume": {"persistentVolumeClaim": {"claimName": "kv"}}}}, "emptyDir, persistentVolumeClaim"),
+        ({"ports": {"http": 8090}, "config": {"http": {"listen": "0.0.0.0:1"}}}, "two ways"),
+        ({"ports": {"http": 8090}, "tls": {"enabled": True, "secretName": "a"}}, "plain HTTP"),
         ({"config": {"snapshot": {"peer_timeout_seconds": 290}}}, "startupFailureThreshold"),
     ],
 )
