@@ -4,9 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from publisher import free_port
 from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
+
+from kvindex_server.config import Settings
+from kvindex_server.server import Server
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -218,6 +224,36 @@ def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:
     assert render(helm, tmp_path, {"podDisruptionBudget": {"enabled": False}}).keys() == manifests.keys() - {
         *("PodDisruptionBudget", "HorizontalPodAutoscaler")
     }
+
+
+@pytest.mark.parametrize("ports", [{}, {"admin": 50052}])
+def test_a_replica_that_is_not_ready_is_not_restarted(helm: str, tmp_path: Path, ports: dict[str, int]) -> None:
+    """The rendered probes, asked of a real server that waits for its first pod: startup and readiness say no, liveness
+    says yes. Otherwise every replica would be killed when the shared store is away for a minute.
+    """
+    main = container(render(helm, tmp_path, {"ports": ports}))
+    events, replay = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))  # where nobody is
+    document = {
+        **dict.fromkeys(("listen", "metrics_listen", *(["admin_listen"] if ports else [])), "127.0.0.1:0"),
+        "pods": [{"pod": "p", "model": "m", "endpoint": events, "replay_endpoint": replay}],
+        "stream": {"replay_timeout_seconds": 60},
+        "server": {"ready_timeout_seconds": 60, "drain_seconds": 0},
+    }
+    server = Server(Settings.model_validate(document))
+    server.start()
+    try:
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            def serving(probe: str) -> bool:
+                request = health_pb2.HealthCheckRequest(service=main[probe]["grpc"].get("service", ""))
+                answer = stub.Check(request, timeout=5, wait_for_ready=True)
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            probes = ("startupProbe", "readinessProbe", "livenessProbe")
+            assert [serving(each) for each in probes] == [False, False, True]
+    finally:
+        server.stop()
 
 
 def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
