@@ -220,6 +220,12 @@ def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:
     assert budget == {"maxUnavailable": 1, "selector": selector}
     assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": OWN}
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 6)
+    # Or callers that stay connected would leave a new replica idle.
+    assert rendered_settings(manifests, tmp_path).server.max_connection_age_seconds == 300
+    for server in ({"max_connection_age_seconds": 0}, {"transport": "native"}):
+        own = render(helm, tmp_path, {**values, "config": {"server": server}})
+        assert rendered_settings(own, tmp_path).server.max_connection_age_seconds == 0
+    assert rendered_settings(render(helm, tmp_path, {}), tmp_path).server.max_connection_age_seconds == 0
     assert manifests["Deployment"]["spec"]["template"]["spec"]["priorityClassName"] == "system-cluster-critical"
     assert render(helm, tmp_path, {"podDisruptionBudget": {"enabled": False}}).keys() == manifests.keys() - {
         *("PodDisruptionBudget", "HorizontalPodAutoscaler")

@@ -126,6 +126,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $_ := set $made "limits" (dict "max_index_bytes" (int64 .)) -}}
 {{- end -}}
 {{- end -}}
+{{- /* A client that stays connected never calls a replica that came later. */ -}}
+{{- $server := dig "server" dict .Values.config -}}
+{{- if and .Values.autoscaling.enabled (ne (dig "transport" "" $server) "native") (not (hasKey $server "max_connection_age_seconds")) -}}
+{{- $_ := set $made "server" (dict "max_connection_age_seconds" 300) -}}
+{{- end -}}
 {{- $store := dict -}}
 {{- if .Values.store.url -}}
 {{- $url := urlParse .Values.store.url -}}
