@@ -269,6 +269,38 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+VOLUMES |= {"image"}  # from Kubernetes 1.33 on
+
+
+def check_restricted(spec: dict[str, Any], names: set[str] | None = None) -> None:
+    """The Pod Security Standard "restricted", of all containers or those named, as admission would judge."""
+    pod = spec.get("securityContext", {})
+    for field in ("hostNetwork", "hostPID", "hostIPC"):
+        assert not spec.get(field), field
+    for volume in spec.get("volumes", []):
+        assert set(volume) - {"name"} <= VOLUMES, volume
+    for each in (*spec["containers"], *spec.get("initContainers", [])):
+        if names is not None and each["name"] not in names:
+            continue
+        own = {**pod, **each.get("securityContext", {})}
+        assert own["runAsNonRoot"] is True and own.get("runAsUser") != 0, each["name"]
+        assert own["seccompProfile"]["type"] in ("RuntimeDefault", "Localhost"), each["name"]
+        assert own["allowPrivilegeEscalation"] is False and not own.get("privileged"), each["name"]
+        capabilities = own["capabilities"]
+        assert capabilities["drop"] == ["ALL"] and set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"}, each[
+            "name"
+        ]
+        assert not any("hostPort" in port for port in each.get("ports", [])), each["name"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_restricted(profile: str) -> None:
+    manifests = _sorted((GOLDEN / f"{profile}.yaml").read_text(encoding="utf-8"))
+    (deployment,) = [each for each in manifests if each["kind"] == "Deployment"]
+    check_restricted(deployment["spec"]["template"]["spec"])
+
+
 def _sorted(text: str) -> list[dict[str, Any]]:
     documents = [each for each in yaml.safe_load_all(text) if each]
     return sorted(
@@ -371,6 +403,7 @@ def test_the_sidecar_recipe_is_valid(tmp_path: Path) -> None:
     assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert binding["subjects"][0]["name"] == deployment["spec"]["template"]["spec"]["serviceAccountName"]
+    check_restricted(deployment["spec"]["template"]["spec"], {"kvindex-server"})
     settings = rendered_settings({"ConfigMap": config}, tmp_path)
     assert settings.discovery.kubernetes.enabled
     main = deployment["spec"]["template"]["spec"]["containers"][1]
@@ -401,3 +434,4 @@ def test_documented_values_render(helm: str, tmp_path: Path) -> None:
         assert "/tokenizers" in {each["mountPath"] for each in container(manifests)["volumeMounts"]}
         volumes = {each["name"] for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
         assert "tokenizers" in volumes
+        check_restricted(manifests["Deployment"]["spec"]["template"]["spec"])

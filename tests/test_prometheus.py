@@ -1,6 +1,7 @@
 """A real Prometheus scrapes a running server: the dashboard's queries return data, and promtool accepts the scrape."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -18,9 +19,12 @@ from publisher import Publisher, free_port
 from test_alerts import queries
 
 from kvindex_server.config import Settings
+from kvindex_server.metrics import REPLICAS, SPANS, STORE
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.server import Server
+
+METRICS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,16 @@ def test_the_dashboards_queries_return_data(prometheus: str) -> None:
     """Every panel shows something for a server that has seen everything once."""
     empty = [each for each in queries() if not _query(prometheus, each.replace("$model", ".*"))]
     assert empty == []
+
+
+def test_a_running_server_exposes_what_is_documented(server: Server) -> None:
+    """Every metric of the documented table and no other, but for what needs peers, a shared store or a collector."""
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as answer:
+        exposed = set(re.findall(r"^# TYPE (kvindex_\w+) ", answer.read().decode(), re.MULTILINE))
+    elsewhere = {row.name for row in (*REPLICAS, *STORE, *SPANS)}
+    documented = set(re.findall(r"^\| `(kvindex_\w+)` \|", METRICS_PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert elsewhere < documented
+    assert exposed == documented - elsewhere
 
 
 def test_promtool_accepts_a_live_scrape(promtool: str, server: Server) -> None:
