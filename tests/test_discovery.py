@@ -492,6 +492,10 @@ def test_the_wait_doubles_and_differs() -> None:
     waits = [backoff.next() for _ in range(5)]
     for wait, whole in zip(waits, (1, 2, 4, 4, 4), strict=True):
         assert whole / 2 <= wait <= whole
+    # Two replicas that lose one server together do not come back together, nor does one at even times.
+    other = Backoff(1.0, 4.0)
+    assert [other.next() for _ in range(5)] != waits
+    assert len(set(waits[2:])) == 3
     backoff.reset()
     assert backoff.next() <= 1.0
 
