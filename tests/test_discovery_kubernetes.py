@@ -323,6 +323,27 @@ def test_credentials_over_tls(fleet: Fleet, tmp_path: Path) -> None:
         api.down()
 
 
+def test_a_rotated_token_is_read_again(fleet: Fleet, api: KubeApi, tmp_path: Path) -> None:
+    """A service account's token is replaced by the kubelet every hour: the new one is found without a failure."""
+    token = tmp_path / "token"
+    token.write_text("first")
+    api.token = "first"
+    api.put(pod("a", "1", "10.0.0.1"))
+    config = yaml.safe_load(Path(kubeconfig(tmp_path, api)).read_text(encoding="utf-8"))
+    config["users"][0]["user"] = {"tokenFile": str(token)}
+    rotating = tmp_path / "rotating"
+    rotating.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with following(fleet, api, tmp_path, kubeconfig=str(rotating)) as reconciler:
+        eventually(lambda: reconciler.listed)
+        token.write_text("second")
+        api.token = "second"
+        watches = api.counts.get("watches", 0)
+        api.put(pod("b", "2", "10.0.0.2"))
+        eventually(lambda: api.counts.get("watches", 0) > watches + 1)
+        assert names(fleet) == {"10.0.0.1:8000", "10.0.0.2:8000"}
+        assert reconciler.statuses()[0].errors == {}
+
+
 def test_a_lost_server_keeps_the_fleet(fleet: Fleet, api: KubeApi, tmp_path: Path) -> None:
     """While nobody answers, the last known pods stand and errors are counted; then the news of the outage come."""
     api.put(pod("a", "1", "10.0.0.1"))
