@@ -24,13 +24,16 @@ from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.server import Server
 
+TOKEN = "an-operators-token-of-this-test-0123456789"
 METRICS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with something to show in every metric."""
-    path = tmp_path_factory.mktemp("server") / "pods.yaml"
+    home = tmp_path_factory.mktemp("server")
+    path, operators = home / "pods.yaml", home / "operators"
+    operators.write_text(f"{TOKEN}\n", encoding="utf-8")
     with Publisher() as engine:
         engine.publish(msgpack.packb([time.time(), [["BlockStored", [1], None, [7] * 4, 4, None, "GPU"]], 0]))
         engine.publish(msgpack.packb([time.time(), [["BlockMoved", [1]], ["BlockRemoved", [9], "GPU"]], 0]))
@@ -42,6 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "metrics_listen": "127.0.0.1:0",
             "limits": {"max_registered_pods": 1},
             "discovery": {"file": {"path": str(path), "interval_seconds": 0.05}},
+            "auth": {"admin_tokens_file": str(operators)},
             "server": {"drain_seconds": 0},
         }
         made = Server(Settings.model_validate(document))
@@ -72,6 +76,8 @@ def prometheus(promtool: str, server: Server, tmp_path_factory: pytest.TempPathF
                 assert process.poll() is None, (home / "log").read_text()
                 assert time.monotonic() < ends, "Prometheus did not scrape in time"
                 stub.Score(pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[7] * 4)))
+                with pytest.raises(grpc.RpcError):  # a call turned away
+                    rpc.KVIndexAdminStub(channel).GetStats(pb.GetStatsRequest(), timeout=5)
                 time.sleep(0.2)
         yield f"http://{address}"
     finally:
