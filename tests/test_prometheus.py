@@ -16,7 +16,7 @@ import msgpack
 import pytest
 import yaml
 from publisher import Publisher, free_port
-from test_alerts import queries
+from test_alerts import FILES, queries, rules
 
 from kvindex_server.config import Settings
 from kvindex_server.metrics import REPLICAS, SPANS, STORE
@@ -62,7 +62,8 @@ def prometheus(promtool: str, server: Server, tmp_path_factory: pytest.TempPathF
     binary = shutil.which("prometheus") or str(Path(promtool).parent / "prometheus")
     home = tmp_path_factory.mktemp("prometheus")
     job = {"job_name": "kvindex", "static_configs": [{"targets": [server.metrics_address]}]}
-    config = {"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": [job]}
+    every = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "500ms")
+    config = {"global": every, "rule_files": [str(FILES / "alerts.yaml")], "scrape_configs": [job]}
     (home / "prometheus.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     address = f"127.0.0.1:{free_port()}"
     flags = [f"--config.file={home}/prometheus.yaml", f"--storage.tsdb.path={home}/data"]
@@ -103,6 +104,22 @@ def test_the_dashboards_queries_return_data(prometheus: str) -> None:
     """Every panel shows something for a server that has seen everything once."""
     empty = [each for each in queries() if not _query(prometheus, each.replace("$model", ".*"))]
     assert empty == []
+
+
+def test_the_alerts_are_evaluated_over_a_live_scrape(prometheus: str) -> None:
+    """None fails over real labels, and a pod that the server cannot follow is about to be told of."""
+    ends = time.monotonic() + 20
+    found: dict[str, dict[str, Any]] = {}
+    while not found or "unknown" in {each["health"] for each in found.values()}:
+        assert time.monotonic() < ends, found
+        with urllib.request.urlopen(f"{prometheus}/api/v1/rules", timeout=5) as answer:
+            (group,) = json.load(answer)["data"]["groups"]
+        found = {each["name"]: each for each in group["rules"]}
+        time.sleep(0.2)
+    assert set(found) == {rule["alert"] for rule in rules()}
+    assert {name: each.get("lastError") for name, each in found.items() if each["health"] != "ok"} == {}
+    assert found["KVIndexPodsNotFollowed"]["state"] == "pending"
+    assert found["KVIndexNotReady"]["state"] == "inactive"
 
 
 def test_a_running_server_exposes_what_is_documented(server: Server) -> None:
