@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -136,6 +138,14 @@ def test_the_bill_of_materials_names_system_packages() -> None:
     assert (second["name"], second["version"]) == ("libstdc++6", "12.2.0-14+deb12u1")
     with pytest.raises(ValueError, match="unpack"):
         script.system_packages("bash 5.2\n")
+
+
+def test_the_bill_of_materials_names_the_interpreter() -> None:
+    """A scanner must find a fault of CPython's too, which is no package of the system in the official images."""
+    found = _script("sbom").python_itself(sys.executable)
+    version = platform.python_version()
+    assert (found["name"], found["version"], found["purl"]) == ("python", version, f"pkg:generic/python@{version}")
+    assert found["cpe"].split(":")[3:6] == ["python", "python", version]
 
 
 def test_the_image_gets_every_file_that_it_copies() -> None:
