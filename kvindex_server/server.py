@@ -539,9 +539,12 @@ def _grpc_server(settings: Settings, guard: Guard, connections: int) -> grpc.Ser
     size = settings.limits.max_message_bytes
     silence_ms = int(settings.server.keepalive_seconds * 1000)
     answer_ms = min(silence_ms, MAX_PING_MS)
+    age_ms = int(settings.server.max_connection_age_seconds * 1000)
     return grpc.server(
         guard.pool,
         options=[
+            # Calls at work end as they would have, streams as late as they like: new calls take a new connection.
+            *([("grpc.max_connection_age_ms", age_ms)] if age_ms else []),
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
