@@ -381,14 +381,21 @@ def _replay(facts: Facts) -> Iterator[Finding]:
                 f"{stream.replay_endpoint} does not accept a connection: {refused}",
                 "Check the port (rank r is at port + r) and network policies.",
             )
-        elif "replay was not answered" in stream.trust_reason:
+        elif unanswered(stream):
             yield _of(
                 stream,
                 Status.FAIL,
-                f"{stream.replays} replays were asked for at {stream.replay_endpoint}: {stream.trust_reason}",
-                "Check that it is the replay port and not the events' port; a busy engine may be slow.",
+                f"{stream.replays} replays were asked for at {stream.replay_endpoint}, and the last was not answered; "
+                f"{stream.trust.name}: {stream.trust_reason}",
+                "Check that it is the replay port and not the events' port; a busy engine may be slow. Until it "
+                "answers, what is missed stays missing.",
             )
     yield _pass(f"no replay of {len(facts.streams)} streams is known to fail")
+
+
+def unanswered(stream: StreamStatus) -> bool:
+    """A replay that was asked for got no answer; also when nothing is missing, for the next loss cannot be mended."""
+    return stream.replay_unanswered or "replay was not answered" in stream.trust_reason
 
 
 def _ranks(facts: Facts) -> Iterator[Finding]:
@@ -464,7 +471,7 @@ def _template(facts: Facts) -> Iterator[Finding]:
     if facts.tokenizer is None:
         yield Finding(Status.SKIP, "no tokenizer, so no chat template")
     elif facts.tokenizer[2]:
-        yield _pass("present; whether it equals the engine's only a chat probe with the engine's tokens can tell")
+        yield _template_compared(facts.probe)
     else:
         needed = facts.probe is not None and facts.probe.kind == "chat"
         yield Finding(
@@ -472,6 +479,24 @@ def _template(facts: Facts) -> Iterator[Finding]:
             "the tokenizer has no chat template: chats are refused",
             "Put the engine's chat_template.jinja into the tokenizer directory, or send prompts or tokens.",
         )
+
+
+def _template_compared(probe: Probe | None) -> Finding:
+    """A template is there: a chat that the engine has tokenized, too, tells whether it is the engine's."""
+    if probe is None or probe.kind != "chat" or not probe.engine_tokens or probe.error:
+        return Finding(
+            Status.SKIP,
+            "present; whether it equals the engine's only a chat and the engine's tokens of it can tell",
+            "Give both: --chat FILE, and --engine-tokens FILE with what the engine's POST /tokenize makes of it.",
+        )
+    if list(probe.tokens) == list(probe.engine_tokens):
+        return _pass("the chat becomes the engine's tokens, its template included")
+    return Finding(
+        Status.FAIL,
+        "the chat does not become the engine's tokens, so its template differs, or the tokenizer",
+        "Compare a plain prompt the same way: if that agrees, give the server the engine's chat_template.jinja, and "
+        "the engine's /tokenize the request's tools, chat_template_kwargs and add_generation_prompt.",
+    )
 
 
 def _lora(facts: Facts) -> Iterator[Finding]:

@@ -65,6 +65,8 @@ class Dialect:
     """The first tag that nobody knows; empty when there was none."""
     root: tuple[int | bytes, Sequence[int]] | None
     """A first block of plain text: the engine's hash and its tokens."""
+    adapters: Sequence[str] = ()
+    """The first ones that were named in any message, not only in the sample."""
 
 
 @dataclass
@@ -92,6 +94,8 @@ class StreamStatus:
     gaps: int = 0
     restarts: int = 0
     replays: int = 0
+    replay_unanswered: bool = False
+    """The last replay that was asked for got no answer, whether or not anything is missing."""
     orphans: int = 0
     unresolved: int = 0
     decode_errors: dict[str, int] = field(default_factory=dict)

@@ -171,6 +171,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         Status.FAIL,
         "2 replays",
     ),
+    "replay mute, and nothing missing yet": (
+        with_stream(replay_unanswered=True, replays=3),
+        "replay",
+        Status.FAIL,
+        "3 replays were asked for at tcp://a:5558, and the last was not answered; EXACT",
+    ),
     "silent rank": (
         replace(WELL, streams=(stream(), stream(rank=1, endpoint="tcp://a:5558", **SILENT))),
         "rank_ports",
@@ -189,6 +195,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
     "other tokens": (with_probe(engine_tokens=(1, 2, 4, 5)), "tokens_agree", Status.FAIL, "differ from 2 on"),
     "fewer tokens": (with_probe(engine_tokens=(1, 2)), "tokens_agree", Status.FAIL, "differ from 2 on"),
     "no tokens": (with_probe(error="chat: not valid JSON"), "tokens_agree", Status.FAIL, "not valid JSON"),
+    "other template": (
+        with_probe(engine_tokens=(1, 2, 4, 5)),
+        "chat_template",
+        Status.FAIL,
+        "does not become the engine's tokens",
+    ),
     "no template": (replace(WELL, tokenizer=("native", "", False)), "chat_template", Status.FAIL, "no chat template"),
     "adapter": (
         with_probe(other_contexts={"no adapter": 4}),
@@ -361,6 +373,14 @@ def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
 def test_a_salt_is_not_cleared_by_a_prompt_that_nobody_holds() -> None:
     nothing = examine(with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0}))
     assert [each.status for each in of(nothing, "salt")] == [Status.SKIP]
+
+
+@pytest.mark.parametrize(
+    "other", [{"engine_tokens": ()}, {"kind": "prompt"}, {"error": "chat: not valid JSON"}], ids=str
+)
+def test_a_template_that_was_not_compared_is_not_called_well(other: dict[str, Any]) -> None:
+    (found,) = of(examine(with_probe(**other)), "chat_template")
+    assert (found.status, found.remedy.startswith("Give both")) == (Status.SKIP, True)
 
 
 def test_what_cannot_be_judged_is_skipped() -> None:
@@ -643,6 +663,35 @@ def test_explain_knows_other_adapters_and_salts(running: Running) -> None:
     assert both["a"].why == "with adapter 'adapter' and no salt the pod holds 4 blocks of the same tokens"
 
 
+def test_an_adapter_that_only_events_have_named_is_known(running: Running) -> None:
+    """Nobody has configured it: the engine's own events tell which name the prompt is held under."""
+    running.publish("a", stored(0, 4, lora_name="sql-lora"))
+    for asked in ("", "sql_lora"):
+        found = running.explain(pods=["a"], lora_name=asked)
+        assert found["a"].end == pb.MATCH_END_OTHER_CONTEXT
+        assert found["a"].why == "with adapter 'sql-lora' the pod holds 4 blocks of the same tokens"
+        (lora,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS), lora_name=asked)["lora"]
+        assert lora.status == pb.CHECK_STATUS_FAIL
+        assert lora.evidence == "4 blocks of the probe are held with adapter 'sql-lora', 0 as it was asked"
+    (unasked,) = running.check(model=MODEL)["lora"]
+    assert "adapters known by name: sql-lora, adapter" in unasked.evidence
+
+
+def test_a_replay_that_is_never_answered_is_found_before_it_is_needed(running: Running) -> None:
+    """All is in sequence from the first event, so nothing is missing; but the next loss could not be mended."""
+    with Publisher(mute=True) as publisher:
+        spec = pb.RegisterPodRequest(
+            pod="e", model=MODEL, endpoint=publisher.endpoint, replay_endpoint=publisher.replay_endpoint
+        )
+        running.admin.RegisterPod(spec, timeout=5)
+        publisher.wait_subscriber()
+        publisher.publish(maps(stored(0, 4)))
+        running.until(lambda: any((each.pod, each.trust) == ("e", pb.TRUST_EXACT) for each in running.streams()))
+        found = [each for each in running.check(model=MODEL)["replay"] if each.pod == "e"]
+        assert [each.status for each in found] == [pb.CHECK_STATUS_FAIL]
+        assert "and the last was not answered; EXACT" in found[0].evidence
+
+
 def test_explain_shows_tokens_and_keys_and_the_other_rank(running: Running) -> None:
     running.publish("a", stored(0, 2))
     answer = running.admin.Explain(
@@ -731,7 +780,7 @@ class OnePod:
 def explained(index: Index) -> PodExplanation:
     lookup = Lookup(Models([Model(MODEL, index)]), OnePod(), {"gpu": 1.0, "cpu": 0.8}, Metrics())
     query = Query(MODEL, "tokens", tokens=struct.pack(f"<{len(TOKENS)}I", *TOKENS))
-    (found,) = Explainer(lookup, lambda _model: []).explain(query, lambda: None).pods
+    (found,) = Explainer(lookup, lambda _model: [], lambda _model: ()).explain(query, lambda: None).pods
     return found
 
 

@@ -268,6 +268,30 @@ def test_check_fails_by_exit_code_with_a_remedy(site: Site) -> None:
     assert [(each["pod"], each["status"]) for each in bad] == [("b", "CHECK_STATUS_FAIL"), ("a", "CHECK_STATUS_WARN")]
 
 
+def test_check_leaves_out_what_is_well_from_json_too(site: Site) -> None:
+    everything = kvindex("check", *site.server, "--json").json
+    problems = kvindex("check", *site.server, "--json", "--problems").json
+    bad = ("CHECK_STATUS_WARN", "CHECK_STATUS_FAIL")
+    assert problems["checks"] == [each for each in everything["checks"] if each["status"] in bad]
+    assert 0 < len(problems["checks"]) < len(everything["checks"])
+    assert problems["status"] == everything["status"]
+
+
+def test_serve_tells_where_it_listens_as_json_too() -> None:
+    with subprocess.Popen(
+        [KVINDEX, "serve", "--json", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as popen:
+        assert popen.stdout is not None
+        where = json.loads(popen.stdout.readline())
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(20) == 0
+    assert sorted(where) == ["grpc", "metrics"]
+    assert all(re.fullmatch(r"127\.0\.0\.1:[1-9]\d*", address) for address in where.values())
+
+
 def test_strict_check_fails_for_a_warning(site: Site) -> None:
     asked = ("check", *site.server, "--model", "m", "--tokens", "1,2,3,4,1,2,3,4")
     assert kvindex(*asked).code == 0
@@ -378,6 +402,23 @@ def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (("simulate", "--seconds", "-1"), "kvindex simulate: argument --seconds: must be above 0"),
+        (("simulate", "--restart-every", "nan"), "kvindex simulate: argument --restart-every: must be 0 or more"),
+        (("watch", "--interval", "-1"), "kvindex watch: argument --interval: must be above 0"),
+        (("watch", "--count", "0"), "kvindex watch: argument --count: must be a whole number of 1 or more"),
+        (("pods", "--timeout", "0"), "kvindex pods: argument --timeout: must be above 0"),
+        (("pods", "--timeout", "soon"), "kvindex pods: argument --timeout: must be a number, not 'soon'"),
+    ],
+)
+def test_a_number_out_of_bounds_is_wrong_usage(words: tuple[str, ...], last: str) -> None:
+    done = kvindex(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1] == last
+
+
 def test_a_list_nested_without_end_is_wrong_usage(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     done = kvindex("score", "--model", "m", "--tokens", f"@{tmp_path / 'deep.json'}")
@@ -421,7 +462,12 @@ def test_a_mistyped_host_is_not_called_a_server_that_is_not_ready() -> None:
     ("words", "last"),
     [
         (("scroe",), "kvindex: argument COMMAND: invalid choice: 'scroe'; did you mean score? (one of score, "),
-        (("score", "--modle", "m", "--tokens", "1"), "kvindex score: "),
+        (
+            ("score", "--modle", "m", "--tokens", "1"),
+            "kvindex score: the following arguments are required: --model; unknown option: --modle; "
+            "did you mean --model?",
+        ),
+        (("score", "--tokens", "1"), "kvindex score: the following arguments are required: --model"),
         (("pods", "--modle", "m"), "kvindex pods: unknown option: --modle; did you mean --model?"),
         (("pods", "--sever=x"), "kvindex pods: unknown option: --sever; did you mean --server?"),
         (("pods", "x"), "kvindex pods: unknown argument: x"),
@@ -813,6 +859,8 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     (tmp_path / "recorded").mkdir()
     assert complete(script, "kvindex", "replay", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "completion", "f") == ["fish"]
+    assert complete(script, "kvindex", "completion", "") == ["--help", "bash", "zsh", "fish"]
+    assert complete(script, "kvindex", "serve", "--log-level", "") == ["debug", "info", "warning", "error"]
     assert complete(script, "kvindex", "score", "--chat", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "score", "--model", f"{tmp_path}/rec") == []
 

@@ -1,6 +1,7 @@
 """`kvindex check`: the doctor's findings, with what to do about each."""
 
 import argparse
+from collections.abc import Sequence
 
 from kvindex_server.commands import prompt, screen
 from kvindex_server.commands.connection import Connection
@@ -13,6 +14,7 @@ MARKS = {
     pb.CHECK_STATUS_FAIL: "FAIL",
     pb.CHECK_STATUS_SKIP: "skip",
 }
+PROBLEMS = (pb.CHECK_STATUS_WARN, pb.CHECK_STATUS_FAIL)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,20 +37,18 @@ def run(args: argparse.Namespace) -> int:
     with Connection(args) as connection:
         request = pb.CheckRequest(model=args.model, pods=args.pod, **fields)
         answer = connection.call(connection.admin.Check, request)
+    shown = [each for each in answer.checks if not args.problems or each.status in PROBLEMS]
     if args.json:
-        screen.write_json(answer)
+        screen.write_json(pb.CheckResponse(checks=shown, status=answer.status))
     else:
-        _show(answer, args.problems)
+        _show(answer, shown)
     worst = pb.CHECK_STATUS_WARN if args.strict else pb.CHECK_STATUS_FAIL
     return FAILED if answer.status in (worst, pb.CHECK_STATUS_FAIL) else 0
 
 
-def _show(answer: pb.CheckResponse, problems: bool) -> None:
-    bad = (pb.CHECK_STATUS_WARN, pb.CHECK_STATUS_FAIL)
+def _show(answer: pb.CheckResponse, shown: Sequence[pb.CheckResult]) -> None:
     model = ""
-    for each in answer.checks:
-        if problems and each.status not in bad:
-            continue
+    for each in shown:
         if each.model != model:
             model = each.model
             screen.write(f"model {model}")

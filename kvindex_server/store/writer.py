@@ -140,7 +140,7 @@ class StoreStream:
         return self._native.unresolved
 
     @property
-    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None, list[str]]:
         return self._native.dialect
 
     @property

@@ -54,6 +54,11 @@ void Dialect::look(const uint8_t* data, size_t size) {
   }
 }
 
+void Dialect::take_adapter(std::string_view name) {
+  if (name.size() > kMaxName || std::find(adapters_.begin(), adapters_.end(), name) != adapters_.end()) return;
+  if (adapters_.size() < kMaxAdapters) adapters_.emplace_back(name);
+}
+
 void Dialect::look_events(Cursor in) {
   uint32_t count;
   if (!in.array(count)) return;

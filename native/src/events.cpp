@@ -227,6 +227,7 @@ bool encode_extras(Event& event, const std::optional<Cursor>& extra_keys) {
   }
   if (lora.empty() && event.has_lora_id) lora = first_text;
   if (lora.empty()) lora = tagged;
+  event.adapter = lora;
   std::string adapter;
   if (!lora.empty()) {
     append_extra(adapter, ExtraKind::kLora, lora);

@@ -51,6 +51,8 @@ struct Event {
   uint64_t parent, block_size, lora_id, group, window;
   std::string_view medium;  // as sent; empty = absent
   std::string_view lora_name, cache_salt, kind;
+  std::string_view
+      adapter;  // of the blocks, wherever the engine has told its name; empty = none, or one without a name
   std::vector<uint64_t> hashes;
   const uint8_t* first_hash;  // where it stands
   std::vector<uint32_t> tokens;
@@ -62,7 +64,7 @@ struct Event {
     if (!extras.empty()) extras.clear();
     has_parent = has_lora_id = has_window = has_extra_keys = again = false;
     parent = block_size = lora_id = group = window = 0;
-    medium = lora_name = cache_salt = kind = {};
+    medium = lora_name = cache_salt = kind = adapter = {};
     unkeyed.reset();
   }
   // Gives back what one huge event has made the vectors take.

@@ -148,6 +148,7 @@ void Stream::store(const Event& event, Applied& applied) {
   const auto tier_bit = static_cast<uint8_t>(tier);
   const size_t count = event.hashes.size();
   applied.blocks_stored += count;
+  if (!event.adapter.empty()) dialect_.take_adapter(event.adapter);
 
   // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key. Keys
   // told before the first list are all of such events, or of an engine that has no lists.
