@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -838,6 +839,33 @@ def test_demo_as_json() -> None:
     assert where.keys() == {"grpc", "metrics"}
     assert (summary["pods"], summary["pods_equal"], summary["failures"]) == (2, 2, 0)
     assert summary["requests"] > 0 and 0 < summary["hit_ratio"] < 1
+
+
+def test_the_demo_is_asked_by_text_and_its_accuracy_is_seen_live(tmp_path: Path) -> None:
+    """With a tokenizer prompts and the page's box work; without anything, predictions meet what engines found."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with subprocess.Popen(
+        [KVINDEX, "demo", "--pods", "2", "--rate", "50", "--seconds", "60", "--tokenizer", str(tmp_path), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        where = json.loads(demo.stdout.readline())
+        ends, held, counted = time.monotonic() + 40, 0, 0.0
+        while not (held and counted > 10):
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+            text = "You review code. Name file and line first, then the fault, then the smallest change that helps. "
+            asked = ("--server", where["grpc"], "--model", "demo-model", "--prompt", text * 12, "--json")
+            held = max((each["matched_blocks"] for each in kvindex("score", *asked).json["scores"]), default=0)
+            with urllib.request.urlopen(f"http://{where['metrics']}/metrics", timeout=10) as answer:
+                metrics = answer.read().decode()
+            found = re.findall(r"^kvindex_usage_error_tokens_count\{.*\} (\S+)$", metrics, re.MULTILINE)
+            counted = sum(map(float, found))
+        with urllib.request.urlopen(f"http://{where['metrics']}/api/fleet", timeout=10) as answer:
+            assert json.loads(answer.read())["prompt"] == "open"
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(20) == 0
 
 
 def complete(script: Path, *words: str) -> list[str]:
