@@ -526,7 +526,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
 def _salt(facts: Facts) -> Iterator[Finding]:
     probe = facts.probe
     if probe is None or not probe.salted:
-        yield Finding(Status.SKIP, "no salt was asked with; a salt that engines used is not kept here")
+        yield _unsalted(facts)
         return
     best, bare = max(probe.blocks.values(), default=0), probe.other_contexts.get(NO_SALT, 0)
     if bare > best:
@@ -538,6 +538,17 @@ def _salt(facts: Facts) -> Iterator[Finding]:
     elif not best:
         yield Finding(Status.SKIP, "no block of the probe is held, with the salt or without it: it cannot be told")
     yield _pass(f"the salt is not in the way: {best} blocks with it, {bare} without")
+
+
+def _unsalted(facts: Facts) -> Finding:
+    """Salts that engines used are not kept; that they used some is, and a prompt that nobody holds may lack one."""
+    beginnings, salted = (sum(each.beginnings[at] for each in facts.dialects) for at in (0, 1))
+    evidence = f"no salt was asked with; {salted} of {beginnings} prompts that engines began to store had one"
+    missed = facts.probe is not None and facts.probe.total_blocks and not max(facts.probe.blocks.values(), default=0)
+    if salted and missed:
+        remedy = "Send the request's cache_salt to the index as it is sent to the engine, and give it to the probe."
+        return Finding(Status.WARN, f"nothing of the probe is held, and {evidence}", remedy)
+    return Finding(Status.SKIP, evidence)
 
 
 def _probe(facts: Facts) -> Iterator[Finding]:

@@ -67,6 +67,8 @@ class Dialect:
     """A first block of plain text: the engine's hash and its tokens."""
     adapters: Sequence[str] = ()
     """The first ones that were named in any message, not only in the sample."""
+    beginnings: tuple[int, int] = (0, 0)
+    """Of prompts, that were stored in any message; and those of them that a salt keeps apart."""
 
 
 @dataclass

@@ -50,11 +50,22 @@ def test_names_of_adapters_are_bounded() -> None:
     assert adapters == [f"a{number}" for number in range(64)]
 
 
+def test_beginnings_with_a_salt_are_counted() -> None:
+    """As a field (SGLang) or as a text of the first block (vLLM); an adapter's name is none, nor is a later block."""
+    plain = Stored([1], None, TOKENS, 16)
+    field = Stored([2], None, TOKENS, 16, cache_salt="s")
+    text = Stored([3], None, TOKENS, 16, extra_keys=[["s"]])
+    lora = Stored([4], None, TOKENS, 16, lora_name="a", extra_keys=[["a"]])
+    later = Stored([5], 2, TOKENS, 16, cache_salt="s")
+    moved = Stored([2], None, [], 16, medium="CPU")
+    assert seen(maps(plain, field, text), maps(lora, later, moved)).beginnings == (4, 2)
+
+
 def test_a_cleared_stream_forgets_its_adapters() -> None:
     stream = Index(16).add_stream("p", 0)
     stream.apply([maps(under("a"))], 0)
     stream.clear()
-    assert stream.dialect[-1] == []
+    assert stream.dialect[-2:] == ([], (0, 0))
 
 
 def first(hash_: int | bytes | str, **other: Any) -> Stored:
@@ -166,7 +177,7 @@ def test_the_sample_is_of_this_life_and_small() -> None:
     stream.clear(Left.DOUBTED)
     assert stream.dialect[0] > 0
     stream.clear(Left.RESTARTED)
-    assert stream.dialect == (0, [], 0, 0, "", None, [])
+    assert stream.dialect == (0, [], 0, 0, "", None, [], (0, 0))
 
 
 @pytest.mark.parametrize(

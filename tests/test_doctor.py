@@ -209,6 +209,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         "4 blocks of the probe are held with no",
     ),
     "salt": (with_probe(other_contexts={doctor.NO_SALT: 4}), "salt", Status.FAIL, "4 blocks"),
+    "salts in use, none asked with": (
+        replace(with_probe(salted=False, blocks={}), dialects=(replace(DIALECT, beginnings=(9, 4)),)),
+        "salt",
+        Status.WARN,
+        "nothing of the probe is held, and no salt was asked with; 4 of 9 prompts that engines began to store had one",
+    ),
     "probe error": (with_probe(error="chat: not valid JSON"), "probe", Status.FAIL, "not valid JSON"),
     "short probe": (with_probe(total_blocks=0, blocks={}), "probe", Status.FAIL, "fill no block"),
     "missed probe": (with_probe(blocks={}), "probe", Status.WARN, "no pod holds the first"),
@@ -368,6 +374,16 @@ def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
         found = examine(with_probe(blocks={}, other_contexts=others))
         told = [each.evidence for name in ("lora", "salt") for each in of(found, name) if each.status is Status.FAIL]
         assert len(told) == 1 and "and no salt" not in told[0]
+
+
+def test_salts_in_use_are_told_but_blamed_only_for_a_miss() -> None:
+    salty = replace(WELL, dialects=(replace(DIALECT, beginnings=(9, 4)),))
+    assert salty.probe is not None
+    for facts in (replace(salty, probe=None), replace(salty, probe=replace(salty.probe, salted=False))):
+        (found,) = of(examine(facts), "salt")
+        assert (found.status, "4 of 9 prompts" in found.evidence) == (Status.SKIP, True)
+    (unsalted,) = of(examine(with_probe(salted=False, blocks={})), "salt")
+    assert (unsalted.status, "0 of 0 prompts" in unsalted.evidence) == (Status.SKIP, True)
 
 
 def test_a_salt_is_not_cleared_by_a_prompt_that_nobody_holds() -> None:
@@ -675,6 +691,17 @@ def test_an_adapter_that_only_events_have_named_is_known(running: Running) -> No
         assert lora.evidence == "4 blocks of the probe are held with adapter 'sql-lora', 0 as it was asked"
     (unasked,) = running.check(model=MODEL)["lora"]
     assert "adapters known by name: sql-lora, adapter" in unasked.evidence
+
+
+def test_a_salt_that_was_forgotten_is_suspected(running: Running) -> None:
+    """The router does not pass the salt on: which one it was nobody knows here, but that there are salts is known."""
+    running.publish("a", stored(0, 4, cache_salt="tenant-1"))
+    (missed,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS))["salt"]
+    assert missed.status == pb.CHECK_STATUS_WARN
+    assert missed.evidence.endswith("1 of 1 prompts that engines began to store had one")
+    assert "cache_salt" in missed.remedy and "tenant-1" not in str(missed)
+    (held,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS), cache_salt="tenant-1")["salt"]
+    assert held.status == pb.CHECK_STATUS_PASS
 
 
 def test_a_replay_that_is_never_answered_is_found_before_it_is_needed(running: Running) -> None:

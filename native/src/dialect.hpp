@@ -1,5 +1,5 @@
-// How an engine writes its events, seen in a sample of its messages, and the adapters named in all of them. For people:
-// nothing else depends on it.
+// How an engine writes its events, seen in a sample of its messages, and the adapters and salts in all of them. For
+// people: nothing else depends on it.
 #pragma once
 
 #include <cstddef>
@@ -52,6 +52,8 @@ class Dialect {
   void look(const uint8_t* data, size_t size);
   // Of every event that has one: a request under another name finds none of its blocks.
   void take_adapter(std::string_view name);
+  // Of every event that stores the first block of a prompt.
+  void take_beginning(bool salted) { ++beginnings_, salted_ += salted ? 1 : 0; }
   void reset() { *this = Dialect{}; }
 
   bool has(Trait trait) const { return (traits_ >> static_cast<int>(trait) & 1) != 0; }
@@ -71,6 +73,8 @@ class Dialect {
   const Root& root() const { return root_; }
   // The first ones that were named, in that order.
   const std::vector<std::string>& adapters() const { return adapters_; }
+  uint64_t beginnings() const { return beginnings_; }
+  uint64_t salted() const { return salted_; }
 
  private:
   static constexpr uint64_t kFirst = 16, kEvery = 256, kOdd = 64;
@@ -91,6 +95,7 @@ class Dialect {
   std::string odd_tag_;
   Root root_;
   std::vector<std::string> adapters_;
+  uint64_t beginnings_ = 0, salted_ = 0;
 };
 
 }  // namespace kvindex

@@ -46,6 +46,7 @@ struct Event {
   Tag tag;
   bool has_parent, has_lora_id, has_window;
   bool again;                     // it removes one block, and differs from the event before in its hash only
+  bool salted;                    // a salt sets its first block apart from equal tokens
   bool has_extra_keys;            // the engine says what makes its blocks differ, if only that nothing does
   std::optional<Reason> unkeyed;  // why no key may be computed of the tokens, though they are as many as the hashes
   uint64_t parent, block_size, lora_id, group, window;
@@ -62,7 +63,7 @@ struct Event {
     hashes.clear();
     tokens.clear();
     if (!extras.empty()) extras.clear();
-    has_parent = has_lora_id = has_window = has_extra_keys = again = false;
+    has_parent = has_lora_id = has_window = has_extra_keys = salted = again = false;
     parent = block_size = lora_id = group = window = 0;
     medium = lora_name = cache_salt = kind = adapter = {};
     unkeyed.reset();

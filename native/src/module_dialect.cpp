@@ -20,7 +20,8 @@ nb::tuple told(const Dialect& dialect) {
   for (const std::string& each : dialect.adapters())
     adapters.append(nb::steal(PyUnicode_DecodeUTF8(each.data(), static_cast<Py_ssize_t>(each.size()), "replace")));
   return nb::make_tuple(dialect.looked(), traits, dialect.shortest(), dialect.longest(),
-                        nb::str(dialect.odd_tag().data(), dialect.odd_tag().size()), root, adapters);
+                        nb::str(dialect.odd_tag().data(), dialect.odd_tag().size()), root, adapters,
+                        nb::make_tuple(dialect.beginnings(), dialect.salted()));
 }
 
 }  // namespace kvindex

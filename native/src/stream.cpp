@@ -149,6 +149,7 @@ void Stream::store(const Event& event, Applied& applied) {
   const size_t count = event.hashes.size();
   applied.blocks_stored += count;
   if (!event.adapter.empty()) dialect_.take_adapter(event.adapter);
+  if (!event.has_parent && !event.tokens.empty()) dialect_.take_beginning(event.salted);
 
   // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key. Keys
   // told before the first list are all of such events, or of an engine that has no lists.
