@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -267,6 +269,64 @@ def test_check_fails_by_exit_code_with_a_remedy(site: Site) -> None:
     assert stranger.code == 1
     bad = [each for each in stranger.json["checks"] if each["name"] == "candidates"]
     assert [(each["pod"], each["status"]) for each in bad] == [("b", "CHECK_STATUS_FAIL"), ("a", "CHECK_STATUS_WARN")]
+
+
+@contextlib.contextmanager
+def tokenizing(tokens: list[int] | None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An engine's HTTP port: its address, and what it was asked. Without tokens it knows no such model."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, **body})
+            answer = json.dumps({"tokens": tokens}).encode()
+            self.send_response(200 if tokens is not None else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_check_asks_the_engine_itself_for_its_tokens(site: Site) -> None:
+    """Chat and prompt as /tokenize wants them; equal is well, another template or tokenizer is not."""
+    base = ("check", *site.server, "--model", "m", "--pod", "a", "--engine")
+    with tokenizing(site.tokens) as (url, asked):
+        agreed = kvindex(*base, url, "--chat", "-", stdin=CHAT)
+        assert agreed.code == 0, agreed.out + agreed.err
+        assert f"all {len(site.tokens)} tokens of the probe are equal" in agreed.out
+        assert "the chat becomes the engine's tokens, its template included" in agreed.out
+        (chat,) = asked
+        assert (chat["path"], chat["model"], chat["add_special_tokens"]) == ("/tokenize", "m", False)
+        assert chat["messages"] == json.loads(CHAT)["messages"]
+        other = kvindex(*base, f"{url}/tokenize", "--prompt", PROMPT, "--problems")
+        assert (other.code, asked[1]["prompt"], asked[1]["add_special_tokens"]) == (1, PROMPT, True)
+        assert "FAIL  tokens_agree" in other.out
+    with tokenizing(None) as (url, _):
+        refused = kvindex(*base, url, "--prompt", PROMPT)
+    assert (refused.code, refused.out) == (3, "")
+    assert refused.err.startswith(f"kvindex: --engine {url}/tokenize: the engine's tokenize endpoint gives no tokens")
+    assert kvindex(*base, "http://127.0.0.1:1", "--prompt", PROMPT).code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--engine", "10.0.0.7:8000", "--prompt", "x"), "--engine: must have the form http://HOST:PORT"),
+        (("--engine", "http://e:1", "--tokens", "1"), "--engine: needs --prompt or --chat"),
+        (("--engine", "http://e:1", "--chat", "-"), "chat: not valid JSON"),
+    ],
+)
+def test_an_engine_that_cannot_be_asked_is_wrong_usage(words: tuple[str, ...], message: str) -> None:
+    done = kvindex("check", "--model", "m", *words, stdin="{")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"kvindex: {message}")
 
 
 def test_check_leaves_out_what_is_well_from_json_too(site: Site) -> None:

@@ -203,7 +203,20 @@ def test_by_keyboard_alone(page: Any) -> None:
         if order[-1] == "ask":
             break
     sorts = ["pod", "rank", "model", "trust", "cause", "state", "lag_seconds", "age_seconds", "total", "lost"]
-    assert order == ["skip", "pause", "theme", "filter", "scroll", *sorts, "model", "kind", "lora", "salt", "text", "ask"]
+    assert order == [
+        "skip",
+        "pause",
+        "theme",
+        "filter",
+        "scroll",
+        *sorts,
+        "model",
+        "kind",
+        "lora",
+        "salt",
+        "text",
+        "ask",
+    ]
     page.focus("#text")
     page.keyboard.type("hello world " * 8)
     page.keyboard.press("Control+Enter")
