@@ -447,7 +447,7 @@ def _tokens_agree(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Status.SKIP,
             "no tokens of the engine were given to compare with",
-            "Give a probe text, and --engine URL, or what the engine's POST /tokenize makes of it: --engine-tokens FILE.",
+            "Give a probe text, and --engine URL or what its POST /tokenize makes of the probe: --engine-tokens FILE.",
         )
         return
     if probe.error:
@@ -487,7 +487,7 @@ def _template_compared(probe: Probe | None) -> Finding:
         return Finding(
             Status.SKIP,
             "present; whether it equals the engine's only a chat and the engine's tokens of it can tell",
-            "Give both: --chat FILE, and --engine URL, or --engine-tokens FILE with what its POST /tokenize makes of it.",
+            "Give both: --chat FILE, and --engine URL or what its POST /tokenize makes of it: --engine-tokens FILE.",
         )
     if list(probe.tokens) == list(probe.engine_tokens):
         return _pass("the chat becomes the engine's tokens, its template included")
