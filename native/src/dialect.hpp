@@ -50,10 +50,9 @@ class Dialect {
   // Something in a message was not understood: such messages are looked at too, up to a limit.
   bool odd_due() { return odd_++ < kOdd; }
   void look(const uint8_t* data, size_t size);
-  // Of every event that has one: a request under another name finds none of its blocks.
-  void take_adapter(std::string_view name);
-  // Of every event that stores the first block of a prompt.
-  void take_beginning(bool salted) { ++beginnings_, salted_ += salted ? 1 : 0; }
+  // Of every event that stores blocks: a request under another adapter or salt finds none of them. An empty adapter is
+  // none; only the beginning of a prompt tells whether it has a salt.
+  void take_context(std::string_view adapter, bool beginning, bool salted);
   void reset() { *this = Dialect{}; }
 
   bool has(Trait trait) const { return (traits_ >> static_cast<int>(trait) & 1) != 0; }

@@ -82,7 +82,10 @@ bool Stream::apply_some(Batch& batch, uint32_t rank, Applied& applied, Message w
     }
     ++applied.events;
     switch (event_.tag) {
-      case Tag::kStored: store(event_, applied); break;
+      case Tag::kStored:
+        dialect_.take_context(event_.adapter, !event_.has_parent && !event_.tokens.empty(), event_.salted);
+        store(event_, applied);
+        break;
       case Tag::kRemoved: remove(event_, applied); break;
       case Tag::kCleared:
         ++applied.clears;
@@ -148,8 +151,6 @@ void Stream::store(const Event& event, Applied& applied) {
   const auto tier_bit = static_cast<uint8_t>(tier);
   const size_t count = event.hashes.size();
   applied.blocks_stored += count;
-  if (!event.adapter.empty()) dialect_.take_adapter(event.adapter);
-  if (!event.has_parent && !event.tokens.empty()) dialect_.take_beginning(event.salted);
 
   // Connectors leave the list out of their events, whatever the block's extras are; another event tells its key. Keys
   // told before the first list are all of such events, or of an engine that has no lists.
