@@ -79,6 +79,8 @@ def prometheus(promtool: str, server: Server, tmp_path_factory: pytest.TempPathF
                 stub.Score(pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[7] * 4)))
                 with pytest.raises(grpc.RpcError):  # a call turned away
                     rpc.KVIndexAdminStub(channel).GetStats(pb.GetStatsRequest(), timeout=5)
+                for found in (4, 0, 8):  # as foreseen, less, more
+                    stub.ReportUsage(pb.ReportUsageRequest(model="m", pod="a", predicted_tokens=4, cached_tokens=found))
                 time.sleep(0.2)
         yield f"http://{address}"
     finally:

@@ -27,7 +27,7 @@ class RemoteTokenizer:
     has_chat_template = True
 
     def __init__(self, url: str, model: str, cache: _core.TextCache, clock: Callable[[], float] = time.time) -> None:
-        self._engine = _Engine(url, model)
+        self._engine = Engine(url, model)
         self._cache = cache
         self._clock = clock
         self._prompts = self._text(self._engine.prompt)
@@ -70,7 +70,7 @@ class RemoteTokenizer:
         return Keyed(*checked(ask, kind, max_tokens))
 
 
-class _Engine:
+class Engine:
     """The endpoint, apart from the tokenizer that remembers its answers."""
 
     def __init__(self, url: str, model: str) -> None:
@@ -78,9 +78,11 @@ class _Engine:
         self._model = model
 
     def prompt(self, text: str, seconds: float) -> bytes:
+        """Token ids as u32 little-endian. Unavailable when it gives none, DeadlineExceeded when it takes too long."""
         return self._ask({"model": self._model, "prompt": text, "add_special_tokens": True}, seconds)
 
     def chat(self, body: str, seconds: float) -> bytes:
+        """The same of a chat-completions body; InvalidArgument when it is none."""
         try:
             request = json.loads(body)
         except (ValueError, RecursionError):
