@@ -37,6 +37,8 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 def plan(fast: FastTokenizer, word_slots: int) -> Plan:
     """The native encoder's plan. Unsupported when the tokenizer is not one it reproduces."""
+    if fast.encode_special_tokens:
+        raise Unsupported("special tokens that are split like text")
     definition: dict[str, Any] = json.loads(fast.to_str())
     model: dict[str, Any] = definition["model"]
     if model["type"] != "BPE":

@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 # A model's name comes from whoever registers a pod: it must not lead out of the directories.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
-_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*")
+_FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 
 
 class Sources:
