@@ -22,6 +22,7 @@ from kvindex_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from kvindex_server.tokenize import library
 from kvindex_server.tokenize import tokenizer as tokenizer_module
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.plan import plan
@@ -249,19 +250,31 @@ def raised(ask: Callable[[], object]) -> KvindexError:
 
 
 def test_a_long_text_for_whole_encoding_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 1000)
-    tested = reference_only(max_reference_bytes=5000)
+    tested = reference_only(max_reference_bytes=50_000)
     assert tested.mode == "reference" and tested.reason == "ByteLevel with add_prefix_space"
-    error = raised(lambda: tested.encode_prompt("a" * 6000))
+    asked = []
+
+    def ids(*_: object) -> list[int]:
+        asked.append(time.monotonic())
+        time.sleep(0.02)
+        return [1]
+
+    monkeypatch.setattr(library, "ids", ids)
+    error = raised(lambda: tested.encode_prompt("a" * 60_000))
     assert isinstance(error, InvalidArgument)
     assert error.field == "prompt" and "max_reference_bytes" in error.reason
-    assert tested.encode_prompt("a" * 900)
-    tested.encode_prompt("b" * 4000)  # gives the rate
-    error = raised(lambda: tested.encode_prompt("c" * 4000, seconds=1e-6))
-    assert isinstance(error, DeadlineExceeded)
+    # How fast the library is was found at load: the very first long text is refused.
+    error = raised(lambda: tested.encode_prompt("c" * 20_000, seconds=1e-6))
+    assert isinstance(error, DeadlineExceeded) and "cannot be tokenized" in str(error)
+    assert not asked
+    # A slow moment does not have later texts refused.
+    for letter in "defg":
+        assert tested.encode_prompt(letter * 20_000, seconds=0.01)
+    assert len(asked) == 4
 
 
 def test_long_texts_for_whole_encoding_do_not_take_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "RATED_BYTES", 10)
     monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 10)
     tested = reference_only()
     slots = tokenizer_module._Reference._long
