@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import struct
 import threading
 import time
@@ -445,3 +446,28 @@ def test_an_engine_can_be_asked_instead() -> None:
         refused = json.dumps({"messages": [], "chat_template": "{{ x }}"})
         assert isinstance(raised(lambda: remote.encode_chat(refused)), InvalidArgument)
     assert isinstance(raised(lambda: remote.encode_prompt("new")), Unavailable)
+
+
+def test_an_engine_that_hangs_does_not_hold_every_worker() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/tokenize"
+        source = Sources(_core.TextCache(1 << 20), engines_at_once=2)
+        one, other = source.configured("one", None, url), source.configured("other", None, url)
+        assert isinstance(one, RemoteTokenizer) and isinstance(other, RemoteTokenizer)
+        ends: list[KvindexError] = []
+        threads = [
+            threading.Thread(target=lambda text=text: ends.append(raised(lambda: one.encode_prompt(text, seconds=1.5))))
+            for text in ("same", "same")
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        error = raised(lambda: other.keys("prompt", "another", 2, 1337, seconds=5))
+        assert isinstance(error, ResourceExhausted) and time.monotonic() - started < 1
+        for thread in threads:
+            thread.join(10)
+        assert [type(each) for each in ends] == [DeadlineExceeded] * 2
+        assert isinstance(raised(lambda: other.encode_prompt("x", seconds=0.2)), DeadlineExceeded)
