@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
+from prompts import prompts
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers_at_hand import NASTY, NATIVE, WHOLE, byte_level, load, real
@@ -21,6 +22,7 @@ from kvindex_server.tokenize.tokenizer import Tokenizer
 
 TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "1500"))
 SHARED_TEXTS = TEXTS if "TOKENIZER_TEXTS" in os.environ else 120
+SEED = int(os.environ.get("TOKENIZER_SEED", "0"))
 REAL = real()
 ROUNDS = ("cold", "warm")
 
@@ -41,7 +43,12 @@ def specials(fast: FastTokenizer) -> list[str]:
 
 
 def samples(fast: FastTokenizer, count: int, seed: int = 7) -> Iterator[str]:
-    return selftest.texts(count, specials(fast), seed)
+    """The self-test's texts and others, by turns."""
+    known, others = specials(fast), prompts(count - count // 2, specials(fast), seed + SEED)
+    for text in selftest.texts(count // 2, known, seed + SEED):
+        yield next(others)
+        yield text
+    yield from others
 
 
 @pytest.fixture(scope="module", params=[*NASTY, *REAL])
