@@ -233,6 +233,7 @@ def run(corpus: Corpus, chats: ChatTemplates, channel: grpc.Channel, pid: int) -
 
     small = [corpus.piece(2_000, 3_000_000 + 9_000 * number) for number in range(200)]
     p50, cpu = both(pid, lambda number: score(small[number]), 200)
+    assert score(small[0]).total_tokens == len(corpus.ids(small[0]))
     plain_small = times(lambda number: corpus.ids(small[number]), 200)
     row(
         "2k tokens, none shared",

@@ -111,7 +111,7 @@ class _Engine:
             raise InvalidArgument("chat", "not a JSON object")
         if request.get("chat_template") is not None:
             raise InvalidArgument("chat", "chat_template in a request is not accepted")
-        return self._ask({**request, "model": self._model, "add_special_tokens": False}, seconds)
+        return self._ask({"add_special_tokens": False, **request, "model": self._model}, seconds)
 
     def _ask(self, body: dict[str, Any], seconds: float) -> bytes:
         started = time.monotonic()

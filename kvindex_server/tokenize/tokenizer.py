@@ -182,10 +182,11 @@ class Tokenizer:
         return self._chat.render(body, seconds)
 
     def encode_chat(self, body: str | bytes, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
-        """Ids of a chat-completions body: the template writes the special tokens, none are added."""
+        """Ids of a chat-completions body: the template writes the special tokens, and the body may ask for more."""
         ends = time.monotonic() + seconds
-        text = self.render_chat(body, seconds=seconds)
-        return self.encode(text, False, "chat", max_tokens=max_tokens, seconds=ends - time.monotonic())
+        chat = self._chat.rendered(body, seconds)
+        left = ends - time.monotonic()
+        return self.encode(chat.text, chat.add_special_tokens, "chat", max_tokens=max_tokens, seconds=left)
 
     def keys(
         self,
@@ -201,8 +202,11 @@ class Tokenizer:
     ) -> Keyed:
         """The block keys of a prompt or chat body; of a text seen before, nothing is encoded or hashed again."""
         ends = time.monotonic() + seconds
-        text = body if kind == "prompt" else self.render_chat(text_of(body), seconds=seconds)
-        bound = self._added if kind == "prompt" else self._plain
+        text, special = body, True
+        if kind == "chat":
+            chat = self._chat.rendered(text_of(body), seconds)
+            text, special = chat.text, chat.add_special_tokens
+        bound = self._added if special else self._plain
         left = ends - time.monotonic()
         return Keyed(
             *checked(
