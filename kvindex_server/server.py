@@ -443,6 +443,7 @@ def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Mode
         download=settings.text.hub_download,
         word_slots=settings.text.known_words,
         max_reference_bytes=settings.text.max_reference_bytes,
+        engines_at_once=max(1, settings.server.workers - 1),
     )
     limits, placement = settings.limits, settings.placement
 
