@@ -125,7 +125,7 @@ def test_a_batch_on_its_way_is_refused_after_the_fence(server: "valkey_server.Va
     index.flush()
     stream_life = stream.life
     stream.apply([stored(tokens_of(2, 16)[0], 100)])
-    stream.take()
+    stream.take(0.0)
     late = [call for _, call in stream.next_batches(index._tags)]
     stream.clear()
     index.flush()

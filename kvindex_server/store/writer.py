@@ -1,5 +1,6 @@
 """One stream's way into the store: decoded here, its changes sent in batches that only its current life may write."""
 
+import math
 import struct
 import threading
 from collections import deque
@@ -55,7 +56,10 @@ class StoreStream:
         self.looked: tuple[bytes, ...] = ()
         """The eras of the partitions but the first in which they were found to have everything."""
         self._numbers: list[int] = []
-        self._waiting: list[deque[bytes]] = []
+        # Of each partition the rows of each batch, and when they were taken.
+        self._waiting: list[deque[tuple[float, bytes]]] = []
+        # Whether nothing of the life was taken yet, and whether nothing was but what it begins with.
+        self._untaken = self._begins = True
         self._under_way: dict[int, tuple[str, Sequence[Argument]]] = {}
         self._described = b""
         self._description = b""
@@ -176,6 +180,7 @@ class StoreStream:
             self.looked = ()
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
+            self._untaken = self._begins = True
             self._under_way = {}
             self._described = b""
         if came_back:
@@ -190,7 +195,7 @@ class StoreStream:
             if not self._native.closed:
                 self._native.close()
 
-    def take(self, *, anew: bool = False) -> None:
+    def take(self, now: float, *, anew: bool = False) -> None:
         """Line up what has changed; `anew`, because some of it did not fit, the next time all that is held."""
         partitions = len(self._numbers)
         with self._lock:
@@ -199,12 +204,19 @@ class StoreStream:
                 self._native.follow_changes(self._max_changes)
                 self.full = False
             block_size, tiers = self._index.block_size, self._index.tiers
-        if dropped or lost:
+        lined_up = sum(len(rows) for waiting in self._waiting for _, rows in waiting)
+        # More than what is held and the changes that may wait: to send all that is held is less.
+        if dropped or lost or lined_up > (self._max_changes + self._native.claims) * ROW:
             self.life = 0
             return
+        if any(rows) and not self._untaken:
+            self._begins = False
+        self._untaken = False
         self._description = msgpack.packb([self.pod, self.rank, self.life, block_size, tiers, groups])
         for waiting, of_partition in zip(self._waiting, rows, strict=True):
-            waiting.extend(of_partition[at : at + self._batch] for at in range(0, len(of_partition), self._batch))
+            waiting.extend(
+                (now, of_partition[at : at + self._batch]) for at in range(0, len(of_partition), self._batch)
+            )
 
     def next_batches(self, tags: Sequence[str]) -> list[tuple[int, tuple[str, Sequence[Argument]]]]:
         """(partition, call) of what can be sent now; the description goes first and alone.
@@ -221,7 +233,7 @@ class StoreStream:
         return list(self._under_way.items())
 
     def _call(self, at: int, tag: str, description: bytes) -> tuple[str, Sequence[Argument]]:
-        rows = self._waiting[at][0] if self._waiting[at] else b""
+        _, rows = self._waiting[at][0] if self._waiting[at] else (0.0, b"")
         number = self._numbers[at] + 1
         return tag, (self.name, self.life, packed(self.life), number, description, rows)
 
@@ -262,6 +274,14 @@ class StoreStream:
         """Everything taken is in the store."""
         sent = not self._under_way and not any(self._waiting)
         return bool(self.life) and sent and self._described == self._description
+
+    @property
+    def late_since(self) -> float:
+        """When the oldest change was taken that the store has not got yet; inf when it has all but what a life
+        begins with."""
+        if self._begins:
+            return math.inf
+        return min((waiting[0][0] for waiting in self._waiting if waiting), default=math.inf)
 
     @property
     def numbers(self) -> list[int]:
