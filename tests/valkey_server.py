@@ -118,7 +118,7 @@ class Ensemble:
             command = [str(binary()), str(config), "--sentinel"]
             self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
             self.sentinels.append(f"127.0.0.1:{port}")
-        _until(self._whole)
+        until(self._whole)
 
     def cut_replication(self) -> None:
         """From now on the replica gets nothing, and everybody else sees no difference."""
@@ -126,14 +126,14 @@ class Ensemble:
 
     def promoted(self) -> None:
         """Returns when the replica is the primary, and every sentinel says so."""
-        _until(lambda: all(self._told(each) == self.replica.port for each in self.sentinels))
-        _until(lambda: self.replica.client().info("replication")["role"] == "master")
+        until(lambda: all(self._told(each) == self.replica.port for each in self.sentinels))
+        until(lambda: self.replica.client().info("replication")["role"] == "master")
 
     def swap(self) -> None:
         """The dead primary comes back, and is the replica of who took its place."""
         self.primary.start()
         self.primary, self.replica = self.replica, self.primary
-        _until(self._whole)
+        until(self._whole)
 
     def close(self) -> None:
         for process in self._processes:
@@ -177,10 +177,10 @@ class Cluster:
         for each in self._servers[1:]:
             each.client().execute_command("CLUSTER", "MEET", "127.0.0.1", self.primary.port, bus)
         name = first.execute_command("CLUSTER", "MYID")
-        _until(lambda: all(self._knows_all(each) for each in self._servers))
-        _until(lambda: self.replica.client().execute_command("CLUSTER", "REPLICATE", name) == b"OK")
-        _until(lambda: self.replica.client().info("replication").get("master_link_status") == "up")
-        _until(lambda: all(len(self._slots(each)[0]) == 4 for each in self._servers))  # with its replica
+        until(lambda: all(self._knows_all(each) for each in self._servers))
+        until(lambda: self.replica.client().execute_command("CLUSTER", "REPLICATE", name) == b"OK")
+        until(lambda: self.replica.client().info("replication").get("master_link_status") == "up")
+        until(lambda: all(len(self._slots(each)[0]) == 4 for each in self._servers))  # with its replica
 
     def cut_replication(self) -> None:
         """From now on the replica gets nothing, and everybody else sees no difference."""
@@ -220,7 +220,7 @@ class Cluster:
         """The slot and its keys go in one step, as servers from Valkey 9 on can do it."""
         (source, _), target = self.node_of(slot), self._other_than(slot)
         source.client().execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._name(target))
-        _until(lambda: self.node_of(slot)[0] is target)
+        until(lambda: self.node_of(slot)[0] is target)
 
     def restrict(self, rights: str) -> None:
         """A user with these rights at every node."""
@@ -263,7 +263,7 @@ def cut_replication(primary: Valkey) -> None:
     client.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
 
-def _until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
+def until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
     ends = time.monotonic() + seconds
     while True:
         with contextlib.suppress(redis.RedisError):
