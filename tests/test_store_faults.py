@@ -619,18 +619,27 @@ def test_tls_checks_the_certificate(server: "valkey_server.Valkey", tmp_path: Pa
     proxy.close()
 
 
-def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path) -> None:
-    """The address is that of a sentinel; it tells where the server is."""
+@pytest.mark.parametrize("password", ["", "sesame"])
+def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path, password: str) -> None:
+    """The address is that of a sentinel; it tells where the server is, to whom knows its own password."""
     port = valkey_server.free_port()
-    config = tmp_path / "sentinel.conf"
-    config.write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
+    config, secret = tmp_path / "sentinel.conf", tmp_path / "password"
+    lines = [f"port {port}", "bind 127.0.0.1", f"dir {tmp_path}", f"sentinel monitor main 127.0.0.1 {server.port} 1"]
+    lines += [f"requirepass {password}"] if password else []
+    config.write_text("\n".join(lines) + "\n")
+    secret.write_text(f"{password}\n")
+    known = {"sentinel_password_file": str(secret)} if password else {}
     command = [str(valkey_server.binary()), str(config), "--sentinel"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sentinel:
-        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main", **known)
         tokens, keys = tokens_of(1, 3)
         index.add_stream("pod", 0).apply([stored(tokens)])
         try:
             settle(index)
+            if password:
+                stranger = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+                with pytest.raises(StoreAway):
+                    stranger.score(keys, [], [1.0])
             assert matches(replica(server.address), keys) == {"pod": 3}
         finally:
             sentinel.kill()
@@ -781,3 +790,5 @@ def test_a_saved_state_is_not_taken(server: "valkey_server.Valkey") -> None:
 def test_a_missing_password_file_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"store\.password_file"):
         replica("127.0.0.1:1", password_file="/nowhere/password")
+    with pytest.raises(ConfigError, match=r"store\.sentinel_password_file"):
+        replica("127.0.0.1:1", mode="sentinel", sentinel_service="main", sentinel_password_file="/nowhere/password")
