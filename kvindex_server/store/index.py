@@ -514,13 +514,13 @@ class StoreIndex:
             thread.start()
 
     def stop(self) -> None:
-        """Stop; what was not sent yet is sent, if the store answers."""
+        """Stop; what was not sent yet is sent, if the store answers, as long as the leases hold."""
         self._halt.set()
         self._dirty.set()
         for thread in self._threads:
             thread.join(10)
         try:
-            self.flush()
+            self.flush(self._settings.lease_seconds)
         except StoreAway:
             _log.warning("shared store is away at the end")
 
