@@ -125,6 +125,27 @@ def test_an_engine_that_does_not_answer_leaves_the_claims_doubtful(started: Call
         assert second.holds(1, 2, 3)
 
 
+def test_what_an_engine_has_not_confirmed_yet_is_saved_as_it_was(started: Callable[..., Run]) -> None:
+    """A second start before the engine has answered, and after two snapshots meanwhile, costs no claim."""
+    with Publisher() as engine:
+        first = started()
+        follow(first, engine, 5)
+        first.keeper.write(first.fleet)
+        first.stop()
+        engine._mute = True
+        engine.buffer[:] = engine.buffer[4:]
+        second = started()
+        eventually(lambda: second.holds(1, 2, 3, 4, 5))
+        for _ in range(2):
+            assert second.keeper.write(second.fleet) is not None
+        assert second.status.trust is Trust.STALE
+        second.stop()
+        engine._mute = False
+        third = started()
+        eventually(lambda: third.status.trust is Trust.EXACT)
+        assert third.holds(1, 2, 3, 4, 5) and third.status.restarts == 0
+
+
 def test_without_replay_restored_claims_stay_doubtful(started: Callable[..., Run]) -> None:
     """Nothing can tell what came since."""
     with Publisher(replay=False) as engine:
