@@ -98,3 +98,47 @@ def test_in_short_turns_no_stream_is_left_behind(server: "valkey_server.Valkey")
         assert not index.flush(0.0)
     assert all(stream.numbers[0] > was for stream, was in zip(streams, before, strict=True))
     settle(index)
+
+
+def test_a_stream_that_cannot_begin_holds_up_no_other(server: "valkey_server.Valkey") -> None:
+    """One whose second partition says that it has had a later life, as after a failover to a clock that is behind."""
+    index = replica(server.address, partitions=2)
+    tokens, keys = tokens_of(1, 8)
+    blocked, also, other, third = (index.add_stream(pod, 0) for pod in ("blocked", "also", "other", "third"))
+    for stream in (blocked, also):
+        server.client().hset(f"{index._tags[1]}q", stream.name, f"{1 << 47}:0")
+    with pytest.raises(StoreAway):
+        index.flush()
+    for stream in (blocked, other, third):
+        stream.apply([stored(tokens)])
+    for _ in range(6):
+        with pytest.raises(StoreAway):
+            index.flush()
+    assert matches(index, keys) == {"other": 8, "third": 8}
+    other.apply([batch([as_map(Removed([5]))])])
+    with pytest.raises(StoreAway):
+        index.flush()
+    assert matches(index, keys) == {"other": 4, "third": 8}
+    index.renew()
+    assert [index.standing(pod, 0)[0] for pod in ("blocked", "other", "third")] == [1, EXACT, EXACT]
+
+
+def test_changes_that_nobody_takes_are_said(server: "valkey_server.Valkey") -> None:
+    """Whatever keeps the writer from its work while leases are renewed."""
+    now = [1000.0]
+    index = replica(server.address, clock=lambda: now[0])
+    tokens, keys = tokens_of(1, 8)
+    stream = index.add_stream("pod", 0)
+    stream.apply([stored(tokens)])
+    settle(index)
+    now[0] += 5
+    index.renew()
+    assert index.standing("pod", 0)[0] == EXACT
+    stream.apply([batch([as_map(Removed([5]))])])
+    now[0] += 1.1
+    index.renew(everything=False)
+    assert matches(index, keys) == {"pod": 8}
+    assert index.standing("pod", 0)[:2] == (STALE, "its changes wait for the shared store")
+    settle(index)
+    index.renew(everything=False)
+    assert index.standing("pod", 0)[0] == EXACT

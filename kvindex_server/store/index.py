@@ -34,7 +34,7 @@ ROUND = 64
 LEAST_LINGER = 0.001
 """Between two turns of the writer, for whoever waits to renew."""
 LATE_SECONDS = 1.0
-"""A change that has waited for so long to get into the store makes what is there doubtful."""
+"""A change that has waited for so long to get into the store, lingering aside, makes what is there doubtful."""
 GONE_LEASES = 10
 """So many lease times after its lease ended, a stream that nobody took over is taken out of the store."""
 SWEEP_BLOCKS = 256
@@ -110,6 +110,7 @@ class StoreIndex:
         self._may_have_garbage = False
         self._told: dict[str, tuple[int, str]] = {}
         self._try_lease_at: dict[str, float] = {}
+        self._stuck: set[str] = set()
         self._send_again_at = 0.0
         self._send_again_delay = 1.0
         self._heard_at: float | None = None
@@ -203,6 +204,7 @@ class StoreIndex:
             max_changes=self._settings.max_changes,
             dirty=self._dirty.set,
             gained=self._gained,
+            clock=self._clock,
         )
         with self._lock:
             self._streams = (*self._streams, stream)
@@ -329,11 +331,7 @@ class StoreIndex:
         """Send what has changed, for so long; True when the store has all of it now. StoreAway."""
         with self._writing:
             now = self._clock()
-            for stream in self._streams:
-                if stream.closed:
-                    self._end(stream)
-                elif not stream.life:
-                    self._begin(stream, now)
+            failure = self._open_and_close(now)
             again = now >= self._send_again_at
             writing = [each for each in self._streams if each.life]
             for stream in writing:
@@ -341,8 +339,8 @@ class StoreIndex:
                     stream.take(now, anew=True)
                 if stream.life:
                     stream.take(now)
-                if not stream.life:  # its engine began a new life
-                    self._begin(stream, now)
+                if not stream.life and failure is None:  # its engine began a new life
+                    failure = self._open_and_close(now, [stream])
                     if stream.life:
                         stream.take(now)
             refused = self._send(writing, now + most_seconds)
@@ -351,10 +349,32 @@ class StoreIndex:
                 self._send_again_at = self._clock() + self._send_again_delay
             elif again:
                 self._send_again_delay = 1.0
+            if failure is not None:
+                raise failure
             done = all(each.idle or each.standby for each in self._streams)
             if not done:  # it took long, or the store has lost something: a new life begins in the next turn, at once
                 self._dirty.set()
             return done
+
+    def _open_and_close(self, now: float, streams: Sequence[StoreStream] | None = None) -> StoreAway | None:
+        """Streams that came and went, until the store does not answer: what is written already goes on all the same.
+
+        Those at which that was come last next time: it may be their own partition that does not answer.
+        """
+        waiting = [each for each in (streams or self._streams) if each.closed or not each.life]
+        for stream in sorted(waiting, key=lambda each: each.name in self._stuck):
+            try:
+                if stream.closed:
+                    self._end(stream)
+                else:
+                    self._begin(stream, now)
+            except StoreAway as error:
+                if stream.name in self._stuck:  # all others had their turn
+                    self._stuck.clear()
+                self._stuck.add(stream.name)
+                return error
+            self._stuck.discard(stream.name)
+        return None
 
     def _begin(self, stream: StoreStream, now: float) -> None:
         if now < self._try_lease_at.get(stream.name, 0.0):
@@ -437,7 +457,7 @@ class StoreIndex:
     def _trusted_here(self, stream: StoreStream) -> Trusted:
         if stream.blind:
             return 1, "its replica has just taken over", -1.0
-        if self._clock() - stream.late_since > LATE_SECONDS:
+        if self._clock() - stream.late_since > LATE_SECONDS + self._settings.linger_seconds:
             return 4, "its changes wait for the shared store", -1.0
         if stream.behind:
             return 2, "being sent to the shared store", -1.0

@@ -33,6 +33,7 @@ class StoreStream:
         max_changes: int,
         dirty: Callable[[], None],
         gained: Callable[[str, int], None],
+        clock: Callable[[], float],
     ) -> None:
         self.pod = pod
         self.rank = rank
@@ -42,6 +43,9 @@ class StoreStream:
         self._max_changes = max_changes
         self._dirty = dirty
         self._gained = gained
+        self._clock = clock
+        # When the oldest change came that was not taken yet.
+        self._changed_at = math.inf
         self._lock = threading.Lock()
         self._native = index.add_stream(pod, rank)
         self._gone = False
@@ -70,6 +74,7 @@ class StoreStream:
         """Take events in; they are in the store a moment later."""
         with self._lock:
             applied = self._native.apply(payloads, first_sequence)
+            self._changed_at = min(self._changed_at, self._clock())
         self._dirty()
         return applied
 
@@ -89,6 +94,8 @@ class StoreStream:
         """The same from a source, without waiting: what was applied is to be sent."""
         with self._lock:
             drained = self._native.drain(source, order, limit, max_payload, mark_every, zmq, (), (), 0, 0)
+            if drained.messages:
+                self._changed_at = min(self._changed_at, self._clock())
         if drained.messages:
             self._dirty()
         return drained
@@ -97,6 +104,7 @@ class StoreStream:
         """Drop all claims; returns how many. The store is told by a new life, however many they are."""
         with self._lock:
             dropped = self._native.clear(left)
+            self._changed_at = min(self._changed_at, self._clock())
             self._asking = max(self._asking - 1, min(self._asking, 1))
         self._dirty()
         return dropped
@@ -174,6 +182,7 @@ class StoreStream:
             if came_back and not self._gone:
                 self._native = self._index.add_stream(self.pod, self.rank)
             self._native.follow_changes(self._max_changes)
+            self._changed_at = math.inf
             self.life = life
             self.full = False
             self.behind = True
@@ -200,6 +209,7 @@ class StoreStream:
         partitions = len(self._numbers)
         with self._lock:
             dropped, lost, rows, groups = self._native.take_changes(partitions)
+            self._changed_at = math.inf
             if anew:  # in the same moment: a removal in between would be forgotten
                 self._native.follow_changes(self._max_changes)
                 self.full = False
@@ -277,11 +287,10 @@ class StoreStream:
 
     @property
     def late_since(self) -> float:
-        """When the oldest change was taken that the store has not got yet; inf when it has all but what a life
-        begins with."""
-        if self._begins:
-            return math.inf
-        return min((waiting[0][0] for waiting in self._waiting if waiting), default=math.inf)
+        """Since when, at most, the oldest change waits that the store has not got yet; inf when it has all but what a
+        life begins with."""
+        lined_up = [] if self._begins else [waiting[0][0] for waiting in self._waiting if waiting]
+        return min([self._changed_at, *lined_up])
 
     @property
     def numbers(self) -> list[int]:
