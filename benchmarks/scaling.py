@@ -22,7 +22,7 @@ CHAIN_MESSAGES = 16
 CHAIN = PER_MESSAGE * CHAIN_MESSAGES
 """Blocks of a chain: 32,768 tokens."""
 PODS = 64
-STEPS = (1, 2, 5, 10, 20, 50, 100, 200)
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 """Millions of claims at which a growing index is looked at."""
 KEPT = 2000
 CALLS = 400
@@ -129,17 +129,17 @@ def growth(most: int, max_bytes: int) -> list[tuple[int, ...]]:
 
 
 def snapshots(claims: int, streams: list[Stream]) -> None:
-    """Every stream's state is taken; a quarter of them is given to a new index."""
-    size, quarter = 0, len(streams) // 4
+    """Every stream's state is taken; a quarter of them, or as many as 25 M claims, is given to a new index."""
+    size, some = 0, max(1, len(streams) * min(claims // 4, 25_000_000) // claims)
     began, states = time.perf_counter(), []
     for number, stream in enumerate(streams):
         state = stream.snapshot()
         size += len(state)
-        if number < quarter:
+        if number < some:
             states.append(state)
     taken = time.perf_counter() - began
     other = Index(BLOCK_SIZE)
-    unused = [other.add_stream(f"pod-{number}", 0) for number in range(quarter)]
+    unused = [other.add_stream(f"pod-{number}", 0) for number in range(some)]
     began = time.perf_counter()
     for stream, state in zip(unused, states, strict=True):
         if not stream.restore(state):

@@ -527,6 +527,8 @@ class StoreSettings(_Section):
         description="Of the server, of the sentinels, or of some nodes of the cluster; empty = the index is kept here",
     )
     sentinel_service: str = Field(default="", description="What the sentinels call the server")
+    sentinel_username: str = Field(default="", description="ACL user at the sentinels; empty = the default one")
+    sentinel_password_file: str = Field(default="", description="File with its password; empty = none")
     database: Integer = Field(default=0, ge=0, description="Number of the database; a cluster has only 0")
     username: str = Field(default="", description="ACL user; empty = the default one")
     password_file: str = Field(default="", description="File with the user's password; empty = none")
@@ -564,6 +566,8 @@ class StoreSettings(_Section):
             raise _WrongField("addresses", "must be one, unless mode is sentinel or cluster")
         if self.mode == "sentinel" and self.addresses and not self.sentinel_service:
             raise _WrongField("sentinel_service", "is required when mode is sentinel")
+        if self.sentinel_username and not self.sentinel_password_file:
+            raise _WrongField("sentinel_password_file", "is required too")
         if self.mode == "cluster" and self.database:
             raise _WrongField("database", "must be 0 when mode is cluster")
         if bool(self.cert_file) != bool(self.key_file):

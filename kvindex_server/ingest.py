@@ -132,11 +132,13 @@ class Ingest:
     def save(self) -> dict[str, Any] | None:
         """Up to where the stream's state goes and how it is trusted; None when it is not worth saving."""
         status, last = self._applier.status(), self.order.last
+        # While the engine is asked whether it is the same, with nothing applied since: whoever restores it asks again.
+        unproved = self._stranger and (self._ask_replay is None or self._verify != last)
         if (
             last is None
             or self._clearing
             or self._doubt
-            or self._stranger
+            or unproved
             or status.trust not in (Trust.EXACT, Trust.PARTIAL)
         ):
             return None

@@ -58,13 +58,16 @@ class Keeper:
         self._wall = wall
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._kept: Kept | None = None
+        self._kept: list[Kept] = []
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
         self.stats = KeeperStats()
 
     def load(self) -> list[PodSpec]:
-        """Open the newest good snapshot; the registrations it asks for. OSError when the directory cannot be used."""
+        """Open the newest good snapshot, for what nothing adopted before has; the registrations it asks for.
+
+        OSError when the directory cannot be used.
+        """
         if self._place is None:
             return []
         directory = self._directory()
@@ -83,30 +86,32 @@ class Keeper:
         return []
 
     def adopt(self, file: File, written: float) -> list[PodSpec]:
-        """Give this file's streams back as their pods come; the registrations it asks for."""
+        """Give this file's streams back as their pods come, but for those of files before; what it has registered."""
         places = {(each.saved.model, each.saved.pod, each.saved.rank): each for each in file.streams}
         with self._lock:
-            self._forget()
-            self._kept = Kept(file, places)
-        self.stats.last_time = written
+            self._kept.append(Kept(file, places))
+        self.stats.last_time = max(self.stats.last_time, written)
         claims = sum(each.saved.claims for each in file.streams)
         _log.info("snapshot loaded", extra={"fields": {"streams": len(places), "claims": claims}})
         return file.pods
 
     def saved(self, spec: PodSpec, rank: int) -> SavedStream | None:
         """The state in which this rank was left, once; None when there is none, or it was another engine's."""
+        key = (spec.model, spec.pod, rank)
         with self._lock:
-            place = self._kept.streams.pop((spec.model, spec.pod, rank), None) if self._kept else None
-            if self._kept is None or place is None or not place.saved.fits(spec):
-                return None
-            try:
-                found = self._kept.file.read(place)
-            except (OSError, BadSnapshot) as error:
-                _log.warning("saved stream cannot be read", extra={"fields": {"reason": str(error)}})
-                return None
-            self.stats.restored_streams += 1
-            self.stats.restored_claims += found.claims
-            return found
+            places = [(kept.file, place) for kept in self._kept if (place := kept.streams.pop(key, None)) is not None]
+            for file, place in places:
+                if not place.saved.fits(spec):
+                    continue
+                try:
+                    found = file.read(place)
+                except (OSError, BadSnapshot) as error:
+                    _log.warning("saved stream cannot be read", extra={"fields": {"reason": str(error)}})
+                    continue
+                self.stats.restored_streams += 1
+                self.stats.restored_claims += found.claims
+                return found
+        return None
 
     def receive(self, fetch: Callable[[Path], Path | None]) -> list[PodSpec] | None:
         """Adopt what `fetch` puts into the directory it is given; None when that is nothing good.
@@ -204,9 +209,9 @@ class Keeper:
                 _log.exception("snapshot failed")
 
     def _forget(self) -> None:
-        if self._kept is not None:
-            self._kept.file.close()
-            self._kept = None
+        for each in self._kept:
+            each.file.close()
+        self._kept = []
 
 
 def register_again(fleet: Fleet, specs: list[PodSpec]) -> None:

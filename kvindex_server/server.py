@@ -234,15 +234,16 @@ class Server:
         threading.Thread(target=self._sweep_placements, name="sweep", daemon=True).start()
 
     def _load(self) -> list[PodSpec]:
-        """What a peer, or else the last snapshot, has kept; the registrations to be made again."""
+        """What a peer has, and of streams that it has not, the last snapshot; the registrations to be made again."""
         kept = self._settings.snapshot
+        pulled = None
         if kept.peers:
             with _config_errors("snapshot"):
                 peers = replace(_peers(self._settings), own=self.admin_address)
-                if (pulled := self._keeper.receive(lambda place: pull.fetch(peers, place))) is not None:
-                    return pulled
+                pulled = self._keeper.receive(lambda place: pull.fetch(peers, place))
         with _config_errors("snapshot.directory"):
-            return self._keeper.load()
+            own = self._keeper.load()
+        return pulled or own  # a peer that knows of none may have begun a moment ago
 
     def _serve_queries(self, address: str) -> None:
         settings = self._settings

@@ -176,7 +176,7 @@ class File:
             raise BadSnapshot("damaged: a checksum does not fit")
         try:
             header = json.loads(encoded)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSnapshot("a header is not understood") from error
         if not isinstance(header, dict):
             raise BadSnapshot("a header is not understood")
@@ -204,7 +204,9 @@ class Directory:
 
     def write(self, fill: Callable[[Writer], None]) -> tuple[Path, int]:
         """A new snapshot, filled by `fill`: path and size. OSError when there is no room; older ones stay then."""
-        path = self.path / f"{time.time_ns():020d}{SUFFIX}"
+        # Behind the newest one also when the clock was set back, or it would be the first to be deleted.
+        numbers = (int(each.stem) for each in self.newest_first() if each.stem.isdecimal())
+        path = self.path / f"{max(time.time_ns(), max(numbers, default=0) + 1):020d}{SUFFIX}"
         writer = Writer(path)
         try:
             fill(writer)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from publisher import Publisher
 from test_fleet import eventually, payload
 
+from kvindex_server._core import xxh3_64
 from kvindex_server.fleet import Fleet
 from kvindex_server.ingest import Bounds
 from kvindex_server.keeper import Keeper, register_again
 from kvindex_server.models import Models
 from kvindex_server.pods import PodSpec
-from kvindex_server.snapshot import BadSnapshot, Directory, File, Writer
+from kvindex_server.snapshot import MAGIC, BadSnapshot, Directory, File, Writer
 from kvindex_server.stream import Cause, StreamStatus, Trust
 
 
@@ -123,6 +125,27 @@ def test_an_engine_that_does_not_answer_leaves_the_claims_doubtful(started: Call
         assert second.holds(1, 2, 3)
 
 
+def test_what_an_engine_has_not_confirmed_yet_is_saved_as_it_was(started: Callable[..., Run]) -> None:
+    """A second start before the engine has answered, and after two snapshots meanwhile, costs no claim."""
+    with Publisher() as engine:
+        first = started()
+        follow(first, engine, 5)
+        first.keeper.write(first.fleet)
+        first.stop()
+        engine._mute = True
+        engine.buffer[:] = engine.buffer[4:]
+        second = started()
+        eventually(lambda: second.holds(1, 2, 3, 4, 5))
+        for _ in range(2):
+            assert second.keeper.write(second.fleet) is not None
+        assert second.status.trust is Trust.STALE
+        second.stop()
+        engine._mute = False
+        third = started()
+        eventually(lambda: third.status.trust is Trust.EXACT)
+        assert third.holds(1, 2, 3, 4, 5) and third.status.restarts == 0
+
+
 def test_without_replay_restored_claims_stay_doubtful(started: Callable[..., Run]) -> None:
     """Nothing can tell what came since."""
     with Publisher(replay=False) as engine:
@@ -218,6 +241,29 @@ def test_only_the_newest_are_kept_and_leftovers_go(started: Callable[..., Run], 
     (tmp_path / ".x.part").write_bytes(b"half")
     started()
     assert sorted(tmp_path.iterdir()) == paths[2:]
+
+
+def test_a_clock_that_was_set_back_loses_no_snapshot(
+    started: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one is the newest, whatever the time; else it would be deleted at once, as the oldest."""
+    run = started()
+    before = [write_some(tmp_path, run) for _ in range(2)]
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    path = run.keeper.write(run.fleet)
+    assert path is not None
+    assert Directory(tmp_path, 2).newest_first() == [path, before[1]]
+
+
+def test_a_header_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    """Whoever wrote it knew how to make a checksum."""
+    encoded = b"[" * 500_000
+    body = struct.pack("<I", len(encoded)) + encoded + struct.pack("<Q", 0)
+    path = tmp_path / "a.kvix"
+    path.write_bytes(MAGIC + body + struct.pack("<Q", xxh3_64(b"", xxh3_64(encoded))))
+    with pytest.raises(BadSnapshot, match="header"):
+        File(path)
 
 
 def test_a_full_disk_is_counted_and_costs_nothing_else(

@@ -11,7 +11,7 @@ import resource
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -171,6 +171,13 @@ def put(directory: Path, number: int, data: bytes) -> None:
     (directory / f"{number:020d}.kvix").write_bytes(data)
 
 
+def put_streams(directory: Path, number: int, streams: list[SavedStream]) -> None:
+    writer = Writer(directory / f"{number:020d}.kvix")
+    for each in streams:
+        writer.stream(each)
+    writer.close()
+
+
 def damaged(rng: random.Random, data: bytes) -> bytes:
     """Bits turned, bytes replaced, or a page lost."""
     out = bytearray(data)
@@ -250,18 +257,45 @@ def prepare(rng: random.Random, fleet: Fleet, directory: Path, fault: str) -> No
             writer.close()
 
 
-def start(rng: random.Random, keeper: Keeper, engine: Engine, end: int, oldest: int) -> tuple[Stream, Ingest, bool]:
-    """One stream of a new process: what was saved, verified and followed up to message `end`."""
+def begin(keeper: Keeper, engine: Engine, asked: list[int], clock: Callable[[], float]) -> tuple[Stream, Ingest, bool]:
+    """One stream of a new process over what was saved."""
     stream = Index(SIZE).add_stream(engine.spec.pod, 0)
-    asked: list[int] = []
-    now = 0.0
-    ingest = Ingest(stream, StreamStatus(engine.spec.pod, 0, "m"), Bounds(), asked.append, clock=lambda: now)
+    ingest = Ingest(stream, StreamStatus(engine.spec.pod, 0, "m"), Bounds(), asked.append, clock=clock)
     saved = keeper.saved(engine.spec, 0)
     if saved is not None:
         ingest.resume(saved)
         if not stream.restore(saved.state):
             ingest.resync()
     ingest.start()
+    return stream, ingest, saved is not None
+
+
+def interrupted(rng: random.Random, keeper: Keeper, engine: Engine, end: int, oldest: int) -> SavedStream | None:
+    """What a process saves that is killed soon, perhaps before its engine has said whether it is the same."""
+    asked: list[int] = []
+    now = 0.0
+    stream, ingest, _ = begin(keeper, engine, asked, lambda: now)
+    for sequence in range(rng.randint(oldest, end), end + 1):
+        if rng.random() < 0.3:
+            answer(ingest, asked, engine, sequence, oldest)
+        ingest.live([(sequence, engine.payloads[sequence])])
+        if rng.random() < 0.2:
+            now += 400.0
+            ingest.tick()
+        if rng.random() < 0.2:
+            break
+    known, claims, state = ingest.save(), stream.claims, stream.snapshot()
+    stream.close()
+    if known is None:
+        return None
+    return replace(engine.saved(0), claims=claims, state=state, **known)
+
+
+def start(rng: random.Random, keeper: Keeper, engine: Engine, end: int, oldest: int) -> tuple[Stream, Ingest, bool]:
+    """The same: verified and followed up to message `end`."""
+    asked: list[int] = []
+    now = 0.0
+    stream, ingest, was_saved = begin(keeper, engine, asked, lambda: now)
     live = rng.randint(oldest, end)  # so far the engine has come when it is asked
     for sequence in range(live, end + 1):
         if rng.random() < 0.5:
@@ -272,7 +306,7 @@ def start(rng: random.Random, keeper: Keeper, engine: Engine, end: int, oldest: 
         now += 400.0
         ingest.tick()
         answer(ingest, asked, engine, end, oldest)
-    return stream, ingest, saved is not None
+    return stream, ingest, was_saved
 
 
 def answer(ingest: Ingest, asked: list[int], engine: Engine, last: int, oldest: int) -> None:
@@ -303,7 +337,7 @@ def test_nothing_wrong_is_believed_whatever_happened_to_the_files(tmp_path: Path
     """EXACT is exactly the engine's blocks, PARTIAL some of them; a doubtful stream says so."""
     rng = random.Random(shard)
     seen: Counter[tuple[str, str]] = Counter()
-    restored = 0
+    restored = saved_again = 0
     for point in range(POINTS // SHARDS):
         if point % POINTS_A_FLEET == 0:
             fleet = fleet_of(rng, tmp_path)
@@ -313,9 +347,22 @@ def test_nothing_wrong_is_believed_whatever_happened_to_the_files(tmp_path: Path
         prepare(rng, fleet, directory, fault)
         keeper = Keeper(directory, keep=2, interval=1.0, max_age=1e9)
         keeper.load()
-        for lives in fleet.engines:
-            engine = lives[rng.random() < 0.25]  # it may have begun anew meanwhile
-            end = rng.randrange(len(engine.payloads))
+        first_lives = [rng.random() < 0.25 for _ in fleet.engines]  # an engine may have begun anew meanwhile
+        come: list[int] = [0] * len(fleet.engines)
+        if rng.random() < 0.3:
+            again = []
+            for number, (lives, second) in enumerate(zip(fleet.engines, first_lives, strict=True)):
+                come[number] = end = rng.randrange(len(lives[second].payloads))
+                again.append(interrupted(rng, keeper, lives[second], end, rng.randrange(end + 1)))
+            keeper.stop()
+            saved_again += sum(each is not None for each in again)
+            put_streams(directory, 3, [each for each in again if each is not None])
+            keeper = Keeper(directory, keep=2, interval=1.0, max_age=1e9)
+            keeper.load()
+        for lives, second, least in zip(fleet.engines, first_lives, come, strict=True):
+            now_second = second or rng.random() < 0.25  # or after that
+            engine = lives[now_second]
+            end = rng.randrange(least if second == now_second else 0, len(engine.payloads))
             oldest = 0 if rng.random() < 0.5 else rng.randrange(end + 1)
             stream, ingest, was_saved = start(rng, keeper, engine, end, oldest)
             trust, where = ingest.status().trust, (point, fault, engine.spec.pod, end, oldest)
@@ -329,7 +376,7 @@ def test_nothing_wrong_is_believed_whatever_happened_to_the_files(tmp_path: Path
             stream.close()
         keeper.stop()
         shutil.rmtree(directory)
-    print(f"{POINTS // SHARDS} points, {restored} streams restored: {dict(sorted(seen.items()))}")
+    print(f"{POINTS // SHARDS} points, {restored} streams restored, {saved_again} of a second start: {dict(seen)}")
     assert restored > POINTS / SHARDS / 2
     assert all(seen[fault, "EXACT"] for fault in FAULTS)
 

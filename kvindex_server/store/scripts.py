@@ -23,6 +23,19 @@ was sent to the primary before may be missing then, so that nothing counts as kn
 
 from kvindex_server.store.client import Script
 
+_SETTLED = """
+-- While a cluster moves these keys to another node, one by one, those that are elsewhere would be taken for none: two
+-- keys, one of which never is, are refused then.
+redis.call('EXISTS', ARGV[1] .. 'q', ARGV[1] .. '-')
+"""
+
+
+def _settled(text: str) -> Script:
+    """A script that does nothing while its partition is on the way from one node to another."""
+    shebang, rest = text.split("\n", 1)
+    return Script(f"{shebang}{_SETTLED}{rest}")
+
+
 _ERA = """
 local about = redis.call('INFO', 'replication')
 local era = string.sub(string.match(about, 'master_replid:(%w+)'), 1, 16)
@@ -35,7 +48,7 @@ if not string.find(about, 'role:master', 1, true) then return redis.error_reply(
 """
 )
 
-OPEN = Script("""#!lua flags=allow-oom
+OPEN = _settled("""#!lua flags=allow-oom
 -- tag, stream, packed life or '', owner, lease in ms: a new life, in partition 0 only for who has the lease
 local tag, name, life = ARGV[1], ARGV[2], ARGV[3]
 local was = redis.call('HGET', tag .. 'q', name)
@@ -162,13 +175,13 @@ redis.call('HSET', tag .. 'q', name, ARGV[3] .. ':' .. ARGV[5])
 return confirmed > 0 and 'OK ' .. confirmed or 'OK'
 """
 
-APPLY = Script("#!lua\nlocal GROW = true" + _APPLY)
+APPLY = _settled("#!lua\nlocal GROW = true" + _APPLY)
 """Refused by the store as a whole when it is full."""
 
-RELEASE = Script("#!lua flags=allow-oom\nlocal GROW = false" + _APPLY)
+RELEASE = _settled("#!lua flags=allow-oom\nlocal GROW = false" + _APPLY)
 """The same without what came to be held: what is gone must go from a full store too."""
 
-READ = Script(f"""#!lua flags=no-writes
+READ = _settled(f"""#!lua flags=no-writes
 -- tag, known word or '-' when no descriptions are wanted, keys, '1' to end at the first block that nobody holds
 {_PRIMARY}
 local tag, known, keys, stop = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
@@ -232,7 +245,7 @@ return {{word, streams, table.concat(out), era}}
 LIFE_IS_OVER, NO_ROOM = -1, -2
 """What PLACE says instead of a number."""
 
-PLACE = Script("""#!lua
+PLACE = _settled("""#!lua
 -- tag, packed life, ttl in ms, 1 when the rank is a guess, full-attention groups, most blocks placed at once, keys:
 -- how many the stream holds already, are placed anew, and were; or -1 when the life is over, -2 when they are too many
 local tag, me, keys = ARGV[1], ARGV[2], ARGV[7]
@@ -297,7 +310,7 @@ end
 return {holding, recorded, renewed}
 """)
 
-CLOSE = Script("""#!lua flags=allow-oom
+CLOSE = _settled("""#!lua flags=allow-oom
 -- tag, stream, life, packed life: the stream is gone, if this is still its life
 local tag, name = ARGV[1], ARGV[2]
 local was = redis.call('HGET', tag .. 'q', name)
@@ -310,7 +323,7 @@ redis.call('SET', tag .. 'v', ARGV[3] .. ':end')
 return 'OK'
 """)
 
-RENEW = Script(f"""#!lua flags=allow-oom
+RENEW = _settled(f"""#!lua flags=allow-oom
 -- tag, owner, lease in ms or '', then per stream: name, life, number of the last batch or '', trust
 {_ERA}
 local tag, t, out = ARGV[1], redis.call('TIME'), {{era}}
@@ -336,7 +349,7 @@ end
 return out
 """)
 
-LEASES = Script(f"""#!lua flags=no-writes
+LEASES = _settled(f"""#!lua flags=no-writes
 -- tag: the store's time in ms, then stream and lease in turns, then number of a question and question in turns
 {_PRIMARY}
 local t = redis.call('TIME')
@@ -350,7 +363,7 @@ end
 return {{now, redis.call('HGETALL', ARGV[1] .. 'o'), open}}
 """)
 
-GONE = Script("""#!lua flags=no-writes
+GONE = _settled("""#!lua flags=no-writes
 -- tag, ms: stream and life in turns, of each whose lease ended longer ago than that
 local t, out = redis.call('TIME'), {}
 local since = t[1] * 1000 + math.floor(t[2] / 1000) - tonumber(ARGV[2])
@@ -365,7 +378,7 @@ end
 return out
 """)
 
-SWEEP = Script("""#!lua flags=allow-oom
+SWEEP = _settled("""#!lua flags=allow-oom
 -- tag, then blocks' keys: takes dead holders out; returns how many there were
 local tag, alive, dead = ARGV[1], {}, 0
 for i = 2, #ARGV do
@@ -384,7 +397,7 @@ end
 return dead
 """)
 
-ASK = Script("""#!lua
+ASK = _settled("""#!lua
 -- tag, number of the question, question, how long it stands in ms
 local name, t = ARGV[1] .. 'x', redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -396,20 +409,20 @@ redis.call('HSET', name, ARGV[2], struct.pack('<I6', now + tonumber(ARGV[4])) ..
 redis.call('PEXPIRE', name, ARGV[4])
 """)
 
-ANSWER = Script("""#!lua
+ANSWER = _settled("""#!lua
 -- tag, number of the question, replica, its answer, how long it stands in ms
 if redis.call('HEXISTS', ARGV[1] .. 'x', ARGV[2]) == 0 then return end
 redis.call('HSET', ARGV[1] .. 'y' .. ARGV[2], ARGV[3], ARGV[4])
 redis.call('PEXPIRE', ARGV[1] .. 'y' .. ARGV[2], ARGV[5])
 """)
 
-ANSWERS = Script(f"""#!lua flags=no-writes
+ANSWERS = _settled(f"""#!lua flags=no-writes
 -- tag, number of the question: what has been said
 {_PRIMARY}
 return redis.call('HVALS', ARGV[1] .. 'y' .. ARGV[2])
 """)
 
-FORGET = Script("""#!lua flags=allow-oom
+FORGET = _settled("""#!lua flags=allow-oom
 -- tag, number of a question that nobody waits for any more
 redis.call('HDEL', ARGV[1] .. 'x', ARGV[2])
 redis.call('UNLINK', ARGV[1] .. 'y' .. ARGV[2])

@@ -1,5 +1,6 @@
 """One stream's way into the store: decoded here, its changes sent in batches that only its current life may write."""
 
+import math
 import struct
 import threading
 from collections import deque
@@ -32,6 +33,7 @@ class StoreStream:
         max_changes: int,
         dirty: Callable[[], None],
         gained: Callable[[str, int], None],
+        clock: Callable[[], float],
     ) -> None:
         self.pod = pod
         self.rank = rank
@@ -41,6 +43,9 @@ class StoreStream:
         self._max_changes = max_changes
         self._dirty = dirty
         self._gained = gained
+        self._clock = clock
+        # When the oldest change came that was not taken yet.
+        self._changed_at = math.inf
         self._lock = threading.Lock()
         self._native = index.add_stream(pod, rank)
         self._gone = False
@@ -55,7 +60,10 @@ class StoreStream:
         self.looked: tuple[bytes, ...] = ()
         """The eras of the partitions but the first in which they were found to have everything."""
         self._numbers: list[int] = []
-        self._waiting: list[deque[bytes]] = []
+        # Of each partition the rows of each batch, and when they were taken.
+        self._waiting: list[deque[tuple[float, bytes]]] = []
+        # Whether nothing of the life was taken yet, and whether nothing was but what it begins with.
+        self._untaken = self._begins = True
         self._under_way: dict[int, tuple[str, Sequence[Argument]]] = {}
         self._described = b""
         self._description = b""
@@ -66,6 +74,7 @@ class StoreStream:
         """Take events in; they are in the store a moment later."""
         with self._lock:
             applied = self._native.apply(payloads, first_sequence)
+            self._changed_at = min(self._changed_at, self._clock())
         self._dirty()
         return applied
 
@@ -85,6 +94,8 @@ class StoreStream:
         """The same from a source, without waiting: what was applied is to be sent."""
         with self._lock:
             drained = self._native.drain(source, order, limit, max_payload, mark_every, zmq, (), (), 0, 0)
+            if drained.messages:
+                self._changed_at = min(self._changed_at, self._clock())
         if drained.messages:
             self._dirty()
         return drained
@@ -93,6 +104,7 @@ class StoreStream:
         """Drop all claims; returns how many. The store is told by a new life, however many they are."""
         with self._lock:
             dropped = self._native.clear(left)
+            self._changed_at = min(self._changed_at, self._clock())
             self._asking = max(self._asking - 1, min(self._asking, 1))
         self._dirty()
         return dropped
@@ -172,12 +184,14 @@ class StoreStream:
             if came_back and not self._gone:
                 self._native = self._index.add_stream(self.pod, self.rank)
             self._native.follow_changes(self._max_changes)
+            self._changed_at = math.inf
             self.life = life
             self.full = False
             self.behind = True
             self.looked = ()
             self._numbers = [0] * len(tags)
             self._waiting = [deque() for _ in tags]
+            self._untaken = self._begins = True
             self._under_way = {}
             self._described = b""
         if came_back:
@@ -192,21 +206,29 @@ class StoreStream:
             if not self._native.closed:
                 self._native.close()
 
-    def take(self, *, anew: bool = False) -> None:
+    def take(self, now: float, *, anew: bool = False) -> None:
         """Line up what has changed; `anew`, because some of it did not fit, the next time all that is held."""
         partitions = len(self._numbers)
         with self._lock:
             dropped, lost, rows, groups = self._native.take_changes(partitions)
+            self._changed_at = math.inf
             if anew:  # in the same moment: a removal in between would be forgotten
                 self._native.follow_changes(self._max_changes)
                 self.full = False
             block_size, tiers = self._index.block_size, self._index.tiers
-        if dropped or lost:
+        lined_up = sum(len(rows) for waiting in self._waiting for _, rows in waiting)
+        # More than what is held and the changes that may wait: to send all that is held is less.
+        if dropped or lost or lined_up > (self._max_changes + self._native.claims) * ROW:
             self.life = 0
             return
+        if any(rows) and not self._untaken:
+            self._begins = False
+        self._untaken = False
         self._description = msgpack.packb([self.pod, self.rank, self.life, block_size, tiers, groups])
         for waiting, of_partition in zip(self._waiting, rows, strict=True):
-            waiting.extend(of_partition[at : at + self._batch] for at in range(0, len(of_partition), self._batch))
+            waiting.extend(
+                (now, of_partition[at : at + self._batch]) for at in range(0, len(of_partition), self._batch)
+            )
 
     def next_batches(self, tags: Sequence[str]) -> list[tuple[int, tuple[str, Sequence[Argument]]]]:
         """(partition, call) of what can be sent now; the description goes first and alone.
@@ -223,7 +245,7 @@ class StoreStream:
         return list(self._under_way.items())
 
     def _call(self, at: int, tag: str, description: bytes) -> tuple[str, Sequence[Argument]]:
-        rows = self._waiting[at][0] if self._waiting[at] else b""
+        _, rows = self._waiting[at][0] if self._waiting[at] else (0.0, b"")
         number = self._numbers[at] + 1
         return tag, (self.name, self.life, packed(self.life), number, description, rows)
 
@@ -264,6 +286,13 @@ class StoreStream:
         """Everything taken is in the store."""
         sent = not self._under_way and not any(self._waiting)
         return bool(self.life) and sent and self._described == self._description
+
+    @property
+    def late_since(self) -> float:
+        """Since when, at most, the oldest change waits that the store has not got yet; inf when it has all but what a
+        life begins with."""
+        lined_up = [] if self._begins else [waiting[0][0] for waiting in self._waiting if waiting]
+        return min([self._changed_at, *lined_up])
 
     @property
     def numbers(self) -> list[int]:
