@@ -90,12 +90,13 @@ def test_an_engine_of_another_model_takes_no_pods_place(fleet: Fleet) -> None:
         eventually(lambda: blocks(fleet) == {("m", "a", 0): Trust.STALE, ("m-large", "a", 0): 3})
 
 
-def test_who_names_pods_without_end_is_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["MOST_KNOWN", "MOST_MODELS"])
+def test_who_names_pods_without_end_is_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """They are not remembered, only counted."""
-    monkeypatch.setattr(dial_in, "MOST_KNOWN", 2)
+    monkeypatch.setattr(dial_in, limit, 2)
     endpoint = here()
     with finding(fleet, endpoint) as (reconciler, source):
-        engines = [engine(endpoint, f"pod-{number}", replay=False) for number in range(5)]
+        engines = [engine(endpoint, f"pod-{number}", f"m-{number}", replay=False) for number in range(5)]
         try:
             for each in engines:
                 each.wait_subscriber()

@@ -18,7 +18,9 @@ _log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2
 MOST_KNOWN = 16_384
-"""Pods, registered or not: whoever reaches the port may name as many as it likes."""
+MOST_MODELS = 1_024
+"""Pods, registered or not, and all their models so far, each of which has an index for good: whoever reaches the port
+may name as many as it likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class DialInSource:
         self._refused: dict[str, int] = {}
         self._listeners: list[tuple[tuple[str, int], Listener]] = []
         self._known: dict[bytes, _Known] = {}  # by topic
+        self._models: set[str] = set()
         self._found: tuple[Found, ...] = ()
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dial-in", daemon=True)
@@ -104,13 +107,18 @@ class DialInSource:
                 here[topic] = taken[topic]  # it may have come again from elsewhere
         for topic, address in here.items():
             shown = topic.decode(errors="replace")
-            if topic not in self._known and len(self._known) >= MOST_KNOWN:
-                refusals.add(shown, "limit", f"{MOST_KNOWN} are known, which is the limit")
-                continue
             try:
-                self._known[topic] = _Known(self._describe(topic, address), now)
+                spec = self._describe(topic, address)
             except InvalidArgument as problem:
                 refusals.add(shown, "topic", str(problem))
+                continue
+            if topic not in self._known and len(self._known) >= MOST_KNOWN:
+                refusals.add(shown, "limit", f"{MOST_KNOWN} pods are known, which is the limit")
+            elif spec.model not in self._models and len(self._models) >= MOST_MODELS:
+                refusals.add(shown, "limit", f"{MOST_MODELS} models are known, which is the limit")
+            else:
+                self._models.add(spec.model)
+                self._known[topic] = _Known(spec, now)
         for topic, known in list(self._known.items()):
             if now - known.seen > self._forget_seconds:
                 del self._known[topic]
