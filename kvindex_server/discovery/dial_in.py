@@ -23,9 +23,10 @@ MOST_MODELS = 1_024
 may name as many as it likes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Known:
     spec: PodSpec
+    address: str
     seen: float
 
 
@@ -102,9 +103,9 @@ class DialInSource:
         for topic, known in list(self._known.items()):
             if topic in here or not self._is_connected(known.spec):
                 continue
-            self._known[topic] = _Known(known.spec, now)
-            if topic in taken:
-                here[topic] = taken[topic]  # it may have come again from elsewhere
+            known.seen = now
+            if taken.get(topic, known.address) != known.address:
+                here[topic] = taken[topic]  # it has come again from elsewhere
         for topic, address in here.items():
             shown = topic.decode(errors="replace")
             try:
@@ -118,7 +119,7 @@ class DialInSource:
                 refusals.add(shown, "limit", f"{MOST_MODELS} models are known, which is the limit")
             else:
                 self._models.add(spec.model)
-                self._known[topic] = _Known(spec, now)
+                self._known[topic] = _Known(spec, address, now)
         for topic, known in list(self._known.items()):
             if now - known.seen > self._forget_seconds:
                 del self._known[topic]
