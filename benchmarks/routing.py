@@ -140,13 +140,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plots", type=Path, help="a directory for SVG files")
     given = parser.parse_args()
+    if given.plots:
+        from fleet.plots import draw  # before minutes have gone: it needs matplotlib (make bench-routing installs it)
     began = time.monotonic()
     print(machine())
     results = {scenario.name: compare(scenario) for scenario in scenarios(given)}
     curves = sweep(given)
     if given.plots:
-        from fleet.plots import draw
-
         draw(results, curves, given.plots)
     print(f"\n{time.monotonic() - began:.0f} s in all")
 

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvindex_client import results
 from kvindex_client.errors import CUT_OFF, TOO_MANY, CallError, Try, broken, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
-from kvindex_client.query import Query
+from kvindex_client.query import Query, usage_request
 from kvindex_client.race import Endpoints, Race
 from kvindex_client.results import BlockPods, Placement, Scores
 from kvindex_client.resume import AsyncFeed
@@ -83,6 +83,20 @@ class AsyncClient:
 
         told = await asyncio.gather(*(tell(number) for number in self._replicas))
         return results.placement([self._endpoints.names[number] for number in self._replicas], told)
+
+    async def report_usage(
+        self,
+        model: str,
+        pod: str,
+        *,
+        predicted_tokens: int,
+        cached_tokens: int,
+        prompt_tokens: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        """As `Client.report_usage`."""
+        request = usage_request(model, pod, predicted_tokens, cached_tokens, prompt_tokens)
+        await self._call("ReportUsage", request, timeout, read=False)
 
     async def score_stream(
         self, queries: AsyncIterable[Query], *, timeout: float | None = None
@@ -163,12 +177,12 @@ class AsyncClient:
         return grpc.aio.secure_channel(name, credentials, arguments)
 
     async def _call(
-        self, method: str, request: Any, timeout: float | None, only: int | None = None
+        self, method: str, request: Any, timeout: float | None, only: int | None = None, *, read: bool = True
     ) -> tuple[Any, str, tuple[Try, ...]]:
         endpoints = self._endpoints if only is None else self._alone[only]
         stubs = self._stubs if only is None else [self._stubs[only]]
         limit = self._options.timeout if timeout is None else timeout
-        race = Race(endpoints, self._options, time.monotonic(), limit, read=only is None)
+        race = Race(endpoints, self._options, time.monotonic(), limit, read=read and only is None)
         running: dict[asyncio.Task[Any], int] = {}
 
         async def ask(stub: Any) -> Any:

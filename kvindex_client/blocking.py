@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvindex_client import results
 from kvindex_client.errors import CUT_OFF, TOO_MANY, CallError, Try, broken, pushback
 from kvindex_client.options import HEALTH_SERVICE, Options
-from kvindex_client.query import Query
+from kvindex_client.query import Query, usage_request
 from kvindex_client.race import Endpoints, Race
 from kvindex_client.results import BlockPods, Placement, Scores
 from kvindex_client.resume import Feed
@@ -98,6 +98,24 @@ class Client:
             told = list(self._side_by_side.map(tell, self._replicas))
         return results.placement([self._endpoints.names[number] for number in self._replicas], told)
 
+    def report_usage(
+        self,
+        model: str,
+        pod: str,
+        *,
+        predicted_tokens: int,
+        cached_tokens: int,
+        prompt_tokens: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        """What an engine found in its cache (`usage.prompt_tokens_details.cached_tokens`): the metric of the error.
+
+        `predicted_tokens` are the pod's `matched_tokens` in the answer that it was chosen by; `prompt_tokens` 0 is not
+        known. One replica is told; a report whose answer was lost is not made again, since it may have counted.
+        """
+        request = usage_request(model, pod, predicted_tokens, cached_tokens, prompt_tokens)
+        self._call("ReportUsage", request, timeout, read=False)
+
     def score_stream(self, queries: Iterable[Query], *, timeout: float | None = None) -> Iterator[Scores | CallError]:
         """Answers in the queries' order over one connection; one bad query is answered with its CallError.
 
@@ -170,12 +188,12 @@ class Client:
         return grpc.secure_channel(name, credentials, arguments)
 
     def _call(
-        self, method: str, request: Any, timeout: float | None, only: int | None = None
+        self, method: str, request: Any, timeout: float | None, only: int | None = None, *, read: bool = True
     ) -> tuple[Any, str, tuple[Try, ...]]:
         endpoints = self._endpoints if only is None else self._alone[only]
         stubs = self._stubs if only is None else [self._stubs[only]]
         limit = self._options.timeout if timeout is None else timeout
-        race = Race(endpoints, self._options, time.monotonic(), limit, read=only is None)
+        race = Race(endpoints, self._options, time.monotonic(), limit, read=read and only is None)
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         running: dict[int, Any] = {}
         try:

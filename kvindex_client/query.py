@@ -86,3 +86,10 @@ class Query:
         else:
             raise ValueError(f"query: engine_hashes cannot be asked by {call}")
         return fields
+
+
+def usage_request(model: str, pod: str, predicted: int, cached: int, prompt: int) -> pb.ReportUsageRequest:
+    """As a message; ValueError for a value that does not fit its field."""
+    return pb.ReportUsageRequest(
+        model=model, pod=pod, predicted_tokens=predicted, cached_tokens=cached, prompt_tokens=prompt
+    )

@@ -314,11 +314,14 @@ class Stream:
     @property
     def unresolved(self) -> int: ...  # claims whose key is not known
     @property
-    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+    def dialect(
+        self,
+    ) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None, list[str], tuple[int, int]]:
         """How the engine writes its events, seen in a sample of its messages.
 
         (messages looked at, names of what was seen at least once, shortest and longest BlockStored array or 0, first
-        unknown tag, a plain block at token 0 as (engine hash, tokens)).
+        unknown tag, a plain block at token 0 as (engine hash, tokens), the first 64 adapters named in any
+        message, (stored beginnings of prompts, those of them with a salt) in all messages).
         """
 
     @property

@@ -29,7 +29,7 @@ class Admin:
         self._models = models
         self._limits = limits
         self._checkup = Checkup(fleet, models, lookup)
-        self._explainer = Explainer(lookup, fleet.statuses)
+        self._explainer = Explainer(lookup, fleet.statuses, fleet.adapters)
         self._started = time.monotonic()
 
     def list_pods(self, data: bytes, _: Check) -> bytes:

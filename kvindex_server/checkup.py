@@ -40,7 +40,7 @@ class Checkup:
         self._fleet = fleet
         self._models = models
         self._lookup = lookup
-        self._explainer = Explainer(lookup, fleet.statuses)
+        self._explainer = Explainer(lookup, fleet.statuses, fleet.adapters)
 
     def examine(self, query: CheckQuery, check: Check) -> list[doctor.Finding]:
         """Findings of the model asked for, or of every model. An unknown model is a finding, too."""
@@ -86,7 +86,7 @@ class Checkup:
             streams=streams,
             dialects=self._fleet.dialects(model.name),
             specs=specs,
-            loras=model.loras,
+            loras=self._explainer.adapters(model),
             aliases=model.aliases,
             tokenizer=None if tokenizer is None else (tokenizer.mode, _why(tokenizer), tokenizer.has_chat_template),
             candidates=query.pods,
@@ -136,6 +136,6 @@ def _reached(streams: list[StreamStatus], registrations: list[PodSpec]) -> dict[
         silent = not stream.messages or stream.state is StreamState.DOWN or doctor.NOT_REACHED in stream.trust_reason
         if silent and (stream.model, stream.pod) not in dial_in:
             endpoints.append(stream.endpoint)
-        if stream.replay_endpoint and (silent or "not answered" in stream.trust_reason):
+        if stream.replay_endpoint and (silent or doctor.unanswered(stream)):
             endpoints.append(stream.replay_endpoint)
     return reach(islice(endpoints, MAX_REACHED), REACH_SECONDS)

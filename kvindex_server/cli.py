@@ -48,13 +48,15 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         help="tokenizer directory of a model; may be repeated",
     )
-    serving.add_argument("--log-format", metavar="FORMAT", help="json or console")
-    serving.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    serving.add_argument("--log-format", metavar="json|console", help="how logs are written")
+    serving.add_argument("--log-level", metavar="debug|info|warning|error", help="the least that is logged")
+    serving.add_argument("--json", action="store_true", help="JSON on stdout: where it listens")
 
     showing = commands.add_parser("demo", help="run a server against simulated pods", allow_abbrev=False)
     showing.add_argument("--pods", type=_positive_int, default=4, help="simulated pods (default 4)")
     showing.add_argument("--seconds", type=_seconds, default=0.0, help="time to run; 0 = until Ctrl-C (default)")
     showing.add_argument("--rate", type=_rate, default=20.0, help="simulated requests per second (default 20)")
+    showing.add_argument("--tokenizer", metavar="DIR", type=Path, help="a tokenizer, to ask with texts")
     showing.add_argument("--once", action="store_true", help="show one round and end")
     showing.add_argument(
         "--json", action="store_true", help="JSON on stdout: where it listens, and at the end a summary"
@@ -73,7 +75,7 @@ def serve(args: argparse.Namespace) -> int:
     logs.configure(log.format, log.level, sampler=sampler)
     from kvindex_server import server  # noqa: PLC0415  heavy; --help, --version and config errors do without
 
-    return server.run(settings, sampler)
+    return server.run(settings, sampler, as_json=args.json)
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -425,6 +425,10 @@ class ServerSettings(_Section):
         ge=1,
         description="A connection silent for so long is pinged, and closed if nothing comes for as long again, or 20 s",
     )
+    max_connection_age_seconds: Seconds = Field(
+        default=0.0,
+        description="After so long, a tenth more or less, new calls take a new connection, to any replica; 0 = never",
+    )
     reflection: bool = Field(default=True, description="Describe the services to clients that ask")
     drain_seconds: Seconds = Field(default=10.0, description="Time for requests at work to end after SIGTERM")
     ready_timeout_seconds: Seconds = Field(
@@ -670,7 +674,12 @@ class Settings(_Section):
 
     def _check_transport(self) -> None:
         if self.server.transport == "native":
-            for key, given in (("tls.cert_file", self.tls.cert_file), ("auth.review.url", self.auth.review.url)):
+            wanted = {
+                "tls.cert_file": self.tls.cert_file,
+                "auth.review.url": self.auth.review.url,
+                "server.max_connection_age_seconds": self.server.max_connection_age_seconds,
+            }
+            for key, given in wanted.items():
                 if given:
                     raise _WrongField("server.transport", f"native does not go with {key}")
 

@@ -23,7 +23,7 @@ from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 from kvindex_server.server import Server
 from kvindex_server.simulate.events import Encoding
-from kvindex_server.simulate.pod import SimulatedPod
+from kvindex_server.simulate.pod import Completion, SimulatedPod
 from kvindex_server.simulate.workload import Shape, Traffic, Turn, Workload
 
 MODEL = "demo-model"
@@ -104,7 +104,8 @@ class _Demo:
         shape = Shape(sessions=max(24, 6 * len(self._pods)))
         self._workload = Workload(1, shape, self._system_prompts)
         self._system_prompts = self._workload.system_prompts
-        self._traffic = Traffic(self._workload, self._pods, self._route)
+        self._traffic = Traffic(self._workload, self._pods, self._route, self._report)
+        self._foreseen: dict[int, int] = {}
         self._predicted = 0
         self._scored = 0
         self._failures = 0
@@ -167,8 +168,24 @@ class _Demo:
             self._rows[each.pod].last_score = each.score
         self._scored += any(each.score > 0 for each in answer.scores)
         # An engine always computes at least the last token.
-        self._predicted += min(best.matched_tokens, (len(turn.prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE)
+        foreseen = min(best.matched_tokens, (len(turn.prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE)
+        self._foreseen[turn.session] = foreseen
+        self._predicted += foreseen
         return str(best.pod)
+
+    def _report(self, turn: Turn, pod: str, completion: Completion) -> None:
+        """What a router does with the engine's `usage`: the index measures by it how right it was."""
+        usage = pb.ReportUsageRequest(
+            model=MODEL,
+            pod=pod,
+            predicted_tokens=self._foreseen.pop(turn.session),
+            cached_tokens=completion.cached_tokens,
+            prompt_tokens=completion.prompt_tokens,
+        )
+        try:
+            self._scores.ReportUsage(usage, timeout=RPC_SECONDS)
+        except grpc.RpcError:
+            self._failures += 1
 
     def _preference(self, pod: str, score: float) -> tuple[float, int]:
         # Of equals, the one that has served least: a new system prompt goes to a new pod.

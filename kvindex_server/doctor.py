@@ -397,14 +397,21 @@ def _replay(facts: Facts) -> Iterator[Finding]:
                 f"{stream.replay_endpoint} does not accept a connection: {refused}",
                 "Check the port (rank r is at port + r) and network policies.",
             )
-        elif "replay was not answered" in stream.trust_reason:
+        elif unanswered(stream):
             yield _of(
                 stream,
                 Status.FAIL,
-                f"{stream.replays} replays were asked for at {stream.replay_endpoint}: {stream.trust_reason}",
-                "Check that it is the replay port and not the events' port; a busy engine may be slow.",
+                f"{stream.replays} replays were asked for at {stream.replay_endpoint}, and the last was not answered; "
+                f"{stream.trust.name}: {stream.trust_reason}",
+                "Check that it is the replay port and not the events' port; a busy engine may be slow. Until it "
+                "answers, what is missed stays missing.",
             )
     yield _pass(f"no replay of {len(facts.streams)} streams is known to fail")
+
+
+def unanswered(stream: StreamStatus) -> bool:
+    """A replay that was asked for got no answer; also when nothing is missing, for the next loss cannot be mended."""
+    return stream.replay_unanswered or "replay was not answered" in stream.trust_reason
 
 
 def _ranks(facts: Facts) -> Iterator[Finding]:
@@ -456,7 +463,7 @@ def _tokens_agree(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Status.SKIP,
             "no tokens of the engine were given to compare with",
-            "Give a probe text and what the engine's POST /tokenize makes of it: --engine-tokens FILE.",
+            "Give a probe text, and --engine URL or what its POST /tokenize makes of the probe: --engine-tokens FILE.",
         )
         return
     if probe.error:
@@ -480,7 +487,7 @@ def _template(facts: Facts) -> Iterator[Finding]:
     if facts.tokenizer is None:
         yield Finding(Status.SKIP, "no tokenizer, so no chat template")
     elif facts.tokenizer[2]:
-        yield _pass("present; whether it equals the engine's only a chat probe with the engine's tokens can tell")
+        yield _template_compared(facts.probe)
     else:
         needed = facts.probe is not None and facts.probe.kind == "chat"
         yield Finding(
@@ -488,6 +495,24 @@ def _template(facts: Facts) -> Iterator[Finding]:
             "the tokenizer has no chat template: chats are refused",
             "Put the engine's chat_template.jinja into the tokenizer directory, or send prompts or tokens.",
         )
+
+
+def _template_compared(probe: Probe | None) -> Finding:
+    """A template is there: a chat that the engine has tokenized, too, tells whether it is the engine's."""
+    if probe is None or probe.kind != "chat" or not probe.engine_tokens or probe.error:
+        return Finding(
+            Status.SKIP,
+            "present; whether it equals the engine's only a chat and the engine's tokens of it can tell",
+            "Give both: --chat FILE, and --engine URL or what its POST /tokenize makes of it: --engine-tokens FILE.",
+        )
+    if list(probe.tokens) == list(probe.engine_tokens):
+        return _pass("the chat becomes the engine's tokens, its template included")
+    return Finding(
+        Status.FAIL,
+        "the chat does not become the engine's tokens, so its template differs, or the tokenizer",
+        "Compare a plain prompt the same way: if that agrees, give the server the engine's chat_template.jinja, and "
+        "the engine's /tokenize the request's tools, chat_template_kwargs and add_generation_prompt.",
+    )
 
 
 def _lora(facts: Facts) -> Iterator[Finding]:
@@ -517,7 +542,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
 def _salt(facts: Facts) -> Iterator[Finding]:
     probe = facts.probe
     if probe is None or not probe.salted:
-        yield Finding(Status.SKIP, "no salt was asked with; a salt that engines used is not kept here")
+        yield _unsalted(facts)
         return
     best, bare = max(probe.blocks.values(), default=0), probe.other_contexts.get(NO_SALT, 0)
     if bare > best:
@@ -529,6 +554,17 @@ def _salt(facts: Facts) -> Iterator[Finding]:
     elif not best:
         yield Finding(Status.SKIP, "no block of the probe is held, with the salt or without it: it cannot be told")
     yield _pass(f"the salt is not in the way: {best} blocks with it, {bare} without")
+
+
+def _unsalted(facts: Facts) -> Finding:
+    """Salts that engines used are not kept; that they used some is, and a prompt that nobody holds may lack one."""
+    beginnings, salted = (sum(each.beginnings[at] for each in facts.dialects) for at in (0, 1))
+    evidence = f"no salt was asked with; {salted} of {beginnings} prompts that engines began to store had one"
+    missed = facts.probe is not None and facts.probe.total_blocks and not max(facts.probe.blocks.values(), default=0)
+    if salted and missed:
+        remedy = "Send the request's cache_salt to the index as it is sent to the engine, and give it to the probe."
+        return Finding(Status.WARN, f"nothing of the probe is held, and {evidence}", remedy)
+    return Finding(Status.SKIP, evidence)
 
 
 def _probe(facts: Facts) -> Iterator[Finding]:

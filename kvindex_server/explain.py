@@ -9,6 +9,7 @@ from kvindex_server import _core
 from kvindex_server._core import Left
 from kvindex_server.doctor import NO_SALT, NOR_SALT
 from kvindex_server.lookup import Check, Located, Lookup, Prompt, Query
+from kvindex_server.models import Model
 from kvindex_server.removals import Departure, Memory, remembered, shown
 from kvindex_server.score import PodScore
 from kvindex_server.stream import StreamStatus, Trust
@@ -19,7 +20,7 @@ MAX_RUN_BLOCKS = 1024
 AHEAD_BLOCKS = 256
 """So far behind the end of a match it is looked for blocks that are still held."""
 MAX_ADAPTERS = 16
-"""So many of the model's known adapters are tried."""
+"""So many of the model's known adapters are tried, those first that engines have named."""
 
 
 class End(enum.IntEnum):
@@ -43,6 +44,8 @@ class End(enum.IntEnum):
 
 Streams = Callable[[str], Sequence[StreamStatus]]
 """The streams of a model (its real name) that are followed here."""
+Adapters = Callable[[str], Sequence[str]]
+"""The adapters that engines of a model (its real name) have named."""
 
 _ABOUT_NO_STREAM = (End.NO_BLOCK_SIZE, End.NO_FULL_BLOCK, End.NOT_REGISTERED, End.WHOLE_PROMPT)
 _END_OF = {Left.REMOVED: End.REMOVED, Left.CLEARED: End.CLEARED}
@@ -76,9 +79,10 @@ class Explanation:
 class Explainer:
     """Answers Explain; safe from many threads."""
 
-    def __init__(self, lookup: Lookup, streams: Streams) -> None:
+    def __init__(self, lookup: Lookup, streams: Streams, adapters: Adapters) -> None:
         self._lookup = lookup
         self._streams = streams
+        self._adapters = adapters
 
     def explain(self, query: Query, check: Check) -> Explanation:
         """At most MAX_PODS pods, best first. Errors as of Lookup.score."""
@@ -97,11 +101,16 @@ class Explainer:
             check()
         return Explanation(prompt, pods, max(0, len(scores) - MAX_PODS))
 
+    def adapters(self, model: Model) -> Sequence[str]:
+        """Names of a model's adapters: those that its engines have named, then those that are configured."""
+        return list(dict.fromkeys([*self._adapters(model.name), *model.loras]))
+
     def other_contexts(self, prompt: Prompt, query: Query, check: Check) -> Mapping[str, Mapping[str, int]]:
         """Blocks per pod of the same tokens with other adapters, without the salt, and both, as far as can be tried."""
         if not prompt.tokens or not prompt.block_size:
             return {}
-        adapters = {f"adapter {name!r}": name for name in prompt.model.loras[:MAX_ADAPTERS] if name != prompt.lora_name}
+        others = [name for name in self.adapters(prompt.model) if name != prompt.lora_name]
+        adapters = {f"adapter {name!r}": name for name in others[:MAX_ADAPTERS]}
         if prompt.lora_name:
             adapters["no adapter"] = ""
         tries = {label: (name, query.cache_salt) for label, name in adapters.items()}

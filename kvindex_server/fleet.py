@@ -298,6 +298,10 @@ class Fleet:
         followed = [each for (of_model, _), each in self._subscribers.items() if of_model == model]
         return [dialect for each in followed for dialect in each.dialects()]
 
+    def adapters(self, model: str) -> list[str]:
+        """LoRA adapters that engines of a model (its real name) have named in their events."""
+        return list(dict.fromkeys(name for dialect in self.dialects(model) for name in dialect.adapters))
+
     def pods(self, model: str) -> list[str]:
         """The pods of a model (its real name), in order of registration."""
         return [pod for of_model, pod in self._subscribers if of_model == model]

@@ -372,6 +372,7 @@ class Ingest:
         """A copy, safe to read from any thread."""
         status = self._applier.status()
         status.last_sequence = self.order.last
+        status.replay_unanswered = self._unanswered
         doubt, lost_at = self._doubt or self._stranger, self._lost_at
         if self._clearing:
             status.trust, status.trust_cause, status.trust_reason = Trust.COLD, Cause.RESTARTED, "being cleared"

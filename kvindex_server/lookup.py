@@ -10,6 +10,7 @@ from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound,
 from kvindex_server.models import Model, Models
 from kvindex_server.score import PodScore, Weights, ranked
 from kvindex_server.stream import Trust
+from kvindex_server.tokenize.media import spread
 from kvindex_server.tokenize.tokenizer import NO_DEADLINE, AnyTokenizer, Body, Keyed
 
 Check = Callable[[], None]
@@ -303,6 +304,8 @@ class Lookup:
         started = time.perf_counter()
         encode = tokenizer.encode_chat if query.kind == "chat" else tokenizer.encode_prompt
         tokens = encode(query.text, max_tokens=self._max_tokens, seconds=_seconds_left(check))
+        if query.mm_features:
+            tokens = spread(tokens, query.mm_features, self._max_tokens)
         self._metrics.observe_stage("tokenize", time.perf_counter() - started)
         return tokens
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import json
 import logging
 import os
 import signal
@@ -178,7 +179,9 @@ class Server:
 
     def _page_routes(self, gate: Gate, guard: Guard, lookup: Lookup) -> web.Routes:
         settings = self._settings
-        box = PromptView(lookup, settings.limits, self.fleet.statuses) if settings.page.prompt else None
+        box = None
+        if settings.page.prompt:
+            box = PromptView(lookup, settings.limits, self.fleet.statuses, self.fleet.adapters)
         how = "off" if box is None else "token" if gate.asks(Role.READ) else "open"
         fleet = FleetView(self.fleet.statuses, self._sizes, self.metrics, how)
         return page.routes(fleet, box, self._calls(guard))
@@ -373,8 +376,8 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which would no longer move by itself
 
 
-def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code."""
+def run(settings: Settings, sampler: logs.Sampler | None = None, *, as_json: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Where it listens is told on one line of stdout."""
     # Blocked in every thread and waited for, instead of handled: a handler that sets an event can deadlock with the
     # very wait for it, and one that only sets a flag wakes nobody.
     ends = {signal.SIGTERM, signal.SIGINT}
@@ -389,12 +392,13 @@ def run(settings: Settings, sampler: logs.Sampler | None = None) -> int:
     try:
         server = Server(settings, sampler)
         server.start()
-        line = f"listening grpc={server.grpc_address} metrics={server.metrics_address}"
+        where = {"grpc": server.grpc_address, "metrics": server.metrics_address}
         if settings.admin_listen:
-            line += f" admin={server.admin_address}"
+            where["admin"] = server.admin_address
         if server.http_address:
-            line += f" http={server.http_address}"
-        sys.stdout.write(line + "\n")
+            where["http"] = server.http_address
+        words = " ".join(f"{name}={address}" for name, address in where.items())
+        sys.stdout.write(f"{json.dumps(where) if as_json else f'listening {words}'}\n")
         sys.stdout.flush()
         # What was built so far lives as long as the process: no collection need look at it again.
         gc.collect()
@@ -439,6 +443,7 @@ def _models(settings: Settings, texts: TextCache, stores: Stores | None) -> Mode
         download=settings.text.hub_download,
         word_slots=settings.text.known_words,
         max_reference_bytes=settings.text.max_reference_bytes,
+        engines_at_once=max(1, settings.server.workers - 1),
     )
     limits, placement = settings.limits, settings.placement
 
@@ -539,9 +544,12 @@ def _grpc_server(settings: Settings, guard: Guard, connections: int) -> grpc.Ser
     size = settings.limits.max_message_bytes
     silence_ms = int(settings.server.keepalive_seconds * 1000)
     answer_ms = min(silence_ms, MAX_PING_MS)
+    age_ms = int(settings.server.max_connection_age_seconds * 1000)
     return grpc.server(
         guard.pool,
         options=[
+            # Calls at work end as they would have, streams as late as they like: new calls take a new connection.
+            *([("grpc.max_connection_age_ms", age_ms)] if age_ms else []),
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),

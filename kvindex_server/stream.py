@@ -65,6 +65,10 @@ class Dialect:
     """The first tag that nobody knows; empty when there was none."""
     root: tuple[int | bytes, Sequence[int]] | None
     """A first block of plain text: the engine's hash and its tokens."""
+    adapters: Sequence[str] = ()
+    """The first ones that were named in any message, not only in the sample."""
+    beginnings: tuple[int, int] = (0, 0)
+    """Of prompts, that were stored in any message; and those of them that a salt keeps apart."""
 
 
 @dataclass
@@ -92,6 +96,8 @@ class StreamStatus:
     gaps: int = 0
     restarts: int = 0
     replays: int = 0
+    replay_unanswered: bool = False
+    """The last replay that was asked for got no answer, whether or not anything is missing."""
     orphans: int = 0
     unresolved: int = 0
     decode_errors: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Writes what an environment is made of as a CycloneDX document: its Python packages, and the system's beside them.
+"""Writes what an environment is made of as a CycloneDX document: Python packages, Python itself, the system's packages.
 
 Run with an interpreter that has sbom-requirements.txt. The same environment gives the same bytes.
 """
@@ -22,6 +22,15 @@ def python_packages(interpreter: str) -> dict[str, Any]:
         *("--spec-version", SPEC_VERSION, "--pyproject", str(PYPROJECT), "--of", "JSON", "-o", "-", interpreter),
     ]
     return dict(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+
+
+def python_itself(interpreter: str) -> dict[str, Any]:
+    """The interpreter: in the official images it is built into /usr/local, where dpkg knows nothing of it."""
+    command = [interpreter, "-c", "import platform; print(platform.python_version())"]
+    version = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    purl = f"pkg:generic/python@{version}"
+    cpe = f"cpe:2.3:a:python:python:{version}:*:*:*:*:*:*:*"
+    return {"type": "platform", "bom-ref": purl, "name": "python", "version": version, "purl": purl, "cpe": cpe}
 
 
 def system_packages(listed: str) -> list[dict[str, Any]]:
@@ -54,6 +63,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     document = python_packages(args.python)
+    document["components"].append(python_itself(args.python))
     if args.packages is not None:
         document["components"] += system_packages(args.packages.read_text(encoding="utf-8"))
     text = json.dumps(document, indent=1, sort_keys=True) + "\n"

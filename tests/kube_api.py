@@ -71,6 +71,10 @@ class KubeApi:
         self.reverse = False
         """News that come together are told in the wrong order."""
         self.denied = False
+        self.tells_gone: str | None = None
+        """How a version that is forgotten is told of: by the answer's "status" or as an "event"; either when None."""
+        self.expires_pages = False
+        """Every list that goes on is told that its snapshot is forgotten."""
         self.counts: dict[str, int] = {}
         self._snapshots: dict[int, list[Object]] = {}
         self._http: ThreadingHTTPServer | None = None
@@ -185,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token := query.get("continue"):
             version, offset = (int(part) for part in token.split("."))
             kept = self.api.snapshot_at(version)
-            if kept is None:
+            if kept is None or self.api.expires_pages:
                 self.api.count("expired_pages")
                 self._answer(410, {"kind": "Status", "code": 410})
                 return
@@ -206,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         since = int(query["resourceVersion"])
         if since < api.compacted:
             api.count("gone")
-            if api.chance.random() < 0.5:
+            if (api.tells_gone or api.chance.choice(("status", "event"))) == "status":
                 self._answer(410, {"kind": "Status", "code": 410})
                 return
             self._begin()

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from kvindex_server.metrics import DISCOVERY, REPLICAS, REQUESTS, STREAMS, MetricName
+from kvindex_server.metrics import DISCOVERY, REPLICAS, REQUESTS, SNAPSHOTS, STORE, STREAMS, MetricName
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "deploy" / "helm" / "kvindex-server" / "files"
 UNIT_TESTS = ROOT / "tests" / "alerts_test.yaml"
-DECLARED: dict[str, MetricName] = {row.name: row for row in (*REQUESTS, *STREAMS, *DISCOVERY, *REPLICAS)}
+DECLARED: dict[str, MetricName] = {
+    row.name: row for row in (*REQUESTS, *STREAMS, *STORE, *DISCOVERY, *SNAPSHOTS, *REPLICAS)
+}
 _SERIES = re.compile(r"\b((?:kvindex|process)_[a-z_]+)(?:\{([^}]*)\})?")
 
 

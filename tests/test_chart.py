@@ -36,7 +36,7 @@ FULL: dict[str, Any] = {
         "server": {"drain_seconds": 12.5},
         "log": {"format": "json", "level": "info"},
     },
-    "ports": {"grpc": 6000, "metrics": 6001, "admin": 6002},
+    "ports": {"grpc": 6000, "metrics": 6001, "admin": 6002, "http": 6003},
     "bindPorts": [{"name": "events-a", "port": 5600}],
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -53,6 +53,7 @@ FULL: dict[str, Any] = {
     "tolerations": [{"operator": "Exists"}],
 }
 CASES = {"defaults": {}, "full": FULL}
+PROFILES = ["small", "production", "cluster-wide", "secured"]
 
 
 def _script(name: str) -> ModuleType:
@@ -64,10 +65,11 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PROFILES])
 def test_lints_strictly(any_helm: str, tmp_path: Path, case: str) -> None:
     """`helm lint --strict` finds nothing."""
-    done = run(any_helm, "lint", "--strict", CHART, "--values", values_file(tmp_path, CASES[case]))
+    values = values_file(tmp_path, CASES[case]) if case in CASES else GOLDEN / f"{case}.values.yaml"
+    done = run(any_helm, "lint", "--strict", CHART, "--values", values)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -81,6 +83,7 @@ def test_rendered_config_loads(helm: str, tmp_path: Path, case: str) -> None:
     assert settings.listen == f"0.0.0.0:{ports['grpc']}"
     assert settings.metrics_listen == f"0.0.0.0:{ports['metrics']}"
     assert settings.admin_listen == (f"0.0.0.0:{ports['admin']}" if "admin" in ports else None)
+    assert settings.http.listen == (f"0.0.0.0:{ports['http']}" if "http" in ports else None)
     assert served == ports
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container(manifests)[probe]["grpc"]["port"] == ports["grpc"]
@@ -155,7 +158,7 @@ def test_rights_are_the_least(helm: str, tmp_path: Path, namespaces: list[str], 
     assert set(rights) == expected
     for each in rights.values():
         if "rules" in each:
-            assert each["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+            assert each["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
         else:
             (subject,) = each["subjects"]
             assert (subject["name"], subject["namespace"]) == ("kv-kvindex-server", "llm")
@@ -212,7 +215,7 @@ def test_manifests_are_valid(helm: str, tmp_path: Path, case: str, version: str)
     assert checked >= len(BASE)
 
 
-@pytest.mark.parametrize("profile", ["small", "production", "cluster-wide", "secured"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_golden_renders(any_helm: str, profile: str) -> None:
     """What each profile renders to is reviewed as a file; `KVINDEX_GOLDEN=1` writes it anew."""
     values, golden = GOLDEN / f"{profile}.values.yaml", GOLDEN / f"{profile}.yaml"
@@ -266,6 +269,38 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+VOLUMES |= {"image"}  # from Kubernetes 1.33 on
+
+
+def check_restricted(spec: dict[str, Any], names: set[str] | None = None) -> None:
+    """The Pod Security Standard "restricted", of all containers or those named, as admission would judge."""
+    pod = spec.get("securityContext", {})
+    for field in ("hostNetwork", "hostPID", "hostIPC"):
+        assert not spec.get(field), field
+    for volume in spec.get("volumes", []):
+        assert set(volume) - {"name"} <= VOLUMES, volume
+    for each in (*spec["containers"], *spec.get("initContainers", [])):
+        if names is not None and each["name"] not in names:
+            continue
+        own = {**pod, **each.get("securityContext", {})}
+        assert own["runAsNonRoot"] is True and own.get("runAsUser") != 0, each["name"]
+        assert own["seccompProfile"]["type"] in ("RuntimeDefault", "Localhost"), each["name"]
+        assert own["allowPrivilegeEscalation"] is False and not own.get("privileged"), each["name"]
+        capabilities = own["capabilities"]
+        assert capabilities["drop"] == ["ALL"] and set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"}, each[
+            "name"
+        ]
+        assert not any("hostPort" in port for port in each.get("ports", [])), each["name"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_restricted(profile: str) -> None:
+    manifests = _sorted((GOLDEN / f"{profile}.yaml").read_text(encoding="utf-8"))
+    (deployment,) = [each for each in manifests if each["kind"] == "Deployment"]
+    check_restricted(deployment["spec"]["template"]["spec"])
+
+
 def _sorted(text: str) -> list[dict[str, Any]]:
     documents = [each for each in yaml.safe_load_all(text) if each]
     return sorted(
@@ -299,6 +334,13 @@ def test_notes_tell_the_first_commands_and_the_engines_flags(helm: str, tmp_path
     assert "WARNING: their model is not known" in text
     assert "WARNING" not in notes({"config": {"models": [{"name": MODEL}]}})
     assert "discovery is off" in notes({"config": {"discovery": {"kubernetes": {"enabled": False}}}})
+    assert ":8090/query" in notes({"ports": {"http": 8090}})
+    # The third command has what a caller must show.
+    tokens = {"config": {"auth": {"tokens_file": "/auth/readers", "admin_tokens_file": "/auth/operators"}}}
+    assert 'grpcurl -plaintext -H "authorization: Bearer $TOKEN" localhost' in notes(tokens)
+    mutual = {"tls": {"enabled": True, "secretName": "own", "clientCertificates": True}}
+    assert "grpcurl -insecure -cert client.crt -key client.key localhost" in notes(mutual)
+    assert "grpcurl -insecure localhost" in notes({"tls": {"enabled": True, "secretName": "own"}})
 
 
 def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
@@ -323,6 +365,10 @@ def test_config_change_restarts_pods(helm: str, tmp_path: Path) -> None:
         ({"config": {"hash_seed": 2**53}}, "hash_seed"),
         ({"config": {"hash_seed": "0x10"}}, "hash_seed"),
         ({"ports": {"grpc": 70000}}, "grpc"),
+        ({"ports": {"admin": 50051}}, "50051 is given twice"),
+        ({"ports": {"http": 9090}}, "9090 is given twice"),
+        ({"bindPorts": [{"name": "a", "port": 9090}]}, "9090 is given twice"),
+        ({"bindPorts": [{"name": "a", "port": 5600}, {"name": "b", "port": 5600}]}, "5600 is given twice"),
         ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "minReplicas"),
         ({"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}, "podMonitor"),
         ({"replicas": 2}, "replicas"),
@@ -351,9 +397,13 @@ def test_the_sidecar_recipe_is_valid(tmp_path: Path) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     recipe = text.partition("<!-- sidecar -->\n```yaml\n")[2].partition("```")[0]
-    config, deployment = yaml.safe_load_all(recipe)
-    for manifest in (config, deployment):
+    config, role, binding, deployment = yaml.safe_load_all(recipe)
+    for manifest in (config, role, binding, deployment):
         kubernetes_validate.validate(manifest, "1.37.0", strict=True)
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"][0]["name"] == deployment["spec"]["template"]["spec"]["serviceAccountName"]
+    check_restricted(deployment["spec"]["template"]["spec"], {"kvindex-server"})
     settings = rendered_settings({"ConfigMap": config}, tmp_path)
     assert settings.discovery.kubernetes.enabled
     main = deployment["spec"]["template"]["spec"]["containers"][1]
@@ -372,7 +422,7 @@ def test_documented_engine_flags_are_the_charts(helm: str) -> None:
         assert each["replay_endpoint"] == f"tcp://*:{defaults['replay_port']}"
 
 
-def test_documented_valuesrender(helm: str, tmp_path: Path) -> None:
+def test_documented_values_render(helm: str, tmp_path: Path) -> None:
     """Each way to bring a tokenizer in, as docs/kubernetes.md shows it, gives a valid Deployment that mounts it."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
@@ -384,3 +434,4 @@ def test_documented_valuesrender(helm: str, tmp_path: Path) -> None:
         assert "/tokenizers" in {each["mountPath"] for each in container(manifests)["volumeMounts"]}
         volumes = {each["name"] for each in manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]}
         assert "tokenizers" in volumes
+        check_restricted(manifests["Deployment"]["spec"]["template"]["spec"])

@@ -4,9 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from publisher import free_port
 from rendered import CHART, ROOT, container, render, rendered_settings, run, values_file
+
+from kvindex_server.config import Settings
+from kvindex_server.server import Server
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -182,6 +188,25 @@ def test_without_a_store_nothing_of_it_is_rendered(helm: str, tmp_path: Path) ->
     assert "/etc/kvindex-store" not in _volumes(manifests)
 
 
+# ---- queries by HTTP -------------------------------------------------------
+
+
+def test_queries_by_http_have_a_port_of_the_service(helm: str, tmp_path: Path) -> None:
+    """Where the server listens, the Service leads and the policy lets those in who may call by gRPC; else nowhere."""
+    callers = [{"podSelector": {"matchLabels": {"app": "router"}}}]
+    values = {"ports": {"http": 8090}, "networkPolicy": {"enabled": True, "grpcFrom": callers}}
+    manifests = render(helm, tmp_path, {**values, "config": {"http": {"max_connections": 7}}})
+    _valid(manifests)
+    http = rendered_settings(manifests, tmp_path).http
+    assert (http.listen, http.max_connections) == ("0.0.0.0:8090", 7)
+    assert {"name": "http", "containerPort": 8090} in container(manifests)["ports"]
+    served = {each["name"]: each["targetPort"] for each in manifests["Service"]["spec"]["ports"]}
+    assert served["http"] == "http"
+    rule = manifests["NetworkPolicy"]["spec"]["ingress"][0]
+    assert ([each["port"] for each in rule["ports"]], rule["from"]) == (["grpc", "http"], callers)
+    assert rendered_settings(render(helm, tmp_path, {}), tmp_path).http.listen is None
+
+
 # ---- availability ----------------------------------------------------------
 
 
@@ -195,10 +220,46 @@ def test_replicas_are_kept_available(helm: str, tmp_path: Path) -> None:
     assert budget == {"maxUnavailable": 1, "selector": selector}
     assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": OWN}
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 6)
+    # Or callers that stay connected would leave a new replica idle.
+    assert rendered_settings(manifests, tmp_path).server.max_connection_age_seconds == 300
+    for server in ({"max_connection_age_seconds": 0}, {"transport": "native"}):
+        own = render(helm, tmp_path, {**values, "config": {"server": server}})
+        assert rendered_settings(own, tmp_path).server.max_connection_age_seconds == 0
+    assert rendered_settings(render(helm, tmp_path, {}), tmp_path).server.max_connection_age_seconds == 0
     assert manifests["Deployment"]["spec"]["template"]["spec"]["priorityClassName"] == "system-cluster-critical"
     assert render(helm, tmp_path, {"podDisruptionBudget": {"enabled": False}}).keys() == manifests.keys() - {
         *("PodDisruptionBudget", "HorizontalPodAutoscaler")
     }
+
+
+@pytest.mark.parametrize("ports", [{}, {"admin": 50052}])
+def test_a_replica_that_is_not_ready_is_not_restarted(helm: str, tmp_path: Path, ports: dict[str, int]) -> None:
+    """The rendered probes, asked of a real server that waits for its first pod: startup and readiness say no, liveness
+    says yes. Otherwise every replica would be killed when the shared store is away for a minute.
+    """
+    main = container(render(helm, tmp_path, {"ports": ports}))
+    events, replay = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))  # where nobody is
+    document = {
+        **dict.fromkeys(("listen", "metrics_listen", *(["admin_listen"] if ports else [])), "127.0.0.1:0"),
+        "pods": [{"pod": "p", "model": "m", "endpoint": events, "replay_endpoint": replay}],
+        "stream": {"replay_timeout_seconds": 60},
+        "server": {"ready_timeout_seconds": 60, "drain_seconds": 0},
+    }
+    server = Server(Settings.model_validate(document))
+    server.start()
+    try:
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            def serving(probe: str) -> bool:
+                request = health_pb2.HealthCheckRequest(service=main[probe]["grpc"].get("service", ""))
+                answer = stub.Check(request, timeout=5, wait_for_ready=True)
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            probes = ("startupProbe", "readinessProbe", "livenessProbe")
+            assert [serving(each) for each in probes] == [False, False, True]
+    finally:
+        server.stop()
 
 
 def test_clients_can_balance_by_themselves(helm: str, tmp_path: Path) -> None:
@@ -233,13 +294,14 @@ def test_the_index_stays_within_the_memory_limit(
 
 
 def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
-    """The PrometheusRule: lag, gap, stale, blind, saturation, a dropped hit ratio; the dashboard is valid JSON."""
+    """The PrometheusRule: lag, gap, stale, blind, divergence, saturation, hit ratio; the dashboard is JSON."""
     manifests = render(helm, tmp_path, {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}})
     (group,) = manifests["PrometheusRule"]["spec"]["groups"]
     names = {rule["alert"] for rule in group["rules"]}
     assert {
         *("KVIndexIngestBehind", "KVIndexStreamBroken", "KVIndexStreamStale", "KVIndexStreamBlind"),
         *("KVIndexSaturated", "KVIndexHitRatioDropped", "KVIndexLimitReached"),
+        *("KVIndexReplicasDiffer", "KVIndexStoreLost", "KVIndexSnapshotsFail"),
     } <= names
     dashboard = manifests["ConfigMap-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -262,6 +324,9 @@ def test_each_kind_of_trouble_has_an_alert(helm: str, tmp_path: Path) -> None:
         ({"store": {"url": "valkey://h:1"}, "config": {"store": {"addresses": ["h:1"]}}}, "two ways"),
         ({"store": {"secretName": "a"}}, "store.url"),
         ({"snapshot": {"volume": {"emptyDir": None}}}, "volume"),
+        ({"snapshot": {"volume": {"persistentVolumeClaim": {"claimName": "kv"}}}}, "emptyDir, persistentVolumeClaim"),
+        ({"ports": {"http": 8090}, "config": {"http": {"listen": "0.0.0.0:1"}}}, "two ways"),
+        ({"ports": {"http": 8090}, "tls": {"enabled": True, "secretName": "a"}}, "plain HTTP"),
         ({"config": {"snapshot": {"peer_timeout_seconds": 290}}}, "startupFailureThreshold"),
     ],
 )

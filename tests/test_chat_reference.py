@@ -1,6 +1,8 @@
 """Rendered chats equal transformers.apply_chat_template, for every template at hand (needs transformers)."""
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 from tokenizers_at_hand import real
 
 from kvindex_server.errors import KvindexError
+from kvindex_server.tokenize import load_tokenizer, selftest
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.conversation import conversation, tools_as_engine_sees
 from kvindex_server.tokenize.template import ChatTemplate
+from kvindex_server.tokenize.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,3 +113,48 @@ def test_a_continued_message_equals_transformers(name: str, final: str) -> None:
             chat.render(json.dumps(body))
         return
     assert chat.render(json.dumps(body)) == expected
+
+
+@pytest.fixture(scope="module", params=real())
+def engine(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Tokenizer]]:
+    """A directory's tokenizer as transformers loads it, whatever class it names, and as we do."""
+    directory = real()[request.param].parent
+    yield transformers.AutoTokenizer.from_pretrained(str(directory)), load_tokenizer(directory)
+
+
+def ids(raw: bytes) -> list[int]:
+    return list(struct.unpack(f"<{len(raw) // 4}I", raw))
+
+
+def test_prompts_have_the_ids_of_transformers(engine: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = engine
+    added = [each.content for each in theirs.added_tokens_decoder.values()][:64]
+    for text in selftest.texts(500, added, 31):
+        assert ids(ours.encode_prompt(text)) == theirs(text).input_ids
+        assert ids(ours.encode(text, False)) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("chat", CONVERSATIONS)
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}}])
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_chats_have_the_ids_of_transformers(
+    engine: tuple[Any, Tokenizer], chat: str, options: dict[str, Any], with_tools: bool
+) -> None:
+    theirs, ours = engine
+    if not isinstance(theirs.chat_template, str):
+        pytest.skip("no chat template, or several")
+    messages = conversation(CONVERSATIONS[chat], ChatTemplate(theirs.chat_template).content_format)
+    body = {"messages": CONVERSATIONS[chat], **options, **({"tools": [TOOL]} if with_tools else {})}
+    try:
+        expected = theirs.apply_chat_template(
+            messages,
+            tools=tools_as_engine_sees([TOOL]) if with_tools else None,
+            add_generation_prompt=options.get("add_generation_prompt", True),
+            return_dict=False,
+            **options.get("chat_template_kwargs", {}),
+        )
+    except Exception:
+        with pytest.raises(KvindexError):
+            ours.encode_chat(json.dumps(body))
+        return
+    assert ids(ours.encode_chat(json.dumps(body))) == expected

@@ -32,7 +32,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Stands in for the server: keeps the settings it is run with."""
     runs: list[Settings] = []
 
-    def run(settings: Settings, _: logs.Sampler | None) -> int:
+    def run(settings: Settings, _: logs.Sampler | None, *, as_json: bool) -> int:
+        assert not as_json
         runs.append(settings)
         return 7
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -57,9 +58,9 @@ class Replica:
             text=True,
         )
         assert self._process.stdout is not None
-        found = re.search(r"listening grpc=(\S+)", self._process.stdout.readline())
+        found = re.search(r"listening grpc=(\S+) metrics=(\S+)", self._process.stdout.readline())
         assert found is not None
-        self.address = found[1]
+        self.address, self.metrics = found[1], found[2]
 
     def wait_ready(self) -> "Replica":
         with grpc.insecure_channel(self.address) as channel:
@@ -228,6 +229,55 @@ def test_a_query_has_exactly_one_input(inputs: dict[str, Any]) -> None:
     """Nothing is guessed when there is none, and none is dropped when there are two."""
     with pytest.raises(ValueError, match="exactly one of prompt"):
         Query("m", **inputs)
+
+
+USAGE = {"predicted_tokens": 64, "cached_tokens": 48, "prompt_tokens": 70}
+
+
+def reported(replica: Replica) -> float:
+    """Reports that said too many, as this replica counts them."""
+    with urllib.request.urlopen(f"http://{replica.metrics}/metrics", timeout=10) as answer:
+        found = re.search(
+            r'kvindex_usage_error_tokens_count\{direction="over",model="m"\} (\S+)', answer.read().decode()
+        )
+    return float(found[1]) if found is not None else 0.0
+
+
+@pytest.mark.parametrize("kind", ["threads", "asyncio"])
+def test_usage_is_told_to_one_replica_and_once(serve: Callable[..., Replica], kind: str) -> None:
+    """Both have their turns; what cannot be right is an error; and when one is gone nothing is told twice."""
+    replicas = [serve().wait_ready(), serve().wait_ready()]
+    addresses, options = [each.address for each in replicas], Options(timeout=10, hedge_after=0.0)
+
+    def report(pod: str, **told: int) -> None:
+        if kind == "threads":
+            with Client(addresses, options) as client:
+                client.report_usage("m", pod, **(USAGE | told))
+            return
+
+        async def run() -> None:
+            async with AsyncClient(addresses, options) as client:
+                await client.report_usage("m", pod, **(USAGE | told))
+
+        asyncio.run(run())
+
+    for _ in range(3):
+        report("10.0.0.2:8000")
+    assert sum(map(reported, replicas)) == 3
+    for pod, told, code, words in (
+        ("10.0.0.9:8000", {}, "NOT_FOUND", "pod"),
+        ("10.0.0.2:8000", {"prompt_tokens": 40}, "INVALID_ARGUMENT", "predicted_tokens"),
+    ):
+        with pytest.raises(CallError) as caught:
+            report(pod, **told)
+        assert caught.value.code.name == code and words in caught.value.message and len(caught.value.tries) == 1
+    with pytest.raises(ValueError, match="-1"):
+        report("10.0.0.2:8000", cached_tokens=-1)
+    replicas[0].kill()
+    with pytest.raises(CallError) as caught:  # the first one's turn
+        report("10.0.0.2:8000")
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE and len(caught.value.tries) == 1
+    assert reported(replicas[1]) == 0
 
 
 def test_a_query_becomes_the_message_it_stands_for() -> None:
@@ -486,7 +536,7 @@ def plain_server(score: Callable[..., Any], health: HealthServicer | None = None
 
 @contextlib.contextmanager
 def held(address: str, method: str) -> Iterator[None]:
-    """Holds a permit of this RPC: a call whose message never comes."""
+    """Holds a permit of this RPC: a call whose message never comes. One that is turned away is made again."""
     over = threading.Event()
 
     def nothing() -> Iterator[bytes]:
@@ -495,12 +545,23 @@ def held(address: str, method: str) -> Iterator[None]:
 
     with grpc.insecure_channel(address) as channel:
         grpc.channel_ready_future(channel).result(10)
-        call = channel.stream_stream(f"/kvindex.v1.KVIndex/{method}")(nothing())
+        calls = [channel.stream_stream(f"/kvindex.v1.KVIndex/{method}")(nothing())]
+
+        def hold() -> None:
+            while not over.is_set():
+                with contextlib.suppress(grpc.RpcError):
+                    list(calls[-1])
+                if not over.wait(0.01):
+                    calls.append(channel.stream_stream(f"/kvindex.v1.KVIndex/{method}")(nothing()))
+
+        holding = threading.Thread(target=hold)
+        holding.start()
         try:
             yield
         finally:
-            call.cancel()
             over.set()
+            calls[-1].cancel()
+            holding.join(10)
 
 
 def overloaded(call: Callable[[], object]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import msgpack
 import pytest
-from event_encoding import Removed, Stored, as_array, as_map, batch
+from event_encoding import Removed, Stored, as_array, as_map, batch, maps
 from publisher import Publisher
 
 from kvindex_server import dialects
@@ -31,6 +31,41 @@ def seen(*payloads: bytes) -> Dialect:
     stream = Index(16).add_stream("p", 0)
     stream.apply(list(payloads), 0)
     return Dialect("p", 0, *stream.dialect)
+
+
+def under(adapter: str | None, number: int = 1, **other: Any) -> Stored:
+    return Stored([number], None, TOKENS, 16, lora_id=7, lora_name=adapter, **other)
+
+
+def test_every_adapter_is_named_not_only_those_of_the_sample() -> None:
+    """However late it comes, wherever the engine tells it, and each once; without a name there is none."""
+    batches = [maps(under(None))] + [maps(under("a"))] * 40 + [maps(under("b"))] * 2
+    batches.append(maps(under(None, 2, extra_keys=[["c"]])))
+    assert list(seen(*batches).adapters) == ["a", "b", "c"]
+    assert seen(maps(Stored([1], None, TOKENS, 16))).adapters == []
+
+
+def test_names_of_adapters_are_bounded() -> None:
+    adapters = seen(*(maps(under(f"a{number}")) for number in range(100)), maps(under("x" * 300))).adapters
+    assert adapters == [f"a{number}" for number in range(64)]
+
+
+def test_beginnings_with_a_salt_are_counted() -> None:
+    """As a field (SGLang) or as a text of the first block (vLLM); an adapter's name is none, nor is a later block."""
+    plain = Stored([1], None, TOKENS, 16)
+    field = Stored([2], None, TOKENS, 16, cache_salt="s")
+    text = Stored([3], None, TOKENS, 16, extra_keys=[["s"]])
+    lora = Stored([4], None, TOKENS, 16, lora_name="a", extra_keys=[["a"]])
+    later = Stored([5], 2, TOKENS, 16, cache_salt="s")
+    moved = Stored([2], None, [], 16, medium="CPU")
+    assert seen(maps(plain, field, text), maps(lora, later, moved)).beginnings == (4, 2)
+
+
+def test_a_cleared_stream_forgets_its_adapters() -> None:
+    stream = Index(16).add_stream("p", 0)
+    stream.apply([maps(under("a"))], 0)
+    stream.clear()
+    assert stream.dialect[-2:] == ([], (0, 0))
 
 
 def first(hash_: int | bytes | str, **other: Any) -> Stored:
@@ -142,7 +177,7 @@ def test_the_sample_is_of_this_life_and_small() -> None:
     stream.clear(Left.DOUBTED)
     assert stream.dialect[0] > 0
     stream.clear(Left.RESTARTED)
-    assert stream.dialect == (0, [], 0, 0, "", None)
+    assert stream.dialect == (0, [], 0, 0, "", None, [], (0, 0))
 
 
 @pytest.mark.parametrize(

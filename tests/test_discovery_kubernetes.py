@@ -323,6 +323,27 @@ def test_credentials_over_tls(fleet: Fleet, tmp_path: Path) -> None:
         api.down()
 
 
+def test_a_rotated_token_is_read_again(fleet: Fleet, api: KubeApi, tmp_path: Path) -> None:
+    """A service account's token is replaced by the kubelet every hour: the new one is found without a failure."""
+    token = tmp_path / "token"
+    token.write_text("first")
+    api.token = "first"
+    api.put(pod("a", "1", "10.0.0.1"))
+    config = yaml.safe_load(Path(kubeconfig(tmp_path, api)).read_text(encoding="utf-8"))
+    config["users"][0]["user"] = {"tokenFile": str(token)}
+    rotating = tmp_path / "rotating"
+    rotating.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with following(fleet, api, tmp_path, kubeconfig=str(rotating)) as reconciler:
+        eventually(lambda: reconciler.listed)
+        token.write_text("second")
+        api.token = "second"
+        watches = api.counts.get("watches", 0)
+        api.put(pod("b", "2", "10.0.0.2"))
+        eventually(lambda: api.counts.get("watches", 0) > watches + 1)
+        assert names(fleet) == {"10.0.0.1:8000", "10.0.0.2:8000"}
+        assert reconciler.statuses()[0].errors == {}
+
+
 def test_a_lost_server_keeps_the_fleet(fleet: Fleet, api: KubeApi, tmp_path: Path) -> None:
     """While nobody answers, the last known pods stand and errors are counted; then the news of the outage come."""
     api.put(pod("a", "1", "10.0.0.1"))
@@ -340,6 +361,38 @@ def test_a_lost_server_keeps_the_fleet(fleet: Fleet, api: KubeApi, tmp_path: Pat
         api.up()
         eventually(lambda: names(fleet) == {"10.0.0.2:8000"})
         eventually(lambda: reconciler.statuses()[0].age_seconds < 0.3)
+
+
+@pytest.mark.parametrize("how", ["status", "event"])
+def test_a_forgotten_version_is_listed_anew(fleet: Fleet, api: KubeApi, tmp_path: Path, how: str) -> None:
+    """410, in either of the ways that servers say it: what happened meanwhile is known all the same."""
+    api.tells_gone = how
+    api.put(pod("a", "1", "10.0.0.1"))
+    with following(fleet, api, tmp_path) as reconciler:
+        eventually(lambda: reconciler.listed)
+        api.down()
+        api.delete("a")
+        api.put(pod("b", "2", "10.0.0.2"))
+        api.compact()
+        api.up()
+        eventually(lambda: names(fleet) == {"10.0.0.2:8000"})
+        assert reconciler.statuses()[0].errors["gone"] >= 1
+        assert api.counts["lists"] == 2
+
+
+def test_a_list_whose_pages_expire_is_asked_for_whole(
+    fleet: Fleet, api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server too busy to keep a list's snapshot until its last page is asked for all in one answer."""
+    monkeypatch.setattr(api_module, "PAGE", 2)
+    api.expires_pages = True
+    for number in range(5):
+        api.put(pod(f"p{number}", f"u{number}", f"10.0.0.{number + 1}"))
+    with following(fleet, api, tmp_path) as reconciler:
+        eventually(lambda: reconciler.listed)
+        assert len(names(fleet)) == 5
+        assert api.counts["expired_pages"] == 1
+        assert "gone" not in reconciler.statuses()[0].errors
 
 
 def test_a_server_that_falls_silent_is_noticed(

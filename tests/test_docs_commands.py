@@ -22,6 +22,7 @@ import pytest
 import yaml
 from event_encoding import Stored, maps
 from publisher import Publisher
+from test_kvindex_cli import tokenizing
 from tokenizers_at_hand import byte_level
 
 from kvindex_server.commands.main import COMMANDS, parser
@@ -89,6 +90,7 @@ class Site:
     grpc: str
     http: str
     publisher: Publisher
+    engine: str
 
     def here(self, word: str) -> str:
         """A word of a command with this site's addresses."""
@@ -99,6 +101,7 @@ class Site:
             "tcp://10.0.0.7:5557": self.publisher.endpoint,
             "tcp://10.0.0.7:5558": self.publisher.replay_endpoint,
             "tcp://10.0.0.7:5657": self.publisher.replay_endpoint,
+            "http://10.0.0.7:8000": self.engine,
         }
         for said, real in given.items():
             word = word.replace(said, real)
@@ -125,7 +128,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (directory / "request.json").write_text(json.dumps(CHAT))
     for name in ("tokens.json", "tokenized.json"):
         (directory / name).write_text(json.dumps({"tokens": tokens}))
-    with Publisher() as publisher, Publisher() as other:
+    with Publisher() as publisher, Publisher() as other, tokenizing(tokens) as (engine, _):
         publisher.publish(maps(Stored([1], None, tokens[:16], 16)))
         pods = [
             {"pod": f"10.0.0.{n}:8000", "model": MODEL, "endpoint": p.endpoint, "replay_endpoint": p.replay_endpoint}
@@ -168,7 +171,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                         pass
                     assert time.monotonic() < ends
                     time.sleep(0.05)
-            yield Site(directory, found[1], found[2], publisher)
+            yield Site(directory, found[1], found[2], publisher, engine)
         finally:
             server.send_signal(signal.SIGTERM)
             server.communicate(timeout=20)
@@ -235,8 +238,11 @@ def _helm(_: Site, words: list[str]) -> None:
     if fetched.returncode:
         pytest.skip("Helm cannot be fetched")
     assert words[1] == "install"
+    # A release's chart is this one, with another image.
+    chart = "deploy/helm/kvindex-server"
+    ours = [chart if each.startswith("oci://") and each.endswith("/kvindex-server") else each for each in words]
     done = subprocess.run(
-        [fetched.stdout.strip(), "template", *words[2:]],
+        [fetched.stdout.strip(), "template", *ours[2:]],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -177,6 +177,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         Status.FAIL,
         "2 replays",
     ),
+    "replay mute, and nothing missing yet": (
+        with_stream(replay_unanswered=True, replays=3),
+        "replay",
+        Status.FAIL,
+        "3 replays were asked for at tcp://a:5558, and the last was not answered; EXACT",
+    ),
     "silent rank": (
         replace(WELL, streams=(stream(), stream(rank=1, endpoint="tcp://a:5558", **SILENT))),
         "rank_ports",
@@ -195,6 +201,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
     "other tokens": (with_probe(engine_tokens=(1, 2, 4, 5)), "tokens_agree", Status.FAIL, "differ from 2 on"),
     "fewer tokens": (with_probe(engine_tokens=(1, 2)), "tokens_agree", Status.FAIL, "differ from 2 on"),
     "no tokens": (with_probe(error="chat: not valid JSON"), "tokens_agree", Status.FAIL, "not valid JSON"),
+    "other template": (
+        with_probe(engine_tokens=(1, 2, 4, 5)),
+        "chat_template",
+        Status.FAIL,
+        "does not become the engine's tokens",
+    ),
     "no template": (replace(WELL, tokenizer=("native", "", False)), "chat_template", Status.FAIL, "no chat template"),
     "adapter": (
         with_probe(other_contexts={"no adapter": 4}),
@@ -203,6 +215,12 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         "4 blocks of the probe are held with no",
     ),
     "salt": (with_probe(other_contexts={doctor.NO_SALT: 4}), "salt", Status.FAIL, "4 blocks"),
+    "salts in use, none asked with": (
+        replace(with_probe(salted=False, blocks={}), dialects=(replace(DIALECT, beginnings=(9, 4)),)),
+        "salt",
+        Status.WARN,
+        "nothing of the probe is held, and no salt was asked with; 4 of 9 prompts that engines began to store had one",
+    ),
     "probe error": (with_probe(error="chat: not valid JSON"), "probe", Status.FAIL, "not valid JSON"),
     "short probe": (with_probe(total_blocks=0, blocks={}), "probe", Status.FAIL, "fill no block"),
     "missed probe": (with_probe(blocks={}), "probe", Status.WARN, "no pod holds the first"),
@@ -372,9 +390,27 @@ def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
         assert len(told) == 1 and "and no salt" not in told[0]
 
 
+def test_salts_in_use_are_told_but_blamed_only_for_a_miss() -> None:
+    salty = replace(WELL, dialects=(replace(DIALECT, beginnings=(9, 4)),))
+    assert salty.probe is not None
+    for facts in (replace(salty, probe=None), replace(salty, probe=replace(salty.probe, salted=False))):
+        (found,) = of(examine(facts), "salt")
+        assert (found.status, "4 of 9 prompts" in found.evidence) == (Status.SKIP, True)
+    (unsalted,) = of(examine(with_probe(salted=False, blocks={})), "salt")
+    assert (unsalted.status, "0 of 0 prompts" in unsalted.evidence) == (Status.SKIP, True)
+
+
 def test_a_salt_is_not_cleared_by_a_prompt_that_nobody_holds() -> None:
     nothing = examine(with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0}))
     assert [each.status for each in of(nothing, "salt")] == [Status.SKIP]
+
+
+@pytest.mark.parametrize(
+    "other", [{"engine_tokens": ()}, {"kind": "prompt"}, {"error": "chat: not valid JSON"}], ids=str
+)
+def test_a_template_that_was_not_compared_is_not_called_well(other: dict[str, Any]) -> None:
+    (found,) = of(examine(with_probe(**other)), "chat_template")
+    assert (found.status, found.remedy.startswith("Give both")) == (Status.SKIP, True)
 
 
 def test_what_cannot_be_judged_is_skipped() -> None:
@@ -657,6 +693,46 @@ def test_explain_knows_other_adapters_and_salts(running: Running) -> None:
     assert both["a"].why == "with adapter 'adapter' and no salt the pod holds 4 blocks of the same tokens"
 
 
+def test_an_adapter_that_only_events_have_named_is_known(running: Running) -> None:
+    """Nobody has configured it: the engine's own events tell which name the prompt is held under."""
+    running.publish("a", stored(0, 4, lora_name="sql-lora"))
+    for asked in ("", "sql_lora"):
+        found = running.explain(pods=["a"], lora_name=asked)
+        assert found["a"].end == pb.MATCH_END_OTHER_CONTEXT
+        assert found["a"].why == "with adapter 'sql-lora' the pod holds 4 blocks of the same tokens"
+        (lora,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS), lora_name=asked)["lora"]
+        assert lora.status == pb.CHECK_STATUS_FAIL
+        assert lora.evidence == "4 blocks of the probe are held with adapter 'sql-lora', 0 as it was asked"
+    (unasked,) = running.check(model=MODEL)["lora"]
+    assert "adapters known by name: sql-lora, adapter" in unasked.evidence
+
+
+def test_a_salt_that_was_forgotten_is_suspected(running: Running) -> None:
+    """The router does not pass the salt on: which one it was nobody knows here, but that there are salts is known."""
+    running.publish("a", stored(0, 4, cache_salt="tenant-1"))
+    (missed,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS))["salt"]
+    assert missed.status == pb.CHECK_STATUS_WARN
+    assert missed.evidence.endswith("1 of 1 prompts that engines began to store had one")
+    assert "cache_salt" in missed.remedy and "tenant-1" not in str(missed)
+    (held,) = running.check(model=MODEL, tokens=pb.Tokens(ids=TOKENS), cache_salt="tenant-1")["salt"]
+    assert held.status == pb.CHECK_STATUS_PASS
+
+
+def test_a_replay_that_is_never_answered_is_found_before_it_is_needed(running: Running) -> None:
+    """All is in sequence from the first event, so nothing is missing; but the next loss could not be mended."""
+    with Publisher(mute=True) as publisher:
+        spec = pb.RegisterPodRequest(
+            pod="e", model=MODEL, endpoint=publisher.endpoint, replay_endpoint=publisher.replay_endpoint
+        )
+        running.admin.RegisterPod(spec, timeout=5)
+        publisher.wait_subscriber()
+        publisher.publish(maps(stored(0, 4)))
+        running.until(lambda: any((each.pod, each.trust) == ("e", pb.TRUST_EXACT) for each in running.streams()))
+        found = [each for each in running.check(model=MODEL)["replay"] if each.pod == "e"]
+        assert [each.status for each in found] == [pb.CHECK_STATUS_FAIL]
+        assert "and the last was not answered; EXACT" in found[0].evidence
+
+
 def test_explain_shows_tokens_and_keys_and_the_other_rank(running: Running) -> None:
     running.publish("a", stored(0, 2))
     answer = running.admin.Explain(
@@ -745,7 +821,7 @@ class OnePod:
 def explained(index: Index) -> PodExplanation:
     lookup = Lookup(Models([Model(MODEL, index)]), OnePod(), {"gpu": 1.0, "cpu": 0.8}, Metrics())
     query = Query(MODEL, "tokens", tokens=struct.pack(f"<{len(TOKENS)}I", *TOKENS))
-    (found,) = Explainer(lookup, lambda _model: []).explain(query, lambda: None).pods
+    (found,) = Explainer(lookup, lambda _model: [], lambda _model: ()).explain(query, lambda: None).pods
     return found
 
 

@@ -144,3 +144,5 @@ def test_what_it_cannot_do_is_refused_at_the_start() -> None:
     for more in ({"tls": {"cert_file": "c", "key_file": "k"}}, {"auth": {"review": {"url": "https://k"}}}):
         with pytest.raises(ValueError, match="native does not go with"):
             Settings.model_validate({"server": {"transport": "native"}, **more})
+    with pytest.raises(ValueError, match=r"native does not go with server\.max_connection_age_seconds"):
+        Settings.model_validate({"server": {"transport": "native", "max_connection_age_seconds": 60}})

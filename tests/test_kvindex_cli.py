@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import json
 import os
 import pty
@@ -13,7 +14,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +271,88 @@ def test_check_fails_by_exit_code_with_a_remedy(site: Site) -> None:
     assert [(each["pod"], each["status"]) for each in bad] == [("b", "CHECK_STATUS_FAIL"), ("a", "CHECK_STATUS_WARN")]
 
 
+@contextlib.contextmanager
+def tokenizing(tokens: list[int] | None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An engine's HTTP port: its address, and what it was asked. Without tokens it knows no such model."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, **body})
+            answer = json.dumps({"tokens": tokens}).encode()
+            self.send_response(200 if tokens is not None else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_check_asks_the_engine_itself_for_its_tokens(site: Site) -> None:
+    """Chat and prompt as /tokenize wants them; equal is well, another template or tokenizer is not."""
+    base = ("check", *site.server, "--model", "m", "--pod", "a", "--engine")
+    with tokenizing(site.tokens) as (url, asked):
+        agreed = kvindex(*base, url, "--chat", "-", stdin=CHAT)
+        assert agreed.code == 0, agreed.out + agreed.err
+        assert f"all {len(site.tokens)} tokens of the probe are equal" in agreed.out
+        assert "the chat becomes the engine's tokens, its template included" in agreed.out
+        (chat,) = asked
+        assert (chat["path"], chat["model"], chat["add_special_tokens"]) == ("/tokenize", "m", False)
+        assert chat["messages"] == json.loads(CHAT)["messages"]
+        other = kvindex(*base, f"{url}/tokenize", "--prompt", PROMPT, "--problems")
+        assert (other.code, asked[1]["prompt"], asked[1]["add_special_tokens"]) == (1, PROMPT, True)
+        assert "FAIL  tokens_agree" in other.out
+    with tokenizing(None) as (url, _):
+        refused = kvindex(*base, url, "--prompt", PROMPT)
+    assert (refused.code, refused.out) == (3, "")
+    assert refused.err.startswith(f"kvindex: --engine {url}/tokenize: the engine's tokenize endpoint gives no tokens")
+    assert kvindex(*base, "http://127.0.0.1:1", "--prompt", PROMPT).code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--engine", "10.0.0.7:8000", "--prompt", "x"), "--engine: must have the form http://HOST:PORT"),
+        (("--engine", "http://e:1", "--tokens", "1"), "--engine: needs --prompt or --chat"),
+        (("--engine", "http://e:1", "--chat", "-"), "chat: not valid JSON"),
+    ],
+)
+def test_an_engine_that_cannot_be_asked_is_wrong_usage(words: tuple[str, ...], message: str) -> None:
+    done = kvindex("check", "--model", "m", *words, stdin="{")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"kvindex: {message}")
+
+
+def test_check_leaves_out_what_is_well_from_json_too(site: Site) -> None:
+    everything = kvindex("check", *site.server, "--json").json
+    problems = kvindex("check", *site.server, "--json", "--problems").json
+    bad = ("CHECK_STATUS_WARN", "CHECK_STATUS_FAIL")
+    assert problems["checks"] == [each for each in everything["checks"] if each["status"] in bad]
+    assert 0 < len(problems["checks"]) < len(everything["checks"])
+    assert problems["status"] == everything["status"]
+
+
+def test_serve_tells_where_it_listens_as_json_too() -> None:
+    with subprocess.Popen(
+        [KVINDEX, "serve", "--json", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as popen:
+        assert popen.stdout is not None
+        where = json.loads(popen.stdout.readline())
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(20) == 0
+    assert sorted(where) == ["grpc", "metrics"]
+    assert all(re.fullmatch(r"127\.0\.0\.1:[1-9]\d*", address) for address in where.values())
+
+
 def test_strict_check_fails_for_a_warning(site: Site) -> None:
     asked = ("check", *site.server, "--model", "m", "--tokens", "1,2,3,4,1,2,3,4")
     assert kvindex(*asked).code == 0
@@ -378,6 +463,23 @@ def test_wrong_usage_is_one_line_and_exit_2(words: tuple[str, ...], message: str
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (("simulate", "--seconds", "-1"), "kvindex simulate: argument --seconds: must be above 0"),
+        (("simulate", "--restart-every", "nan"), "kvindex simulate: argument --restart-every: must be 0 or more"),
+        (("watch", "--interval", "-1"), "kvindex watch: argument --interval: must be above 0"),
+        (("watch", "--count", "0"), "kvindex watch: argument --count: must be a whole number of 1 or more"),
+        (("pods", "--timeout", "0"), "kvindex pods: argument --timeout: must be above 0"),
+        (("pods", "--timeout", "soon"), "kvindex pods: argument --timeout: must be a number, not 'soon'"),
+    ],
+)
+def test_a_number_out_of_bounds_is_wrong_usage(words: tuple[str, ...], last: str) -> None:
+    done = kvindex(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1] == last
+
+
 def test_a_list_nested_without_end_is_wrong_usage(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     done = kvindex("score", "--model", "m", "--tokens", f"@{tmp_path / 'deep.json'}")
@@ -421,7 +523,12 @@ def test_a_mistyped_host_is_not_called_a_server_that_is_not_ready() -> None:
     ("words", "last"),
     [
         (("scroe",), "kvindex: argument COMMAND: invalid choice: 'scroe'; did you mean score? (one of score, "),
-        (("score", "--modle", "m", "--tokens", "1"), "kvindex score: "),
+        (
+            ("score", "--modle", "m", "--tokens", "1"),
+            "kvindex score: the following arguments are required: --model; unknown option: --modle; "
+            "did you mean --model?",
+        ),
+        (("score", "--tokens", "1"), "kvindex score: the following arguments are required: --model"),
         (("pods", "--modle", "m"), "kvindex pods: unknown option: --modle; did you mean --model?"),
         (("pods", "--sever=x"), "kvindex pods: unknown option: --sever; did you mean --server?"),
         (("pods", "x"), "kvindex pods: unknown argument: x"),
@@ -794,6 +901,33 @@ def test_demo_as_json() -> None:
     assert summary["requests"] > 0 and 0 < summary["hit_ratio"] < 1
 
 
+def test_the_demo_is_asked_by_text_and_its_accuracy_is_seen_live(tmp_path: Path) -> None:
+    """With a tokenizer prompts and the page's box work; without anything, predictions meet what engines found."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with subprocess.Popen(
+        [KVINDEX, "demo", "--pods", "2", "--rate", "50", "--seconds", "60", "--tokenizer", str(tmp_path), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        where = json.loads(demo.stdout.readline())
+        ends, held, counted = time.monotonic() + 40, 0, 0.0
+        while not (held and counted > 10):
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+            text = "You review code. Name file and line first, then the fault, then the smallest change that helps. "
+            asked = ("--server", where["grpc"], "--model", "demo-model", "--prompt", text * 12, "--json")
+            held = max((each["matched_blocks"] for each in kvindex("score", *asked).json["scores"]), default=0)
+            with urllib.request.urlopen(f"http://{where['metrics']}/metrics", timeout=10) as answer:
+                metrics = answer.read().decode()
+            found = re.findall(r"^kvindex_usage_error_tokens_count\{.*\} (\S+)$", metrics, re.MULTILINE)
+            counted = sum(map(float, found))
+        with urllib.request.urlopen(f"http://{where['metrics']}/api/fleet", timeout=10) as answer:
+            assert json.loads(answer.read())["prompt"] == "open"
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(20) == 0
+
+
 def complete(script: Path, *words: str) -> list[str]:
     """What bash offers behind these words."""
     line = " ".join(f"'{word}'" for word in words)
@@ -813,6 +947,8 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     (tmp_path / "recorded").mkdir()
     assert complete(script, "kvindex", "replay", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "completion", "f") == ["fish"]
+    assert complete(script, "kvindex", "completion", "") == ["--help", "bash", "zsh", "fish"]
+    assert complete(script, "kvindex", "serve", "--log-level", "") == ["debug", "info", "warning", "error"]
     assert complete(script, "kvindex", "score", "--chat", f"{tmp_path}/rec") == [f"{tmp_path}/recorded"]
     assert complete(script, "kvindex", "score", "--model", f"{tmp_path}/rec") == []
 

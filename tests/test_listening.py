@@ -1,5 +1,6 @@
 """Several engines that dial into one endpoint, told apart by topic."""
 
+import select
 import socket
 import sys
 import threading
@@ -230,6 +231,31 @@ def test_an_engine_that_comes_again_stands_for_the_one_before(endpoint: str, min
         assert old.socket.recv(64) == b""
         new.socket.close()
         seen.sees(LOST)
+
+
+def test_after_many_that_came_at_once_there_is_rest(endpoint: str) -> None:
+    """What tells of a connection that is taken already would keep the stream's thread from ever sleeping again."""
+    first = greeting() + READY + message(frames(0, b"x", b"kv@a"))
+
+    def many() -> None:
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])), 10) as peer:
+                peer.sendall(first)
+                peer.recv(1)
+
+    with taking(endpoint, "kv@a") as seen:
+        for _ in range(30):
+            crowd = [threading.Thread(target=many, daemon=True) for _ in range(3)]
+            for each in crowd:
+                each.start()
+            for each in crowd:
+                each.join(20)
+            last = dial(endpoint, message(frames(1, b"y", b"kv@a")))
+            eventually(lambda: frames(1, b"y", b"kv@a") in seen.seen)
+            waits = seen.events.pollables[0]
+            eventually(lambda waits=waits: not select.select([waits], [], [], 0)[0])  # type: ignore[misc]
+            last.socket.close()
+            seen.seen.clear()
 
 
 def test_a_first_message_in_any_pieces(endpoint: str) -> None:

@@ -173,6 +173,17 @@ def test_prompt_box_shows_blocks(page: Any) -> None:
     assert not page.locator("#matches").is_visible()
 
 
+def test_a_salt_sets_equal_prompts_apart(page: Any) -> None:
+    """With one nobody holds anything, and the page says that without it somebody does."""
+    page.fill("#salt", "tenant-1")
+    ask(page)
+    assert page.locator("#told").inner_text().endswith("the best holds 0 blocks.")
+    assert "with no salt the pod holds 55 blocks of the same tokens" in page.locator("#pods").inner_text()
+    page.fill("#salt", "")
+    ask(page)
+    assert page.locator("#told").inner_text().endswith("the best holds 55 blocks.")
+
+
 def test_text_from_outside_stays_text(page: Any) -> None:
     """Markup in an error or a filter is shown, not run; the policy would forbid it besides."""
     page.fill("#lora", "<img src=x onerror=alert(1)>")
@@ -192,7 +203,20 @@ def test_by_keyboard_alone(page: Any) -> None:
         if order[-1] == "ask":
             break
     sorts = ["pod", "rank", "model", "trust", "cause", "state", "lag_seconds", "age_seconds", "total", "lost"]
-    assert order == ["skip", "pause", "theme", "filter", "scroll", *sorts, "model", "kind", "lora", "text", "ask"]
+    assert order == [
+        "skip",
+        "pause",
+        "theme",
+        "filter",
+        "scroll",
+        *sorts,
+        "model",
+        "kind",
+        "lora",
+        "salt",
+        "text",
+        "ask",
+    ]
     page.focus("#text")
     page.keyboard.type("hello world " * 8)
     page.keyboard.press("Control+Enter")

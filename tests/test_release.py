@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +44,9 @@ def test_the_version_stands_in_one_place() -> None:
     assert kvindex_server.__version__ == version
     assert (chart["version"], chart["appVersion"]) == (version, version)
     recipe = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"image: kvindex-server:(\S+)", recipe)) == {version}
+    named = [image or chart for image, chart in re.findall(r"\bkvindex-server:(\S+)|--version (\S+)", recipe)]
+    assert len(named) == 3
+    assert set(named) == {version}
     for path in (ROOT / "kvindex_server").rglob("*.py"):
         assert f'"{version}"' not in path.read_text(encoding="utf-8"), path
 
@@ -101,6 +106,22 @@ def test_only_a_tag_publishes() -> None:
                 assert "tag" in str(job.get("if", "")) or "tag" in str(step.get("if", "")), text
 
 
+def test_the_released_chart_runs_the_released_image(tmp_path: Path) -> None:
+    """The publishing job's own line, run over a copy of the chart, makes its image the one that the job has pushed."""
+    publish = _workflow("release.yml")["jobs"]["publish"]
+    assert publish["env"]["REGISTRY"] == "${{ needs.version.outputs.registry }}"
+    commands = [line.strip() for step in publish["steps"] for line in step.get("run", "").splitlines()]
+    (line,) = [each for each in commands if each.startswith("sed ")]
+    (pushed,) = [each.partition("=")[2].strip('"') for each in commands if each.startswith("image=")]
+    chart = Path("deploy", "helm", "kvindex-server")
+    shutil.copytree(ROOT / chart, tmp_path / chart)
+    environment = {"PATH": os.environ["PATH"], "REGISTRY": "ghcr.io/someone"}
+    subprocess.run(["sh", "-eu", "-c", line], cwd=tmp_path, env=environment, check=True, timeout=30)
+    values = yaml.safe_load((tmp_path / chart / "values.yaml").read_text(encoding="utf-8"))
+    assert values["image"]["repository"] == "ghcr.io/someone/kvindex-server"
+    assert pushed == "$REGISTRY/kvindex-server:$VERSION"
+
+
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")
 def test_actionlint_accepts_the_workflows() -> None:
     done = subprocess.run(["actionlint", *WORKFLOWS], capture_output=True, text=True, timeout=60, check=False)
@@ -117,6 +138,14 @@ def test_the_bill_of_materials_names_system_packages() -> None:
     assert (second["name"], second["version"]) == ("libstdc++6", "12.2.0-14+deb12u1")
     with pytest.raises(ValueError, match="unpack"):
         script.system_packages("bash 5.2\n")
+
+
+def test_the_bill_of_materials_names_the_interpreter() -> None:
+    """A scanner must find a fault of CPython's too, which is no package of the system in the official images."""
+    found = _script("sbom").python_itself(sys.executable)
+    version = platform.python_version()
+    assert (found["name"], found["version"], found["purl"]) == ("python", version, f"pkg:generic/python@{version}")
+    assert found["cpe"].split(":")[3:6] == ["python", "python", version]
 
 
 def test_the_image_gets_every_file_that_it_copies() -> None:

@@ -113,6 +113,39 @@ def test_calls_at_work_end_before_the_process_does(process: Process) -> None:
     assert process.popen.returncode == 0
 
 
+def test_old_connections_are_given_up_and_no_call_is_lost() -> None:
+    """A client that calls all the time takes a new connection now and then, each of its calls is answered, and a stream
+    that was open before goes on.
+    """
+    process = Process(env={"KVINDEX_SERVER__MAX_CONNECTION_AGE_SECONDS": "0.5"})
+    try:
+        wait_serving(process.grpc)
+        with grpc.insecure_channel(process.grpc) as channel:
+            rpc.KVIndexAdminStub(channel).RegisterPod(
+                pb.RegisterPodRequest(pod="p", model="m", endpoint="tcp://127.0.0.1:9")
+            )
+            states: list[grpc.ChannelConnectivity] = []
+            channel.subscribe(states.append)
+            request = pb.ScoreRequest(model="m", tokens=pb.Tokens(ids=[1]))
+            late = threading.Event()
+
+            def requests() -> Iterator[pb.ScoreRequest]:
+                yield request
+                late.wait(20)
+                yield request
+
+            stream = rpc.KVIndexStub(channel).ScoreStream(requests())
+            next(stream)
+            ends = time.monotonic() + 20
+            while states.count(grpc.ChannelConnectivity.READY) < 3:
+                assert time.monotonic() < ends, states
+                rpc.KVIndexStub(channel).Score(request, timeout=5)
+            late.set()
+            assert next(stream).status.code == 0
+    finally:
+        assert process.end()[0] == 0
+
+
 def test_an_idle_stream_does_not_hold_the_end_up(process: Process) -> None:
     """Open streams and health watches that say nothing are ended a second after SIGTERM, not after the drain time."""
     wait_serving(process.grpc)

@@ -275,6 +275,20 @@ def test_salt_and_media_make_equal_tokens_differ(served: Served) -> None:
     assert later.scores[0].matched_blocks == 2
 
 
+def test_a_text_meets_the_blocks_of_a_prompt_with_an_image(served: Served) -> None:
+    """The template writes one placeholder, the engine as many as the image takes."""
+    engine = list(b"ab" + b"?" * 6 + b"cd")
+    served.stored("c", 0, engine[:8], extra_keys=[[["img", 2]], [["img", -2]]])
+    image = [pb.MmFeature(hash="img", offset=2, length=6)]
+    chat = json.dumps({"messages": [{"role": "user", "content": "ab?cd"}]})
+    for form in ({"prompt": "ab?cd"}, {"chat": chat}, {"tokens": tokens(*engine)}, {"prompt": "ab??????cd"}):
+        answer = served.score(**form, mm_features=image)
+        assert (answer.total_tokens, answer.scores[0].pod, answer.scores[0].matched_blocks) == (10, "c", 2)
+    assert served.score(prompt="ab??????cd").scores[0].matched_blocks == 0
+    code, message = refused(lambda: served.score(prompt="ab", mm_features=image))
+    assert (code, message) == (grpc.StatusCode.INVALID_ARGUMENT, "mm_features: offset 2 is beyond the 2 tokens")
+
+
 def test_an_unknown_tier_weighs_as_the_lowest_and_is_counted(served: Served) -> None:
     served.stored("c", 0, [50, 51, 52, 53], "LMCACHE")
     answer = served.score(tokens=tokens(50, 51, 52, 53))
@@ -459,7 +473,7 @@ def test_a_text_that_cannot_be_tokenized_in_time_is_refused_at_once(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call's own deadline reaches the reference encoder, which knows how fast it is."""
-    monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 100)
+    monkeypatch.setattr(tokenizer_module, "RATED_BYTES", 100)
     tokenizer = Tokenizer(byte_level(add_prefix_space=True), ChatTemplates({}, {}), self_test_texts=10)
     assert tokenizer.mode == "reference"
     served.lookup._models = Models([Model("slow", Index(4), tokenizer)])

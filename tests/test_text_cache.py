@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import struct
 import threading
 import time
@@ -22,6 +23,7 @@ from kvindex_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from kvindex_server.tokenize import library
 from kvindex_server.tokenize import tokenizer as tokenizer_module
 from kvindex_server.tokenize.chat import ChatTemplates
 from kvindex_server.tokenize.plan import plan
@@ -249,19 +251,31 @@ def raised(ask: Callable[[], object]) -> KvindexError:
 
 
 def test_a_long_text_for_whole_encoding_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 1000)
-    tested = reference_only(max_reference_bytes=5000)
+    tested = reference_only(max_reference_bytes=50_000)
     assert tested.mode == "reference" and tested.reason == "ByteLevel with add_prefix_space"
-    error = raised(lambda: tested.encode_prompt("a" * 6000))
+    asked = []
+
+    def ids(*_: object) -> list[int]:
+        asked.append(time.monotonic())
+        time.sleep(0.02)
+        return [1]
+
+    monkeypatch.setattr(library, "ids", ids)
+    error = raised(lambda: tested.encode_prompt("a" * 60_000))
     assert isinstance(error, InvalidArgument)
     assert error.field == "prompt" and "max_reference_bytes" in error.reason
-    assert tested.encode_prompt("a" * 900)
-    tested.encode_prompt("b" * 4000)  # gives the rate
-    error = raised(lambda: tested.encode_prompt("c" * 4000, seconds=1e-6))
-    assert isinstance(error, DeadlineExceeded)
+    # How fast the library is was found at load: the very first long text is refused.
+    error = raised(lambda: tested.encode_prompt("c" * 20_000, seconds=1e-6))
+    assert isinstance(error, DeadlineExceeded) and "cannot be tokenized" in str(error)
+    assert not asked
+    # A slow moment does not have later texts refused.
+    for letter in "defg":
+        assert tested.encode_prompt(letter * 20_000, seconds=0.01)
+    assert len(asked) == 4
 
 
 def test_long_texts_for_whole_encoding_do_not_take_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "RATED_BYTES", 10)
     monkeypatch.setattr(tokenizer_module, "LONG_BYTES", 10)
     tested = reference_only()
     slots = tokenizer_module._Reference._long
@@ -432,3 +446,28 @@ def test_an_engine_can_be_asked_instead() -> None:
         refused = json.dumps({"messages": [], "chat_template": "{{ x }}"})
         assert isinstance(raised(lambda: remote.encode_chat(refused)), InvalidArgument)
     assert isinstance(raised(lambda: remote.encode_prompt("new")), Unavailable)
+
+
+def test_an_engine_that_hangs_does_not_hold_every_worker() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/tokenize"
+        source = Sources(_core.TextCache(1 << 20), engines_at_once=2)
+        one, other = source.configured("one", None, url), source.configured("other", None, url)
+        assert isinstance(one, RemoteTokenizer) and isinstance(other, RemoteTokenizer)
+        ends: list[KvindexError] = []
+        threads = [
+            threading.Thread(target=lambda text=text: ends.append(raised(lambda: one.encode_prompt(text, seconds=1.5))))
+            for text in ("same", "same")
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        error = raised(lambda: other.keys("prompt", "another", 2, 1337, seconds=5))
+        assert isinstance(error, ResourceExhausted) and time.monotonic() - started < 1
+        for thread in threads:
+            thread.join(10)
+        assert [type(each) for each in ends] == [DeadlineExceeded] * 2
+        assert isinstance(raised(lambda: other.encode_prompt("x", seconds=0.2)), DeadlineExceeded)

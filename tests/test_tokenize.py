@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from kvindex_server._core import block_keys
 from kvindex_server.errors import FailedPrecondition, InvalidArgument
 from kvindex_server.tokenize import Tokenizer, load_tokenizer
 
@@ -72,6 +73,19 @@ def test_chat_gets_only_what_the_template_writes(directory: Path, fast: FastToke
     expected = [0, 2, *fast.encode("the cat", add_special_tokens=False).ids]
     assert ids(tokenizer.encode_chat(chat("the cat"))) == expected
     assert ids(tokenizer.encode_chat(chat("the cat").encode())) == expected
+
+
+def test_a_chat_may_ask_for_the_special_tokens_of_the_post_processor(directory: Path, fast: FastTokenizer) -> None:
+    """`add_special_tokens` of the body, which engines take."""
+    tokenizer = load_tokenizer(directory)
+    body = chat("the cat", add_special_tokens=True)
+    expected = [0, 0, 2, *fast.encode("the cat", add_special_tokens=False).ids]
+    assert ids(tokenizer.encode_chat(body)) == expected
+    keyed = tokenizer.keys("chat", body, 2, 1337)
+    assert (keyed.tokens, keyed.keys) == (len(expected), block_keys(tokenizer.encode_chat(body), 2))
+    assert ids(tokenizer.encode_chat(chat("the cat", add_special_tokens=False))) == expected[1:]
+    with pytest.raises(InvalidArgument, match="add_special_tokens is not true or false"):
+        tokenizer.encode_chat(chat("the cat", add_special_tokens=1))
 
 
 def test_truncation_and_padding_of_the_file_are_off(directory: Path) -> None:

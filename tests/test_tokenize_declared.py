@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers_at_hand import byte_level
 
 from kvindex_server.tokenize import declared
 from kvindex_server.tokenize.chat import ChatTemplates
+from kvindex_server.tokenize.tokenizer import Tokenizer
 
 SOURCE = byte_level().to_str()
 FIRST_NEW = FastTokenizer.from_str(SOURCE).get_vocab_size()
@@ -19,9 +21,13 @@ PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": F
 TEXT = "a <A> <B>  the quick old <C> <D> x <s>  <|end|> \n b"
 
 
-def completed(config: dict[str, Any], special_tokens_map: dict[str, Any] | None = None) -> FastTokenizer:
+def completed(
+    config: dict[str, Any],
+    special_tokens_map: dict[str, Any] | None = None,
+    added_tokens: dict[str, int] | None = None,
+) -> FastTokenizer:
     fast = FastTokenizer.from_str(SOURCE)
-    declared.complete(fast, declared.merged(config, special_tokens_map or {}))
+    declared.complete(fast, declared.merged(config, special_tokens_map or {}, added_tokens))
     return fast
 
 
@@ -88,6 +94,31 @@ def test_the_map_counts_only_where_no_added_tokens_are_listed() -> None:
     assert named({**config, "added_tokens_decoder": {}}, special) == config
 
 
+def test_a_list_apart_counts_where_the_configuration_has_none() -> None:
+    listed = {"<late>": 2000, "<pad>": 1000, "<other end>": END}
+    fast = completed({"pad_token": "<pad>"}, None, listed)
+    tokens = fast.get_added_tokens_decoder()
+    assert [tokens[FIRST_NEW + at].content for at in range(2)] == ["<pad>", "<late>"]
+    assert [(tokens[FIRST_NEW + at].special, tokens[FIRST_NEW + at].normalized) for at in range(2)] == [
+        (True, False),
+        (False, True),
+    ]
+    assert tokens[END].content == "<|end|>"
+    assert completed({"added_tokens_decoder": {}}, None, listed).to_str() == SOURCE
+
+
+def test_special_tokens_may_be_split_like_text() -> None:
+    plain, split = completed({}), completed({"split_special_tokens": True})
+    assert split.encode("a<s>b").ids != plain.encode("a<s>b").ids
+    tested = Tokenizer(split, ChatTemplates({}, {}), self_test_texts=50)
+    assert (tested.mode, tested.cuts) == ("reference", "nowhere")
+    assert tested.reason == "special tokens that are split like text"
+    text = "a<s>b<|user|> c<|end|>"
+    for special in (False, True):
+        ids = split.encode(text, add_special_tokens=special).ids
+        assert tested.encode(text, special) == struct.pack(f"<{len(ids)}I", *ids)
+
+
 CONTENTS = ("<s>", "</s>", "<|user|>", "<|end|>", "<A>", "<B>", "the", "quick", "<C>", "old", "<D> x")
 TEMPLATE = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ image_token }}|{{ boi_token }}"
 
@@ -124,6 +155,14 @@ def random_config(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any] | 
     return config, special | rng.choice(({}, {"additional_special_tokens": rng.sample(CONTENTS, 2)}))
 
 
+def random_list(rng: random.Random) -> dict[str, int] | None:
+    """added_tokens.json, which few have."""
+    if rng.random() < 0.5:
+        return None
+    numbers = rng.sample([*range(FIRST_NEW - 8, FIRST_NEW + 8), 990, END], 3)
+    return dict(zip(rng.sample(CONTENTS, 3), numbers, strict=True))
+
+
 def test_all_of_it_equals_transformers(tmp_path: Path) -> None:
     """Added tokens with their ids and flags, the ids of a text, and what a template sees, for random configurations."""
     transformers = pytest.importorskip("transformers")
@@ -132,12 +171,17 @@ def test_all_of_it_equals_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     for _ in range(80):
         config, special = random_config(rng)
+        config |= rng.choice(({}, {}, {"split_special_tokens": True}))
+        listed = random_list(rng)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
         if special is not None:
             (tmp_path / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+        (tmp_path / "added_tokens.json").unlink(missing_ok=True)
+        if listed is not None:
+            (tmp_path / "added_tokens.json").write_text(json.dumps(listed), encoding="utf-8")
         engine = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
-        fast = completed(config, special)
+        fast = completed(config, special, listed)
         assert added(fast) == {number: repr(token) for number, token in engine.added_tokens_decoder.items()}
         assert fast.encode(TEXT).ids == engine(TEXT).input_ids
         messages = [{"role": "user", "content": "hi"}]

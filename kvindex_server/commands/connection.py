@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from kvindex_server.commands.failure import FAILED, NOT_ALLOWED, UNREACHABLE, USAGE, CommandError, meant
+from kvindex_server.commands.usage import above_zero
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2_grpc as rpc
 
@@ -28,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-cert", metavar="FILE", type=Path, help="client certificate, for mutual TLS")
     group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key")
     group.add_argument("--token-file", metavar="FILE", type=Path, help="bearer token to send")
-    group.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0, help="per call (default 10)")
+    group.add_argument("--timeout", metavar="SECONDS", type=above_zero, default=10.0, help="per call (default 10)")
 
 
 class Connection:

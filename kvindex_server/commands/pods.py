@@ -9,6 +9,7 @@ from kvindex_server.commands import screen
 from kvindex_server.commands.connection import Connection
 from kvindex_server.commands.failure import UNREACHABLE, CommandError
 from kvindex_server.commands.score import trust
+from kvindex_server.commands.usage import above_zero, at_least_one
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 
 BAR, SHORTEST_BAR = 20, 6
@@ -36,8 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
     """Beside those of the connection."""
     add_options(parser)
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default 1")
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N views (default: Ctrl-C)")
+    parser.add_argument("--interval", type=above_zero, default=1.0, metavar="SECONDS", help="default 1")
+    parser.add_argument(
+        "--count", type=at_least_one, default=0, metavar="N", help="end after N views (default: at Ctrl-C)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

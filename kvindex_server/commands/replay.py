@@ -150,7 +150,10 @@ def run(args: argparse.Namespace) -> int:
     ranks = _opened(recordings, args.endpoint, args.replay_endpoint)
     player = Player(ranks)
     try:
-        if not args.json:
+        if args.json:
+            told = {"endpoint": ranks[0].endpoint, "replay_endpoint": ranks[0].replay_endpoint, "ranks": len(ranks)}
+            screen.write_json({"messages": player.messages, "seconds": player.seconds, **told})
+        else:
             many = f" of {len(ranks)} ranks" if len(ranks) > 1 else ""
             screen.write(
                 f"{player.messages} messages{many} over {player.seconds:.1f} s",
@@ -163,7 +166,6 @@ def run(args: argparse.Namespace) -> int:
             each.close()
     published, requests = sum(each.published for each in ranks), sum(each.requests for each in ranks)
     if args.json:
-        told = {"endpoint": ranks[0].endpoint, "replay_endpoint": ranks[0].replay_endpoint, "ranks": len(ranks)}
         screen.write_json({"published": published, "replay_requests": requests, **told})
     else:
         screen.write(f"{published} messages published, {requests} replay requests answered")

@@ -7,6 +7,7 @@ import time
 from kvindex_server.commands import screen
 from kvindex_server.commands.connection import Connection
 from kvindex_server.commands.failure import USAGE, CommandError
+from kvindex_server.commands.usage import above_zero, not_negative
 from kvindex_server.pb.kvindex.v1 import kvindex_pb2 as pb
 from kvindex_server.simulate.events import Encoding
 from kvindex_server.simulate.pod import SimulatedPod
@@ -24,9 +25,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=1024, help="blocks of each pod's cache (default 1024)")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=20.0, help="requests per second (default 20)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long (default: Ctrl-C)")
+    parser.add_argument("--seconds", type=above_zero, default=float("inf"), help="end after so long (default: Ctrl-C)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--restart-every", type=float, default=0.0, metavar="SECONDS", help="restart a pod so often")
+    parser.add_argument(
+        "--restart-every", type=not_negative, default=0.0, metavar="SECONDS", help="restart a pod so often"
+    )
     parser.add_argument("--register", action="store_true", help="register the pods at the server while they run")
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Literal, Protocol
 
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.explain import Explainer, PodExplanation, Streams, tokens_of
+from kvindex_server.explain import Adapters, Explainer, PodExplanation, Streams, tokens_of
 from kvindex_server.lookup import BlocksQuery, Check, Located, Lookup, ScoreQuery
 from kvindex_server.rest import Fields
 from kvindex_server.score import PodScore
@@ -27,9 +27,9 @@ class Limits(Protocol):
 class PromptView:
     """Answers `/api/score`. Nothing of the prompt is kept or logged; its first token ids and keys are sent back."""
 
-    def __init__(self, lookup: Lookup, limits: Limits, streams: Streams) -> None:
+    def __init__(self, lookup: Lookup, limits: Limits, streams: Streams, adapters: Adapters) -> None:
         self._lookup = lookup
-        self._explainer = Explainer(lookup, streams)
+        self._explainer = Explainer(lookup, streams, adapters)
         self._max_bytes = min(MAX_TEXT_BYTES, limits.max_prompt_bytes)
 
     def shown(self, fields: Fields, check: Check) -> Mapping[str, object]:

@@ -86,6 +86,8 @@ class Workload:
 
 Route = Callable[[Turn], str]
 """Chooses the pod, by its name, that answers a turn."""
+Served = Callable[[Turn, str, Completion], None]
+"""Told of each turn that a pod has answered."""
 
 
 def by_session(pods: Sequence[str]) -> Route:
@@ -120,6 +122,7 @@ class Traffic:
     workload: Workload
     pods: Mapping[str, SimulatedPod]
     route: Route
+    served: Served | None = None
 
     def __post_init__(self) -> None:
         self.total = Tally()
@@ -160,5 +163,7 @@ class Traffic:
                 completion = future.result()
                 self.total.add(completion)
                 self.by_pod[pod].add(completion)
+                if self.served is not None:
+                    self.served(turn, pod, completion)
                 self.workload.finish(turn, completion.tokens)
         self._under_way = waiting

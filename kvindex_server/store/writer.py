@@ -140,7 +140,9 @@ class StoreStream:
         return self._native.unresolved
 
     @property
-    def dialect(self) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None]:
+    def dialect(
+        self,
+    ) -> tuple[int, list[str], int, int, str, tuple[int | bytes, list[int]] | None, list[str], tuple[int, int]]:
         return self._native.dialect
 
     @property

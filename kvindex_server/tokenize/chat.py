@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from kvindex_server.errors import FailedPrecondition, InvalidArgument
@@ -12,6 +13,14 @@ _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 # Given by the body itself, or untrusted: a template from a request would run on our side.
 _REFUSED_KWARGS = frozenset({"chat_template", "tokenize", "tools", "messages", "conversation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A chat as the engine tokenizes it; the template writes the special tokens, unless the body asks for more."""
+
+    text: str
+    add_special_tokens: bool
 
 
 class ChatTemplates:
@@ -27,7 +36,11 @@ class ChatTemplates:
         return bool(self._templates)
 
     def render(self, body: str | bytes, seconds: float = float("inf")) -> str:
-        """The prompt text of a chat-completions body. InvalidArgument never quotes the body.
+        """The prompt text alone, as `rendered`."""
+        return self.rendered(body, seconds).text
+
+    def rendered(self, body: str | bytes, seconds: float = float("inf")) -> Rendered:
+        """The prompt of a chat-completions body. InvalidArgument never quotes the body.
 
         DeadlineExceeded when `seconds` pass, which are what the caller's deadline leaves.
         """
@@ -53,9 +66,10 @@ class ChatTemplates:
         variables["add_generation_prompt"] = generate
         # The engine gives the template `documents` in any case, and the body's win over the kwargs'.
         variables["documents"] = documents if documents is not None else variables.get("documents")
+        special = _flag(request, "add_special_tokens", default=False)
         if not resume:
-            return template.render(variables, seconds=seconds)
-        return _render_resumed(template, variables, messages[-1], seconds)
+            return Rendered(template.render(variables, seconds=seconds), special)
+        return Rendered(_render_resumed(template, variables, messages[-1], seconds), special)
 
     def _choose(self, *, has_tools: bool) -> ChatTemplate:
         if not self._templates:

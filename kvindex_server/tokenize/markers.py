@@ -19,6 +19,8 @@ MAX_BYTES = 1 << 20
 
 def markers(fast: FastTokenizer) -> list[str]:
     """The contents of the added tokens before which every text may be cut; empty when there are none."""
+    if fast.encode_special_tokens:
+        return []  # it does not take them out at all
     definition: dict[str, Any] = json.loads(fast.to_str())
     if any(definition["model"].get(option) for option in ("dropout", "alpha", "nbest_size")):
         return []  # ids that are drawn cannot be put together

@@ -37,6 +37,8 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 def plan(fast: FastTokenizer, word_slots: int) -> Plan:
     """The native encoder's plan. Unsupported when the tokenizer is not one it reproduces."""
+    if fast.encode_special_tokens:
+        raise Unsupported("special tokens that are split like text")
     definition: dict[str, Any] = json.loads(fast.to_str())
     model: dict[str, Any] = definition["model"]
     if model["type"] != "BPE":
@@ -213,8 +215,9 @@ def _byte_letters() -> list[str]:
 def _cuts(tables: Sequence[Table], classes: bytes, members: Sequence[frozenset[str]], added: Sequence[Added]) -> bytes:
     """Per pair of classes, left * classes + right: whether a text may be cut between any two such characters.
 
-    It may where no pass has a match across, where the last pass starts a match behind, where the normalizer
-    leaves the right one alone, and where no added token reaches across, by itself or by the space it strips.
+    It may where no pass has a match across, where the last pass starts a match behind, where the normalizer leaves
+    both alone (the left one may otherwise end as a character of another class, as U+0958 does), and where no added
+    token reaches across, by itself or by the space it strips.
     """
     across = {
         (classes[ord(left)], classes[ord(right)])
@@ -223,7 +226,7 @@ def _cuts(tables: Sequence[Table], classes: bytes, members: Sequence[frozenset[s
     }
     return bytes(
         (left, right) not in across
-        and _CHANGED not in members[right]
+        and _CHANGED not in members[left] | members[right]
         and _strips_nothing(members, added, left, right)
         and tables[-1].always_starts(right)
         and all(table.uncrossed(left, right) for table in tables)

@@ -28,8 +28,9 @@ def load_tokenizer(
         raise InvalidArgument("tokenizer", f"{directory} has no tokenizer.json")
     config = _read_object(directory / "tokenizer_config.json")
     special_tokens_map = _read_object(directory / "special_tokens_map.json")
+    added_tokens = _read_object(directory / "added_tokens.json")
     try:
-        tokens = declared.merged(config, special_tokens_map)
+        tokens = declared.merged(config, special_tokens_map, added_tokens)
         templates = ChatTemplates(_chat_templates(directory, config), declared.named_tokens(tokens))
         fast = FastTokenizer.from_file(str(path))
         declared.complete(fast, tokens)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 import urllib.request
 from array import array
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from kvindex_server import _core
-from kvindex_server.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from kvindex_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from kvindex_server.tokenize.tokenizer import NO_DEADLINE, UNLIMITED, Body, Keyed, checked, next_root
 
 MAX_SECONDS = 10.0
+PATIENCE_SECONDS = 0.02
+"""How long a call waits for a place to ask from; a known text leaves its place much earlier."""
 CHAT_SECONDS = 60
 """Chats are remembered until the next full minute: the engine's template may write the date into them."""
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -26,10 +29,19 @@ class RemoteTokenizer:
     cuts: Literal["nowhere"] = "nowhere"
     has_chat_template = True
 
-    def __init__(self, url: str, model: str, cache: _core.TextCache, clock: Callable[[], float] = time.time) -> None:
-        self._engine = _Engine(url, model)
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cache: _core.TextCache,
+        clock: Callable[[], float] = time.time,
+        places: threading.Semaphore | None = None,
+    ) -> None:
+        """`places` bounds the calls that wait for engines, so that one that hangs does not hold every worker."""
+        self._engine = Engine(url, model)
         self._cache = cache
         self._clock = clock
+        self._places = threading.Semaphore(2) if places is None else places
         self._prompts = self._text(self._engine.prompt)
         self._of_minute = (0, self._text(self._engine.chat))
 
@@ -45,12 +57,12 @@ class RemoteTokenizer:
 
     def encode_prompt(self, text: str, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """As Tokenizer.encode_prompt."""
-        return checked(lambda: self._prompts.ids(text, max_tokens, seconds), "prompt", max_tokens)[0]
+        return self._placed(lambda: self._prompts.ids(text, max_tokens, seconds), "prompt", max_tokens, seconds)[0]
 
     def encode_chat(self, body: str | bytes, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
         """As Tokenizer.encode_chat."""
         text = body.decode() if isinstance(body, bytes) else body
-        return checked(lambda: self._chats().ids(text, max_tokens, seconds), "chat", max_tokens)[0]
+        return self._placed(lambda: self._chats().ids(text, max_tokens, seconds), "chat", max_tokens, seconds)[0]
 
     def keys(
         self,
@@ -67,10 +79,20 @@ class RemoteTokenizer:
         """As Tokenizer.keys."""
         bound = self._prompts if kind == "prompt" else self._chats()
         ask = lambda: bound.keys(body, block_size, seed, lora_name, cache_salt, max_tokens, seconds)  # noqa: E731
-        return Keyed(*checked(ask, kind, max_tokens))
+        return Keyed(*self._placed(ask, kind, max_tokens, seconds))
+
+    def _placed(
+        self, ask: Callable[[], tuple[bytes, int] | str], field: str, max_tokens: int, seconds: float
+    ) -> tuple[bytes, int]:
+        if not self._places.acquire(timeout=max(0.0, min(seconds, PATIENCE_SECONDS))):
+            raise ResourceExhausted("as many texts as may be are waiting for an engine's tokenize endpoint")
+        try:
+            return checked(ask, field, max_tokens)
+        finally:
+            self._places.release()
 
 
-class _Engine:
+class Engine:
     """The endpoint, apart from the tokenizer that remembers its answers."""
 
     def __init__(self, url: str, model: str) -> None:
@@ -78,9 +100,11 @@ class _Engine:
         self._model = model
 
     def prompt(self, text: str, seconds: float) -> bytes:
+        """Token ids as u32 little-endian. Unavailable when it gives none, DeadlineExceeded when it takes too long."""
         return self._ask({"model": self._model, "prompt": text, "add_special_tokens": True}, seconds)
 
     def chat(self, body: str, seconds: float) -> bytes:
+        """The same of a chat-completions body; InvalidArgument when it is none."""
         try:
             request = json.loads(body)
         except (ValueError, RecursionError):
@@ -89,7 +113,7 @@ class _Engine:
             raise InvalidArgument("chat", "not a JSON object")
         if request.get("chat_template") is not None:
             raise InvalidArgument("chat", "chat_template in a request is not accepted")
-        return self._ask({**request, "model": self._model, "add_special_tokens": False}, seconds)
+        return self._ask({"add_special_tokens": False, **request, "model": self._model}, seconds)
 
     def _ask(self, body: dict[str, Any], seconds: float) -> bytes:
         started = time.monotonic()

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 
 from kvindex_server import _core, logs
@@ -15,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 # A model's name comes from whoever registers a pod: it must not lead out of the directories.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
-_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*")
+_FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 
 
 class Sources:
@@ -29,19 +33,22 @@ class Sources:
         download: bool = False,
         word_slots: int = 1 << 17,
         max_reference_bytes: int = UNLIMITED,
+        engines_at_once: int = 2,
     ) -> None:
+        """At most `engines_at_once` calls wait for engines that are asked over HTTP."""
         self._cache = cache
         self._directories = (*directories, hub_cache())
         self._download = download
         self._word_slots = word_slots
         self._max_reference_bytes = max_reference_bytes
+        self._places = threading.Semaphore(engines_at_once)
 
     def configured(self, name: str, directory: str | None, url: str | None) -> AnyTokenizer | None:
         """The tokenizer of a configured model. InvalidArgument when its directory is no tokenizer's."""
         if directory is not None:
             return self._load(snapshot(Path(directory)))
         if url is not None:
-            return RemoteTokenizer(url, name, self._cache)
+            return RemoteTokenizer(url, name, self._cache, places=self._places)
         return self.discover(name)
 
     def discover(self, name: str) -> AnyTokenizer | None:

@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 SELF_TEST_TEXTS = 2_000
 MARKER_TEXTS = 500
 """Fewer, as the library encodes every part of them."""
+RATED_BYTES = 16 * 1024
+"""From here on an encoding by the reference tells how fast it is, and is refused when the time left is too short."""
 LONG_BYTES = 256 * 1024
-"""From here on an encoding by the reference is long: it may be refused for time, and few run at once."""
+"""From here on it is long: few run at once."""
 LONG_AT_ONCE = 2
 UNLIMITED = 2**62
 NO_DEADLINE = 1e9
@@ -116,6 +118,8 @@ class Tokenizer:
             self._encoder, self._reason = None, "the post-processor does more than add tokens around a text"
         self._markers = _markers(fast, self_test_texts) if self._encoder is None else None
         reference = _Reference(fast)
+        if self._encoder is None:
+            reference.measure()
         plain, added = next_root(), next_root()
 
         def bound(root: int, prefix: Sequence[int], suffix: Sequence[int]) -> _core.Text:
@@ -178,10 +182,11 @@ class Tokenizer:
         return self._chat.render(body, seconds)
 
     def encode_chat(self, body: str | bytes, *, max_tokens: int = UNLIMITED, seconds: float = NO_DEADLINE) -> bytes:
-        """Ids of a chat-completions body: the template writes the special tokens, none are added."""
+        """Ids of a chat-completions body: the template writes the special tokens, and the body may ask for more."""
         ends = time.monotonic() + seconds
-        text = self.render_chat(body, seconds=seconds)
-        return self.encode(text, False, "chat", max_tokens=max_tokens, seconds=ends - time.monotonic())
+        chat = self._chat.rendered(body, seconds)
+        left = ends - time.monotonic()
+        return self.encode(chat.text, chat.add_special_tokens, "chat", max_tokens=max_tokens, seconds=left)
 
     def keys(
         self,
@@ -197,8 +202,11 @@ class Tokenizer:
     ) -> Keyed:
         """The block keys of a prompt or chat body; of a text seen before, nothing is encoded or hashed again."""
         ends = time.monotonic() + seconds
-        text = body if kind == "prompt" else self.render_chat(text_of(body), seconds=seconds)
-        bound = self._added if kind == "prompt" else self._plain
+        text, special = body, True
+        if kind == "chat":
+            chat = self._chat.rendered(text_of(body), seconds)
+            text, special = chat.text, chat.add_special_tokens
+        bound = self._added if special else self._plain
         left = ends - time.monotonic()
         return Keyed(
             *checked(
@@ -233,7 +241,16 @@ class _Reference:
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
+        # The most that was ever reached: what it says cannot be done surely cannot, and one slow moment does not count.
         self._bytes_per_second = 0.0
+
+    def measure(self) -> None:
+        """Know how fast the library is at best before the first long text comes."""
+        easy = "the quick brown fox jumps over the lazy dog\n" * (2 * RATED_BYTES // 44)
+        try:
+            self.plain(easy, NO_DEADLINE)
+        except library.NoIds:
+            pass  # a vocabulary without these letters: the first text tells
 
     def plain(self, text: str, seconds: float) -> bytes:
         return self._encode(text, seconds, False)
@@ -243,19 +260,24 @@ class _Reference:
 
     def _encode(self, text: str, seconds: float, add_special_tokens: bool) -> bytes:
         size = len(text) if text.isascii() else len(text.encode())
-        if size < LONG_BYTES:
+        if size < RATED_BYTES:
             return _reference_ids(self._fast, text, add_special_tokens)
         if self._bytes_per_second and size / self._bytes_per_second > seconds:
             raise DeadlineExceeded("the text cannot be tokenized before the deadline")
+        if size < LONG_BYTES:
+            return self._rated(text, size, add_special_tokens)
         if not self._long.acquire(blocking=False):
             raise ResourceExhausted(f"more than {LONG_AT_ONCE} long texts are being tokenized")
         try:
-            started = time.perf_counter()
-            ids = _reference_ids(self._fast, text, add_special_tokens)
-            rate = size / max(time.perf_counter() - started, 1e-6)
+            return self._rated(text, size, add_special_tokens)
         finally:
             self._long.release()
-        self._bytes_per_second = 0.7 * (self._bytes_per_second or rate) + 0.3 * rate
+
+    def _rated(self, text: str, size: int, add_special_tokens: bool) -> bytes:
+        started = time.perf_counter()
+        ids = _reference_ids(self._fast, text, add_special_tokens)
+        rate = size / max(time.perf_counter() - started, 1e-6)
+        self._bytes_per_second = max(self._bytes_per_second, rate)
         return ids
 
 

@@ -54,6 +54,12 @@ void Dialect::look(const uint8_t* data, size_t size) {
   }
 }
 
+void Dialect::take_context(std::string_view adapter, bool beginning, bool salted) {
+  if (beginning) ++beginnings_, salted_ += salted ? 1 : 0;
+  if (adapter.empty() || adapter.size() > kMaxName || adapters_.size() == kMaxAdapters) return;
+  if (std::find(adapters_.begin(), adapters_.end(), adapter) == adapters_.end()) adapters_.emplace_back(adapter);
+}
+
 void Dialect::look_events(Cursor in) {
   uint32_t count;
   if (!in.array(count)) return;

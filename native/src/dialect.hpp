@@ -1,4 +1,5 @@
-// How an engine writes its events, seen in a sample of its messages. For people: nothing else depends on it.
+// How an engine writes its events, seen in a sample of its messages, and the adapters and salts in all of them. For
+// people: nothing else depends on it.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +50,9 @@ class Dialect {
   // Something in a message was not understood: such messages are looked at too, up to a limit.
   bool odd_due() { return odd_++ < kOdd; }
   void look(const uint8_t* data, size_t size);
+  // Of every event that stores blocks: a request under another adapter or salt finds none of them. An empty adapter is
+  // none; only the beginning of a prompt tells whether it has a salt.
+  void take_context(std::string_view adapter, bool beginning, bool salted);
   void reset() { *this = Dialect{}; }
 
   bool has(Trait trait) const { return (traits_ >> static_cast<int>(trait) & 1) != 0; }
@@ -66,10 +70,15 @@ class Dialect {
     std::vector<uint32_t> tokens;
   };
   const Root& root() const { return root_; }
+  // The first ones that were named, in that order.
+  const std::vector<std::string>& adapters() const { return adapters_; }
+  uint64_t beginnings() const { return beginnings_; }
+  uint64_t salted() const { return salted_; }
 
  private:
   static constexpr uint64_t kFirst = 16, kEvery = 256, kOdd = 64;
   static constexpr uint32_t kMaxEvents = 4096, kMaxRoot = 256, kMaxTag = 32;
+  static constexpr size_t kMaxAdapters = 64, kMaxName = 256;
 
   struct Fields;
   void saw(Trait trait) { traits_ |= uint32_t{1} << static_cast<int>(trait); }
@@ -84,6 +93,8 @@ class Dialect {
   uint32_t traits_ = 0, shortest_ = 0, longest_ = 0;
   std::string odd_tag_;
   Root root_;
+  std::vector<std::string> adapters_;
+  uint64_t beginnings_ = 0, salted_ = 0;
 };
 
 }  // namespace kvindex

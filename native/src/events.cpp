@@ -227,6 +227,7 @@ bool encode_extras(Event& event, const std::optional<Cursor>& extra_keys) {
   }
   if (lora.empty() && event.has_lora_id) lora = first_text;
   if (lora.empty()) lora = tagged;
+  event.adapter = lora;
   std::string adapter;
   if (!lora.empty()) {
     append_extra(adapter, ExtraKind::kLora, lora);
@@ -271,7 +272,7 @@ bool encode_extras(Event& event, const std::optional<Cursor>& extra_keys) {
       }
     }
     for (const auto each : multimodal) append_extra(out, ExtraKind::kMultimodal, each);
-    if (!salt.empty()) append_extra(out, ExtraKind::kCacheSalt, salt);
+    if (!salt.empty()) append_extra(out, ExtraKind::kCacheSalt, salt), event.salted = true;
     for (const auto each : embeds) append_extra(out, ExtraKind::kPromptEmbeds, each);
     size += out.size();
     if (size > kMaxExtras) return false;

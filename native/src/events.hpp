@@ -46,11 +46,14 @@ struct Event {
   Tag tag;
   bool has_parent, has_lora_id, has_window;
   bool again;                     // it removes one block, and differs from the event before in its hash only
+  bool salted;                    // a salt sets its first block apart from equal tokens
   bool has_extra_keys;            // the engine says what makes its blocks differ, if only that nothing does
   std::optional<Reason> unkeyed;  // why no key may be computed of the tokens, though they are as many as the hashes
   uint64_t parent, block_size, lora_id, group, window;
   std::string_view medium;  // as sent; empty = absent
   std::string_view lora_name, cache_salt, kind;
+  std::string_view
+      adapter;  // of the blocks, wherever the engine has told its name; empty = none, or one without a name
   std::vector<uint64_t> hashes;
   const uint8_t* first_hash;  // where it stands
   std::vector<uint32_t> tokens;
@@ -60,9 +63,9 @@ struct Event {
     hashes.clear();
     tokens.clear();
     if (!extras.empty()) extras.clear();
-    has_parent = has_lora_id = has_window = has_extra_keys = again = false;
+    has_parent = has_lora_id = has_window = has_extra_keys = salted = again = false;
     parent = block_size = lora_id = group = window = 0;
-    medium = lora_name = cache_salt = kind = {};
+    medium = lora_name = cache_salt = kind = adapter = {};
     unkeyed.reset();
   }
   // Gives back what one huge event has made the vectors take.

@@ -16,8 +16,12 @@ nb::tuple told(const Dialect& dialect) {
         of.is_int ? nb::object(nb::int_(of.number)) : nb::object(nb::bytes(of.bytes.data(), of.bytes.size()));
     root = nb::make_tuple(hash, tokens);
   }
+  nb::list adapters;
+  for (const std::string& each : dialect.adapters())
+    adapters.append(nb::steal(PyUnicode_DecodeUTF8(each.data(), static_cast<Py_ssize_t>(each.size()), "replace")));
   return nb::make_tuple(dialect.looked(), traits, dialect.shortest(), dialect.longest(),
-                        nb::str(dialect.odd_tag().data(), dialect.odd_tag().size()), root);
+                        nb::str(dialect.odd_tag().data(), dialect.odd_tag().size()), root, adapters,
+                        nb::make_tuple(dialect.beginnings(), dialect.salted()));
 }
 
 }  // namespace kvindex

@@ -82,7 +82,10 @@ bool Stream::apply_some(Batch& batch, uint32_t rank, Applied& applied, Message w
     }
     ++applied.events;
     switch (event_.tag) {
-      case Tag::kStored: store(event_, applied); break;
+      case Tag::kStored:
+        dialect_.take_context(event_.adapter, !event_.has_parent && !event_.tokens.empty(), event_.salted);
+        store(event_, applied);
+        break;
       case Tag::kRemoved: remove(event_, applied); break;
       case Tag::kCleared:
         ++applied.clears;

@@ -166,6 +166,12 @@ func (c *Client) RecordPlacement(ctx context.Context, request *kvindexpb.RecordP
 	return recorded, errors.Join(failures...)
 }
 
+// ReportUsage tells one replica, in turn, and once: it only counts, and an answer that was lost may have counted.
+func (c *Client) ReportUsage(ctx context.Context, request *kvindexpb.ReportUsageRequest) error {
+	_, err := c.stubs[int(c.turn.Add(1))%len(c.stubs)].ReportUsage(ctx, request)
+	return err
+}
+
 // elsewhere tells whether another replica may do better. RESOURCE_EXHAUSTED with a time to try again is one replica's
 // load; without it the request is too large for each of them.
 func elsewhere(err error) bool {

@@ -26,6 +26,7 @@ type replica struct {
 	score  func(context.Context) (*kvindexpb.ScoreResponse, error)
 	placed atomic.Int32
 	asked  atomic.Int32
+	told   atomic.Int32
 	health *health.Server
 }
 
@@ -39,6 +40,11 @@ func (r *replica) RecordPlacement(
 ) (*kvindexpb.RecordPlacementResponse, error) {
 	r.placed.Add(1)
 	return &kvindexpb.RecordPlacementResponse{TotalBlocks: 4}, nil
+}
+
+func (r *replica) ReportUsage(context.Context, *kvindexpb.ReportUsageRequest) (*kvindexpb.ReportUsageResponse, error) {
+	r.told.Add(1)
+	return &kvindexpb.ReportUsageResponse{}, nil
 }
 
 // serve starts a replica; stop ends it at once, as a killed process would.
@@ -220,5 +226,31 @@ func TestATokenNeedsTLS(t *testing.T) {
 	got, err := bearer(token).GetRequestMetadata(context.Background())
 	if err != nil || metadata.New(got).Get("authorization")[0] != "Bearer secret" {
 		t.Fatal(got, err)
+	}
+}
+
+func TestUsageIsCountedByOneReplica(t *testing.T) {
+	first, firstAt, kill := serve(t, answer(1))
+	second, secondAt, _ := serve(t, answer(2))
+	client := dial(t, Options{Endpoints: []string{firstAt, secondAt}})
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for range 4 {
+		if err := client.ReportUsage(ctx, &kvindexpb.ReportUsageRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if first.told.Load() != 2 || second.told.Load() != 2 {
+		t.Fatal(first.told.Load(), second.told.Load())
+	}
+	kill()
+	failed := 0
+	for range 4 {
+		if client.ReportUsage(ctx, &kvindexpb.ReportUsageRequest{}) != nil {
+			failed++
+		}
+	}
+	if failed != 2 || second.told.Load() != 4 {
+		t.Fatal("it was told twice, or not at all", failed, second.told.Load())
 	}
 }

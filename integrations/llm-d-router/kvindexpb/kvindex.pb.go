@@ -573,7 +573,9 @@ func (x *EngineHashes) GetBytes() [][]byte {
 	return nil
 }
 
-// A multimodal item: the engine's content hash and the placeholder range it covers, in tokens.
+// A multimodal item: the engine's content hash and the placeholder range it covers, in the engine's tokens. A prompt or
+// chat has one placeholder per item, which is repeated over the range; where a model's placeholders are of several
+// tokens, send tokens.
 type MmFeature struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hash          string                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/datalayer"
 	fwkplugin "github.com/llm-d/llm-d-router/pkg/epp/framework/interface/plugin"
 	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/requestcontrol"
 	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/requesthandling"
@@ -29,9 +30,10 @@ const Type = "kvindex-prefix-scorer"
 const prefillProfile = "prefill"
 
 var (
-	_ scheduling.Scorer         = (*Scorer)(nil)
-	_ requestcontrol.PreRequest = (*Scorer)(nil)
-	_ fwkplugin.StateDumper     = (*Scorer)(nil)
+	_ scheduling.Scorer                    = (*Scorer)(nil)
+	_ requestcontrol.PreRequest            = (*Scorer)(nil)
+	_ requestcontrol.ResponseBodyProcessor = (*Scorer)(nil)
+	_ fwkplugin.StateDumper                = (*Scorer)(nil)
 )
 
 // Register makes the type known; to be called before the router's runner starts.
@@ -44,6 +46,7 @@ type parameters struct {
 	HedgeAfter       string   `json:"hedgeAfter"`
 	PlacementTimeout string   `json:"placementTimeout"`
 	RecordPlacements *bool    `json:"recordPlacements"`
+	ReportUsage      *bool    `json:"reportUsage"`
 	StaleFactor      *float64 `json:"staleFactor"`
 	MaxPlacements    int      `json:"maxPlacements"`
 	CAFile           string   `json:"caFile"`
@@ -72,7 +75,8 @@ func Factory(name string, decoder *json.Decoder, handle fwkplugin.Handle) (fwkpl
 		context.AfterFunc(handle.Context(), func() { _ = index.Close() })
 	}
 	record := given.RecordPlacements == nil || *given.RecordPlacements
-	return &Scorer{name: name, scorer: prefix.New(index, settings), record: record}, nil
+	report := given.ReportUsage == nil || *given.ReportUsage
+	return &Scorer{name: name, scorer: prefix.New(index, settings), record: record, report: report}, nil
 }
 
 func (p parameters) read() (client.Options, prefix.Settings, error) {
@@ -153,6 +157,7 @@ type Scorer struct {
 	name   string
 	scorer *prefix.Scorer
 	record bool
+	report bool
 }
 
 // TypedName of this instance.
@@ -177,7 +182,11 @@ func (s *Scorer) Score(
 			pods = append(pods, pod)
 		}
 	}
-	scores := s.scorer.Scores(ctx, promptOf(request), pods)
+	prompt := promptOf(request)
+	if s.report && request != nil {
+		prompt.RequestID = request.RequestID
+	}
+	scores := s.scorer.Scores(ctx, prompt, pods)
 	if scores == nil {
 		return scored
 	}
@@ -192,7 +201,13 @@ func (s *Scorer) Score(
 func (s *Scorer) PreRequest(
 	_ context.Context, request *scheduling.InferenceRequest, result *scheduling.SchedulingResult,
 ) error {
-	if !s.record || result == nil {
+	if result == nil {
+		return nil
+	}
+	if result.ProfileResults[prefillProfile] != nil && request != nil {
+		s.scorer.Forget(request.RequestID) // the pod that answers finds what was sent to it, not what it had
+	}
+	if !s.record {
 		return nil
 	}
 	prompt, told := promptOf(request), map[string]bool{}
@@ -210,12 +225,38 @@ func (s *Scorer) PreRequest(
 	return nil
 }
 
-// podOf is the endpoint's name in the index: ip:port.
+// ResponseBody reports in the background, at the end of an answer, what the engine found in its cache. An engine that
+// does not say so (vLLM: --enable-prompt-tokens-details) is not taken for one that found nothing.
+func (s *Scorer) ResponseBody(
+	_ context.Context, request *scheduling.InferenceRequest, response *requestcontrol.Response,
+	target *datalayer.EndpointMetadata,
+) {
+	if !s.report || request == nil || response == nil || !response.EndOfStream {
+		return
+	}
+	usage := response.Usage
+	if usage.PromptTokenDetails == nil || target == nil || usage.PromptTokens < 0 || usage.PromptTokenDetails.CachedTokens < 0 {
+		s.scorer.Forget(request.RequestID)
+		return
+	}
+	cached, prompt := uint32(usage.PromptTokenDetails.CachedTokens), uint32(usage.PromptTokens)
+	s.scorer.Served(request.TargetModel, request.RequestID, nameOf(target), cached, prompt)
+}
+
+// podOf is the endpoint's name in the index.
 func podOf(endpoint scheduling.Endpoint) string {
-	if endpoint == nil || endpoint.GetMetadata() == nil || endpoint.GetMetadata().Address == "" {
+	if endpoint == nil {
 		return ""
 	}
-	return net.JoinHostPort(endpoint.GetMetadata().Address, endpoint.GetMetadata().Port)
+	return nameOf(endpoint.GetMetadata())
+}
+
+// nameOf is ip:port.
+func nameOf(metadata *datalayer.EndpointMetadata) string {
+	if metadata == nil || metadata.Address == "" {
+		return ""
+	}
+	return net.JoinHostPort(metadata.Address, metadata.Port)
 }
 
 // promptOf is what can be asked for. Tokens first: the router has made them already, and with them the features of

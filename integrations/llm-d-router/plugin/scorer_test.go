@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/datalayer"
 	fwkplugin "github.com/llm-d/llm-d-router/pkg/epp/framework/interface/plugin"
+	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/requestcontrol"
 	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/requesthandling"
 	"github.com/llm-d/llm-d-router/pkg/epp/framework/interface/scheduling"
 )
@@ -51,8 +54,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// server starts the real kvindex-server with two pods of model m; ROUTER_TEST_PYTHON has it installed.
-func server(t *testing.T) string {
+// server starts the real kvindex-server with two pods of model m, and tells where it answers gRPC and has its metrics;
+// ROUTER_TEST_PYTHON has it installed.
+func server(t *testing.T) (string, string) {
 	t.Helper()
 	python := os.Getenv("ROUTER_TEST_PYTHON")
 	if python == "" {
@@ -92,11 +96,11 @@ func server(t *testing.T) string {
 		_ = command.Wait()
 	})
 	line, err := bufio.NewReader(output).ReadString('\n')
-	found := regexp.MustCompile(`grpc=(\S+)`).FindStringSubmatch(line)
+	found := regexp.MustCompile(`grpc=(\S+) metrics=(\S+)`).FindStringSubmatch(line)
 	if err != nil || found == nil {
 		t.Fatal(line, err)
 	}
-	return found[1]
+	return found[1], found[2]
 }
 
 func tokenized(count int) *scheduling.InferenceRequest {
@@ -117,7 +121,8 @@ func picked(target scheduling.Endpoint) *scheduling.SchedulingResult {
 }
 
 func TestAgainstTheRealServer(t *testing.T) {
-	scorer, err := build(t, fmt.Sprintf(`{"endpoints": [%q], "timeout": "10s", "placementTimeout": "10s"}`, server(t)))
+	index, _ := server(t)
+	scorer, err := build(t, fmt.Sprintf(`{"endpoints": [%q], "timeout": "10s", "placementTimeout": "10s"}`, index))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,6 +148,71 @@ func TestAgainstTheRealServer(t *testing.T) {
 	counts := scorer.DumpState().(map[string]uint64)
 	if counts["score: answered"] != 1 || counts["placement: recorded"] != 1 {
 		t.Fatal(counts)
+	}
+}
+
+func metricsOf(t *testing.T, address string) string {
+	t.Helper()
+	answer, err := http.Get("http://" + address + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func TestWhatTheEngineFoundIsReportedToTheRealServer(t *testing.T) {
+	index, metrics := server(t)
+	scorer, err := build(t, fmt.Sprintf(`{"endpoints": [%q], "timeout": "10s", "placementTimeout": "10s"}`, index))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, request, ends := context.Background(), tokenized(64), time.Now().Add(20*time.Second)
+	for request.RequestID = "first"; scorer.scorer.Counts()["score: nothing known of any candidate"] == 0; {
+		scorer.Score(ctx, request, []scheduling.Endpoint{first, second})
+		if time.Now().After(ends) {
+			t.Fatal(scorer.DumpState())
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	found := func(cached int) *requestcontrol.Response {
+		details := &requesthandling.PromptTokenDetails{CachedTokens: cached}
+		return &requestcontrol.Response{EndOfStream: true, Usage: requesthandling.Usage{PromptTokens: 64, PromptTokenDetails: details}}
+	}
+	scorer.ResponseBody(ctx, request, &requestcontrol.Response{}, second.GetMetadata()) // a chunk on the way
+	scorer.ResponseBody(ctx, request, found(48), second.GetMetadata())
+	scorer.ResponseBody(ctx, request, found(48), second.GetMetadata())
+	scorer.scorer.Wait()
+	if counts := scorer.scorer.Counts(); counts["usage: reported"] != 1 {
+		t.Fatal(counts)
+	}
+	if text := metricsOf(t, metrics); !strings.Contains(text, `kvindex_usage_error_tokens_sum{direction="under",model="m"} 48.0`) {
+		t.Fatal(text)
+	}
+	for name, change := range map[string]func(*scheduling.InferenceRequest) *requestcontrol.Response{
+		"an engine that does not say": func(*scheduling.InferenceRequest) *requestcontrol.Response {
+			return &requestcontrol.Response{EndOfStream: true, Usage: requesthandling.Usage{PromptTokens: 64}}
+		},
+		"a prefill elsewhere": func(each *scheduling.InferenceRequest) *requestcontrol.Response {
+			result := picked(second)
+			result.ProfileResults[prefillProfile] = picked(first).ProfileResults["default"]
+			_ = scorer.PreRequest(ctx, each, result)
+			return found(48)
+		},
+	} {
+		each := tokenized(64)
+		each.RequestID = name
+		scorer.Score(ctx, each, []scheduling.Endpoint{first, second})
+		scorer.ResponseBody(ctx, each, change(each), second.GetMetadata())
+		scorer.ResponseBody(ctx, each, found(48), second.GetMetadata())
+		scorer.scorer.Wait()
+		if counts := scorer.scorer.Counts(); counts["usage: reported"] != 1 {
+			t.Error(name, counts)
+		}
 	}
 }
 

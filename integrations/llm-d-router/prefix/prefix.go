@@ -20,6 +20,7 @@ import (
 type Index interface {
 	Score(context.Context, *kvindexpb.ScoreRequest) (*kvindexpb.ScoreResponse, error)
 	RecordPlacement(context.Context, *kvindexpb.RecordPlacementRequest) (int, error)
+	ReportUsage(context.Context, *kvindexpb.ReportUsageRequest) error
 }
 
 // Feature is a multimodal item: the engine's content hash and the placeholder range it covers, in tokens.
@@ -30,6 +31,8 @@ type Feature struct {
 
 // Prompt of one request, in the first form that is filled: Tokens, Chat (an OpenAI chat-completions body), Text.
 type Prompt struct {
+	// Names the request from Scores to Served; without it no usage is reported.
+	RequestID string
 	Model     string
 	Tokens    []uint32
 	Chat      string
@@ -44,11 +47,11 @@ func (p Prompt) empty() bool { return len(p.Tokens) == 0 && p.Chat == "" && p.Te
 type Settings struct {
 	// Longest wait for scores; afterwards the router decides without them.
 	Timeout time.Duration
-	// Longest wait of a placement, which nobody waits for.
+	// Longest wait of a placement or a report, which nobody waits for.
 	PlacementTimeout time.Duration
 	// What a match is worth while the pod's trust is STALE, 0 to 1.
 	StaleFactor float64
-	// Placements under way at most; more are dropped and counted.
+	// Placements and reports under way at most; more are dropped and counted.
 	MaxPlacements int
 }
 
@@ -78,6 +81,7 @@ type Scorer struct {
 	settings Settings
 	permits  chan struct{}
 	pending  sync.WaitGroup
+	foreseen foreseen
 
 	mutex  sync.Mutex
 	counts map[string]uint64
@@ -109,6 +113,7 @@ func (s *Scorer) Scores(ctx context.Context, prompt Prompt, pods []string) map[s
 		s.count("score: "+reason(err), err)
 		return nil
 	}
+	s.foreseen.add(prompt.RequestID, answer)
 	scores, known := Normalise(answer, s.settings.StaleFactor)
 	if !known {
 		s.count("score: nothing known of any candidate", nil)
@@ -123,19 +128,7 @@ func (s *Scorer) Placed(prompt Prompt, pod string) {
 	if prompt.empty() {
 		return
 	}
-	select {
-	case s.permits <- struct{}{}:
-	default:
-		s.count("placement: dropped, too many under way", nil)
-		return
-	}
-	s.pending.Add(1)
-	go func() {
-		defer s.pending.Done()
-		defer func() { <-s.permits }()
-		// Not the request's context: that ends with the request.
-		ctx, cancel := context.WithTimeout(context.Background(), s.settings.PlacementTimeout)
-		defer cancel()
+	s.behind("placement", func(ctx context.Context) {
 		recorded, err := s.index.RecordPlacement(ctx, placementRequest(prompt, pod))
 		switch {
 		case err == nil:
@@ -145,10 +138,51 @@ func (s *Scorer) Placed(prompt Prompt, pod string) {
 		default:
 			s.count("placement: "+reason(err), err)
 		}
+	})
+}
+
+// Served tells the index in the background how many tokens the pod's engine found in its cache, beside what was
+// predicted of it. It never blocks, and does nothing for a request of which nothing was predicted.
+func (s *Scorer) Served(model, request, pod string, cached, prompt uint32) {
+	predicted, known := s.foreseen.take(request, pod)
+	if !known {
+		return
+	}
+	s.behind("usage", func(ctx context.Context) {
+		told := &kvindexpb.ReportUsageRequest{
+			Model: model, Pod: pod, PredictedTokens: predicted, CachedTokens: cached, PromptTokens: prompt,
+		}
+		if err := s.index.ReportUsage(ctx, told); err != nil {
+			s.count("usage: "+reason(err), err)
+			return
+		}
+		s.count("usage: reported", nil)
+	})
+}
+
+// Forget what was predicted of a request whose usage will not be told, or tells something else.
+func (s *Scorer) Forget(request string) { s.foreseen.take(request, "") }
+
+// behind does what nobody waits for, within bounds of time and number.
+func (s *Scorer) behind(what string, do func(context.Context)) {
+	select {
+	case s.permits <- struct{}{}:
+	default:
+		s.count(what+": dropped, too many under way", nil)
+		return
+	}
+	s.pending.Add(1)
+	go func() {
+		defer s.pending.Done()
+		defer func() { <-s.permits }()
+		// Not the request's context: that ends with the request.
+		ctx, cancel := context.WithTimeout(context.Background(), s.settings.PlacementTimeout)
+		defer cancel()
+		do(ctx)
 	}()
 }
 
-// Wait returns when no placement is under way any more.
+// Wait returns when no placement and no report is under way any more.
 func (s *Scorer) Wait() { s.pending.Wait() }
 
 // Counts of what became of calls, by reason.

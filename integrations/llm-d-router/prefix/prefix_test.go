@@ -72,6 +72,7 @@ func TestNormalise(t *testing.T) {
 type fake struct {
 	score func(context.Context) (*kvindexpb.ScoreResponse, error)
 	place func(context.Context, *kvindexpb.RecordPlacementRequest) (int, error)
+	told  func(*kvindexpb.ReportUsageRequest) error
 }
 
 func (f fake) Score(ctx context.Context, _ *kvindexpb.ScoreRequest) (*kvindexpb.ScoreResponse, error) {
@@ -80,6 +81,10 @@ func (f fake) Score(ctx context.Context, _ *kvindexpb.ScoreRequest) (*kvindexpb.
 
 func (f fake) RecordPlacement(ctx context.Context, request *kvindexpb.RecordPlacementRequest) (int, error) {
 	return f.place(ctx, request)
+}
+
+func (f fake) ReportUsage(_ context.Context, request *kvindexpb.ReportUsageRequest) error {
+	return f.told(request)
 }
 
 var tokens = Prompt{Model: "m", Tokens: []uint32{1}}

@@ -31,7 +31,9 @@ export class PromptBox {
   async ask() {
     const value = (id) => document.getElementById(id).value;
     const button = document.getElementById("ask");
-    const body = { model: value("model"), kind: value("kind"), text: value("text"), lora_name: value("lora") || null };
+    const body = { model: value("model"), kind: value("kind"), text: value("text") };
+    body.lora_name = value("lora") || null;
+    body.cache_salt = value("salt") || null;
     const headers = { "Content-Type": "application/json" };
     if (value("token")) headers.Authorization = `Bearer ${value("token")}`;
     button.disabled = true;

@@ -49,16 +49,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if or .Values.tls.enabled (dig "tls" "cert_file" "" .Values.config) -}}true{{- end -}}
 {{- end -}}
 
+{{- /* What grpcurl needs to be let in. */ -}}
+{{- define "kvindex.grpcurlFlags" -}}
+{{- ternary "-insecure" "-plaintext" (eq (include "kvindex.speaksTls" .) "true") -}}
+{{- if include "kvindex.wantsCertificates" . }} -cert client.crt -key client.key{{ end -}}
+{{- if or (dig "auth" "tokens_file" "" .Values.config) (dig "auth" "admin_tokens_file" "" .Values.config) (dig "auth" "review" "url" "" .Values.config) }} -H "authorization: Bearer $TOKEN"{{ end -}}
+{{- end -}}
+
 {{- /* "true" when the index is written to a volume; one in a shared store has no need of it. */ -}}
 {{- define "kvindex.keepsSnapshots" -}}
 {{- if and .Values.snapshot.enabled (not .Values.store.url) (not (dig "store" "addresses" list .Values.config)) -}}true{{- end -}}
 {{- end -}}
 
+{{- /* "true" when callers must show a certificate, by the chart's values or by the server's own settings; else empty. */ -}}
+{{- define "kvindex.wantsCertificates" -}}
+{{- if or .Values.tls.clientCertificates (dig "tls" "client_ca_file" "" .Values.config) (dig "tls" "admin_client_ca_file" "" .Values.config) -}}true{{- end -}}
+{{- end -}}
+
 {{- /* "true" when a starting replica asks the others for their state; else empty. */ -}}
 {{- define "kvindex.asksPeers" -}}
-{{- $certificates := or .Values.tls.clientCertificates (dig "tls" "client_ca_file" "" .Values.config) (dig "tls" "admin_client_ca_file" "" .Values.config) -}}
 {{- $auth := or (dig "auth" "admin_tokens_file" "" .Values.config) (dig "auth" "review" "url" "" .Values.config) -}}
-{{- $stranger := or $certificates (and $auth (not (dig "snapshot" "peer_token_file" "" .Values.config))) -}}
+{{- $stranger := or (include "kvindex.wantsCertificates" .) (and $auth (not (dig "snapshot" "peer_token_file" "" .Values.config))) -}}
 {{- /* Over TLS of the server's own settings only they can name the CA. */ -}}
 {{- $unknown := and (dig "tls" "cert_file" "" .Values.config) (not (dig "snapshot" "peer_ca_file" "" .Values.config)) -}}
 {{- if and (include "kvindex.keepsSnapshots" .) .Values.snapshot.peers .Values.service.headless (not $stranger) (not $unknown) -}}true{{- end -}}
@@ -83,6 +94,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
       "metrics_listen" (printf "0.0.0.0:%d" (int .Values.ports.metrics)) -}}
 {{- if .Values.ports.admin -}}
 {{- $_ := set $made "admin_listen" (printf "0.0.0.0:%d" (int .Values.ports.admin)) -}}
+{{- end -}}
+{{- if .Values.ports.http -}}
+{{- $_ := set $made "http" (dict "listen" (printf "0.0.0.0:%d" (int .Values.ports.http))) -}}
 {{- end -}}
 {{- if .Values.tls.enabled -}}
 {{- $tls := dict "cert_file" "/etc/kvindex-tls/tls.crt" "key_file" "/etc/kvindex-tls/tls.key" -}}
@@ -111,6 +125,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if not (or $ownBound $elsewhere) -}}
 {{- $_ := set $made "limits" (dict "max_index_bytes" (int64 .)) -}}
 {{- end -}}
+{{- end -}}
+{{- /* A client that stays connected never calls a replica that came later. */ -}}
+{{- $server := dig "server" dict .Values.config -}}
+{{- if and .Values.autoscaling.enabled (ne (dig "transport" "" $server) "native") (not (hasKey $server "max_connection_age_seconds")) -}}
+{{- $_ := set $made "server" (dict "max_connection_age_seconds" 300) -}}
 {{- end -}}
 {{- $store := dict -}}
 {{- if .Values.store.url -}}

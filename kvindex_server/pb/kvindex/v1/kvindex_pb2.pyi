@@ -316,7 +316,10 @@ Global___EngineHashes: _TypeAlias = EngineHashes  # noqa: Y015
 
 @_typing.final
 class MmFeature(_message.Message):
-    """A multimodal item: the engine's content hash and the placeholder range it covers, in tokens."""
+    """A multimodal item: the engine's content hash and the placeholder range it covers, in the engine's tokens. A prompt or
+    chat has one placeholder per item, which is repeated over the range; where a model's placeholders are of several
+    tokens, send tokens.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -53,3 +53,12 @@ func (b *InferenceRequestBody) CacheSalt() string {
 	}
 	return ""
 }
+
+type Usage struct {
+	PromptTokens       int
+	PromptTokenDetails *PromptTokenDetails
+}
+
+type PromptTokenDetails struct {
+	CachedTokens int
+}
