@@ -202,14 +202,15 @@ class Listener:
     def __init__(self, host: str, port: int, max_frame: int) -> None: ...
     def unclaimed(self) -> list[tuple[bytes, str]]:
         """(topic, IP address it came from) of connections that nobody takes; they wait for a subscription that does."""
-    def heard(self) -> list[tuple[bytes, str]]:
-        """The same of each topic's latest connection, taken or not."""
+    def taken(self) -> list[tuple[bytes, str]]:
+        """The same of each subscription's latest connection, whether it is still there or not."""
 
 class Subscription(MessageSource):
     """A subscription to one engine, over a TCP connection that is made again whenever it is lost.
 
-    With a `listener`, to the engine that dials in and publishes with such a topic: ValueError when another one there
-    begins with `topic`, or `topic` with that. One that dials in later stands for the one before.
+    With a `listener`, to the engine that dials in and publishes with such a topic, or with this very one when it
+    `is_whole`: ValueError when an engine there could be another subscription's too. One that dials in later stands for
+    the one before.
 
     `host` is an address: ValueError when it is not. OSError when the process has no descriptor left. `topic` is a
     prefix. A frame above `max_frame` bytes ends the connection. A peer that is asked for a sign of life each
@@ -221,7 +222,9 @@ class Subscription(MessageSource):
         self, host: str, port: int, topic: bytes, max_frame: int, heartbeat_ms: int, heartbeat_timeout_ms: int
     ) -> None: ...
     @overload
-    def __init__(self, listener: Listener, topic: bytes, heartbeat_ms: int, heartbeat_timeout_ms: int) -> None: ...
+    def __init__(
+        self, listener: Listener, topic: bytes, is_whole: bool, heartbeat_ms: int, heartbeat_timeout_ms: int
+    ) -> None: ...
     def fileno(self) -> int: ...  # readable when `receive` has something to do; the same for as long as it is open
     @property
     def is_pending(self) -> bool: ...  # there is news or perhaps a message already: do not wait

@@ -246,7 +246,9 @@ def _topic(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 Status.WARN,
                 f"nothing heard with the topic prefix {spec.topic!r}",
-                "Register the pod with an empty topic: the registration names it, the topic is only a filter.",
+                "Compare it with the topic that the engine is started with: it tells which engine is whose."
+                if spec.bind
+                else "Register the pod with an empty topic: the registration names it, the topic is only a filter.",
                 spec.pod,
             )
     named = 0

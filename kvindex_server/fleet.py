@@ -13,7 +13,7 @@ from kvindex_server.ears import Ears, close_ears, open_ears
 from kvindex_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from kvindex_server.ingest import Bounds
 from kvindex_server.models import Models
-from kvindex_server.pods import PodSpec, bind_the_same, share_an_endpoint
+from kvindex_server.pods import PodSpec, bind_the_same, share_an_endpoint, topics_overlap
 from kvindex_server.snapshot import SavedStream
 from kvindex_server.stream import Dialect, StreamState, StreamStatus, Trust
 from kvindex_server.subscriber import Subscriber
@@ -123,7 +123,7 @@ class Fleet:
             if (
                 key != self.key_of(spec)
                 and share_an_endpoint(each.spec, spec)
-                and _overlap(each.spec.topic, spec.topic)
+                and topics_overlap(each.spec.topic, spec.topic)
             ):
                 reason = f"begins as that of pod {key[1]!r} at the same endpoint, or that one as this"
                 raise InvalidArgument("topic", reason)
@@ -330,10 +330,6 @@ class Fleet:
 
 def _fits(size: int, other: int) -> bool:
     return size % other == 0 or other % size == 0
-
-
-def _overlap(topic: str, other: str) -> bool:
-    return topic.startswith(other) or other.startswith(topic)
 
 
 def _check_fit(spec: PodSpec, known: int) -> None:

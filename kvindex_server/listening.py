@@ -39,11 +39,10 @@ def leave(host: str, port: int) -> None:
 
 def unclaimed() -> dict[str, list[str]]:
     """Of each endpoint, the topics of connected engines that no pod is registered for."""
-    with _lock:
-        listeners = [(at, shared.listener) for at, shared in _shared.items()]
-    return {
-        f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}": [
-            topic.decode(errors="replace") for topic, _ in listener.unclaimed()
-        ]
-        for (host, port), listener in listeners
-    }
+    with _lock:  # all the while: nobody else may refer to a listener when its last user leaves
+        return {
+            f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}": [
+                topic.decode(errors="replace") for topic, _ in shared.listener.unclaimed()
+            ]
+            for (host, port), shared in _shared.items()
+        }

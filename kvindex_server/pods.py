@@ -105,6 +105,19 @@ def bind_the_same(one: PodSpec, other: PodSpec) -> bool:
     return first < second + other.ranks and second < first + one.ranks
 
 
+def is_whole(topic: str) -> bool:
+    """It names one engine, `kv@POD@MODEL`, and is not the beginning of another one's, such as `kv@POD@MODEL-large`."""
+    kind, _, rest = topic.partition("@")
+    pod, _, model = rest.partition("@")
+    return kind == "kv" and bool(pod and model)
+
+
+def topics_overlap(one: str, other: str) -> bool:
+    """Whether one engine's topic could be both pods'."""
+    shorter, longer = sorted((one, other), key=len)
+    return longer == shorter if is_whole(shorter) else longer.startswith(shorter)
+
+
 def share_an_endpoint(one: PodSpec, other: PodSpec) -> bool:
     """Both are bound here, at one endpoint, and told apart by topic."""
     same = split_tcp(one.endpoint, "endpoint")[0] == split_tcp(other.endpoint, "endpoint")[0]

@@ -311,7 +311,9 @@ class _Rank(threading.Thread):
         elif change is wire.Connection.ENDED:
             self.ingest.ended()
             fields = {"stream": self.name, "endpoint": self._spec.endpoint_of(self._rank)}
-            _log.warning("connection ended over what is no message, or too large; connecting", extra={"fields": fields})
+            _log.warning(
+                "connection ended over what is no message of this stream, or too large", extra={"fields": fields}
+            )
         else:
             self.ingest.connection(change is wire.Connection.MADE)
 

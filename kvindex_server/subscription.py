@@ -12,7 +12,7 @@ from kvindex_server import listening, wire
 from kvindex_server._core import MessageSource
 from kvindex_server._core import Subscription as CoreSubscription
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.pods import bound_address, split_tcp
+from kvindex_server.pods import bound_address, is_whole, split_tcp
 
 
 class Subscription(wire.Awaited, Protocol):
@@ -91,7 +91,7 @@ class _Listened(_OfCore):
         self._at: tuple[str, int] | None = (address, port)
         listener = listening.join(address, port)
         try:
-            super().__init__(CoreSubscription(listener, topic.encode(), *_beats()))
+            super().__init__(CoreSubscription(listener, topic.encode(), is_whole(topic), *_beats()))
         except BaseException:
             del listener
             listening.leave(address, port)

@@ -11,6 +11,7 @@ from publisher import Publisher, free_port
 from test_fleet import eventually, free_ports, payload
 
 from kvindex_server.config import ConfigError, DialInSettings, DiscoveryDefaults, Settings, load_settings
+from kvindex_server.discovery import dial_in
 from kvindex_server.discovery.dial_in import DialInSource
 from kvindex_server.discovery.reconciler import Reconciler
 from kvindex_server.discovery.source import Source
@@ -72,6 +73,68 @@ def test_engines_name_themselves(fleet: Fleet) -> None:
                 each.publish(payload(block))
         eventually(lambda: blocks(fleet) == {("org/model@1", "10.0.0.1", 0): 3, ("other", "10.0.0.2:8000", 0): 5})
         assert [discovered for _, discovered in fleet.registrations()] == [True, True]
+
+
+def test_an_engine_of_another_model_takes_no_pods_place(fleet: Fleet) -> None:
+    """Under the same name, and the model's begins as the one before's: its blocks are not that one's."""
+    endpoint = here()
+    with finding(fleet, endpoint), engine(endpoint, "a", "m-large", replay=False) as large:
+        with engine(endpoint, "a", "m", replay=False) as small:
+            small.wait_subscriber()
+            small.publish(payload(1))
+            eventually(lambda: blocks(fleet) == {("m", "a", 0): 1})
+        eventually(lambda: blocks(fleet) == {("m", "a", 0): Trust.STALE})
+        large.wait_subscriber()
+        for block in range(3):
+            large.publish(payload(block))
+        eventually(lambda: blocks(fleet) == {("m", "a", 0): Trust.STALE, ("m-large", "a", 0): 3})
+
+
+@pytest.mark.parametrize("limit", ["MOST_KNOWN", "MOST_MODELS"])
+def test_who_names_pods_without_end_is_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """They are not remembered, only counted."""
+    monkeypatch.setattr(dial_in, limit, 2)
+    endpoint = here()
+    with finding(fleet, endpoint) as (reconciler, source):
+        engines = [engine(endpoint, f"pod-{number}", f"m-{number}", replay=False) for number in range(5)]
+        try:
+            for each in engines:
+                each.wait_subscriber()
+                each.publish(payload(1))
+            eventually(lambda: reconciler.statuses()[0].refused == {"limit": 3})
+            assert len(source.look().found) == 2
+        finally:
+            for each in engines:
+                each.close()
+
+
+def test_one_bad_look_does_not_end_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted, and the next one finds the engine."""
+    endpoint = here()
+    faults = [ZeroDivisionError("one"), ZeroDivisionError("two")]
+
+    def host(address: str) -> str:
+        if faults:
+            raise faults.pop()
+        return address
+
+    monkeypatch.setattr(dial_in, "host", host)
+    with finding(fleet, endpoint, replay_port=free_port()) as (reconciler, _), engine(endpoint, "a") as each:
+        each.wait_subscriber()
+        each.publish(payload(1))
+        eventually(lambda: said(fleet, lambda status: status.blocks) == {("m", "a", 0): 1})
+        assert reconciler.statuses()[0].errors == {"internal": 2}
+
+
+def test_what_was_bound_is_free_when_a_rank_cannot_be(fleet: Fleet) -> None:
+    """All ranks' endpoints or none."""
+    first = free_ports(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first + 1))
+        with pytest.raises(ConfigError, match=r"in use"), finding(fleet, f"tcp://127.0.0.1:{first}", ranks=2):
+            pass
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", first))
 
 
 def test_replays_are_asked_for_where_the_connection_came_from(fleet: Fleet) -> None:

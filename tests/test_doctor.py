@@ -319,6 +319,14 @@ def test_a_healthy_fleet_passes_every_check() -> None:
     assert doctor.worst(found) is Status.PASS
 
 
+def test_where_engines_dial_in_no_pod_can_do_without_its_topic() -> None:
+    """Elsewhere a topic is only a filter."""
+    for bind, remedy in ((False, "Register the pod with an empty topic"), (True, "Compare it with the topic")):
+        specs = {"a:8000": replace(SPEC, topic="kv@a@m", bind=bind)}
+        found = of(examine(replace(with_stream(**SILENT), specs=specs)), "topic")
+        assert [each.remedy.startswith(remedy) for each in found if each.status is Status.WARN] == [True]
+
+
 @pytest.mark.parametrize("case", SICK)
 def test_what_is_wrong_is_found(case: str) -> None:
     """One finding with the evidence and, unless time cures it, a remedy; PASS of that check is gone."""

@@ -1,6 +1,9 @@
 """Several engines that dial into one endpoint, told apart by topic."""
 
+import select
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -139,15 +142,33 @@ def test_an_engine_waits_for_its_pod(fleet: Fleet, endpoint: str) -> None:
     eventually(lambda: listening.unclaimed() == {endpoint: []})
 
 
+def test_of_several_that_wait_the_latest_is_taken(endpoint: str) -> None:
+    """The others may be dead ones, whatever numbers the system has given to their sockets."""
+    with taking(endpoint, "kv@other"):
+        first = dial(endpoint)
+        old = dial(endpoint, message(frames(0, b"x", b"kv@a")))
+        first.socket.close()  # its numbers are free, and below those of the second
+        time.sleep(0.1)
+        new = dial(endpoint, message(frames(0, b"y", b"kv@a")))
+        eventually(lambda: listening.unclaimed() == {endpoint: ["kv@a"] * 2})
+        with taking(endpoint, "kv@a") as seen:
+            seen.sees(MADE, frames(0, b"y", b"kv@a"))
+            assert old.socket.recv(64) == b""
+            new.socket.close()
+
+
 def test_who_shares_an_endpoint_needs_a_topic_of_its_own(fleet: Fleet, endpoint: str) -> None:
     """Refused by field and reason, and what stands is left alone."""
     fleet.register(spec(endpoint, "first"))
-    for topic in ("kv@first@m", "kv@", "kv@first@m@more"):
+    for topic in ("kv@first@m", "kv@", "kv@first"):
         with pytest.raises(InvalidArgument, match=r"^topic: begins as that of pod 'first' at the same endpoint"):
             fleet.register(spec(endpoint, "second", topic=topic))
     with pytest.raises(InvalidArgument, match=r"^endpoint: is bound for pod 'first'; each pod needs its own"):
         fleet.register(spec(endpoint, "second", topic=""))
     assert fleet.pods("m") == ["first"]
+    # One that names pod and model is no beginning of another that does.
+    assert fleet.register(spec(endpoint, "first", model="m-large", topic="kv@first@m-large"))
+    fleet.unregister("first", "m-large")
     # A pod's own topic may change.
     assert fleet.register(spec(endpoint, "first", topic="kv@"))
     assert fleet.register(spec(endpoint, "first"))
@@ -160,6 +181,22 @@ def test_topics_that_overlap_are_refused_below_too(endpoint: str) -> None:
             with pytest.raises(BindError, match="taken already"):
                 subscribe(endpoint, topic, bind=True)
         subscribe(endpoint, "kv@b", bind=True).close()
+    with taking(endpoint, "kv@a@m"):
+        for topic in ("kv@a@m", "kv@a@", "kv@a"):
+            with pytest.raises(BindError, match="taken already"):
+                subscribe(endpoint, topic, bind=True)
+        subscribe(endpoint, "kv@a@m2", bind=True).close()
+
+
+def test_a_model_whose_name_begins_as_another_ones(endpoint: str) -> None:
+    """`kv@POD@MODEL` is one engine's, and no prefix: another's blocks would be credited to this one."""
+    with taking(endpoint, "kv@a@m") as seen:
+        other = dial(endpoint, message(frames(0, b"x", b"kv@a@m-large")))
+        eventually(lambda: listening.unclaimed() == {endpoint: ["kv@a@m-large"]})
+        own = dial(endpoint, message(frames(0, b"y", b"kv@a@m")))
+        seen.sees(MADE, frames(0, b"y", b"kv@a@m"))
+        for each in (other, own):
+            each.socket.close()
 
 
 def test_an_endpoint_is_free_when_its_last_pod_has_gone(fleet: Fleet, endpoint: str) -> None:
@@ -194,6 +231,31 @@ def test_an_engine_that_comes_again_stands_for_the_one_before(endpoint: str, min
         assert old.socket.recv(64) == b""
         new.socket.close()
         seen.sees(LOST)
+
+
+def test_after_many_that_came_at_once_there_is_rest(endpoint: str) -> None:
+    """What tells of a connection that is taken already would keep the stream's thread from ever sleeping again."""
+    first = greeting() + READY + message(frames(0, b"x", b"kv@a"))
+
+    def many() -> None:
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])), 10) as peer:
+                peer.sendall(first)
+                peer.recv(1)
+
+    with taking(endpoint, "kv@a") as seen:
+        for _ in range(30):
+            crowd = [threading.Thread(target=many, daemon=True) for _ in range(3)]
+            for each in crowd:
+                each.start()
+            for each in crowd:
+                each.join(20)
+            last = dial(endpoint, message(frames(1, b"y", b"kv@a")))
+            eventually(lambda: frames(1, b"y", b"kv@a") in seen.seen)
+            waits = seen.events.pollables[0]
+            eventually(lambda waits=waits: not select.select([waits], [], [], 0)[0])  # type: ignore[misc]
+            last.socket.close()
+            seen.seen.clear()
 
 
 def test_a_first_message_in_any_pieces(endpoint: str) -> None:
@@ -240,6 +302,40 @@ def test_a_connection_is_one_engines(endpoint: str) -> None:
         assert other.seen == []
 
 
+def test_a_connection_is_one_engines_also_where_the_topic_is_a_beginning(endpoint: str) -> None:
+    """Both could be meant; their numbers would be one stream's."""
+    with taking(endpoint, "kv@") as seen:
+        peer = dial(endpoint, message(frames(0, b"x", b"kv@a")) + message(frames(1, b"y", b"kv@ab")))
+        seen.sees(MADE, frames(0, b"x", b"kv@a"), LOST, ENDED)
+        assert peer.socket.recv(64) == b""
+
+
+def test_what_came_just_before_the_next_connection_is_read(endpoint: str) -> None:
+    """Also behind what was read in one go with the message before."""
+    events = subscribe(endpoint, "kv@a", bind=True)
+    received: list[list[bytes] | None] = []
+
+    def receives() -> bool:
+        received.append(events.receive())
+        return received[-1] is not None
+
+    try:
+        old = dial(endpoint, message(frames(0, b"x", b"kv@a")))
+        eventually(receives if events.changes() else lambda: receives() or bool(events.changes()))
+        old.socket.sendall(message(frames(1, b"x", b"kv@a")))
+        eventually(lambda: receives() and received[-1] == frames(1, b"x", b"kv@a"))
+        old.socket.sendall(message(frames(2, b"x", b"kv@a")))
+        new = dial(endpoint, message(frames(3, b"y", b"kv@a")))
+        time.sleep(0.2)
+        assert events.receive() == frames(2, b"x", b"kv@a")
+        eventually(lambda: events.receive() is None and events.changes() == [LOST, MADE])
+        assert events.receive() == frames(3, b"y", b"kv@a")
+        for each in (old, new):
+            each.socket.close()
+    finally:
+        events.close()
+
+
 def test_who_is_no_engine_is_sent_away(endpoint: str) -> None:
     """Probes, scans, and what never says who it is, do not keep engines out."""
     port = int(endpoint.rpartition(":")[2])
@@ -263,6 +359,44 @@ def test_who_is_no_engine_is_sent_away(endpoint: str) -> None:
         for each in [*crowd, peer.socket]:
             each.close()
         seen.sees(LOST)
+
+
+def test_one_clients_connections_keep_no_engine_out(endpoint: str) -> None:
+    """Even when each of them makes its handshake; others that are idle stay."""
+    port = int(endpoint.rpartition(":")[2])
+    with taking(endpoint, "kv@a") as seen, taking(endpoint, "kv@idle") as other, socket.socket() as idle:
+        idle.bind(("127.0.0.7", 0))
+        idle.connect(("127.0.0.1", port))
+        idle.sendall(greeting() + READY)
+        crowd = [dial(endpoint) for _ in range(1_100)]
+        peer = dial(endpoint, message(frames(0, b"x", b"kv@a")))
+        seen.sees(MADE, frames(0, b"x", b"kv@a"))
+        idle.sendall(message(frames(0, b"x", b"kv@idle")))
+        other.sees(MADE, frames(0, b"x", b"kv@idle"))
+        for each in (*crowd, peer):
+            each.socket.close()
+
+
+def test_asking_who_waits_is_in_nobodys_way(endpoint: str) -> None:
+    """A scrape at the moment when a pod is registered anew must not hold its address."""
+    halt, interval = threading.Event(), sys.getswitchinterval()
+
+    def ask() -> None:
+        while not halt.is_set():
+            listening.unclaimed()
+
+    askers = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for each in askers:
+            each.start()
+        for _ in range(2_000):
+            subscribe(endpoint, "kv@a", bind=True).close()
+    finally:
+        sys.setswitchinterval(interval)
+        halt.set()
+        for each in askers:
+            each.join(10)
 
 
 def test_a_connection_that_says_nothing_goes(endpoint: str) -> None:

@@ -1,5 +1,6 @@
 """Follows the engines that dial into one endpoint and name pod and model in their topic: `kv@POD@MODEL`."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,19 @@ from kvindex_server.discovery.source import Changed, Found, Progress, Refusals, 
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.pods import PodSpec, at_rank, bound_address, split_tcp
 
+_log = logging.getLogger(__name__)
+
 LOOK_SECONDS = 0.2
+MOST_KNOWN = 16_384
+MOST_MODELS = 1_024
+"""Pods, registered or not, and all their models so far, each of which has an index for good: whoever reaches the port
+may name as many as it likes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Known:
     spec: PodSpec
+    address: str
     seen: float
 
 
@@ -43,6 +51,7 @@ class DialInSource:
         self._refused: dict[str, int] = {}
         self._listeners: list[tuple[tuple[str, int], Listener]] = []
         self._known: dict[bytes, _Known] = {}  # by topic
+        self._models: set[str] = set()
         self._found: tuple[Found, ...] = ()
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dial-in", daemon=True)
@@ -59,6 +68,7 @@ class DialInSource:
             try:
                 self._listeners.append(((address, port), listening.join(address, port)))
             except OSError as error:
+                self.stop()
                 raise ConfigError("discovery.dial_in.endpoint", f"{endpoint}: {error.strerror}") from error
         self._thread.start()
 
@@ -78,23 +88,40 @@ class DialInSource:
 
     def _run(self) -> None:
         while not self._halt.is_set():
-            self._renew()
+            try:
+                self._renew()
+            except Exception as error:  # noqa: BLE001 - one bad look must not end discovery; the next one tries again
+                self.progress.failed("internal", repr(error))
+                _log.exception("looking at who has dialled in failed")
             self._halt.wait(LOOK_SECONDS)
 
     def _renew(self) -> None:
         now = time.monotonic()
         refusals = self._refusals.begin()
-        heard = dict(each for _, listener in self._listeners for each in listener.heard())
-        for unclaimed in {topic for _, listener in self._listeners for topic, _ in listener.unclaimed()}:
-            try:
-                self._known[unclaimed] = _Known(self._describe(unclaimed, heard.get(unclaimed, "")), now)
-            except InvalidArgument as problem:
-                refusals.add(unclaimed.decode(errors="replace"), "topic", str(problem))
+        taken = dict(each for _, listener in self._listeners for each in listener.taken())
+        here = dict(each for _, listener in self._listeners for each in listener.unclaimed())
         for topic, known in list(self._known.items()):
-            if self._is_connected(known.spec):
-                # It may have come again from elsewhere.
-                self._known[topic] = _Known(self._describe(topic, heard.get(topic, "")), now)
-            elif now - known.seen > self._forget_seconds:
+            if topic in here or not self._is_connected(known.spec):
+                continue
+            known.seen = now
+            if taken.get(topic, known.address) != known.address:
+                here[topic] = taken[topic]  # it has come again from elsewhere
+        for topic, address in here.items():
+            shown = topic.decode(errors="replace")
+            try:
+                spec = self._describe(topic, address)
+            except InvalidArgument as problem:
+                refusals.add(shown, "topic", str(problem))
+                continue
+            if topic not in self._known and len(self._known) >= MOST_KNOWN:
+                refusals.add(shown, "limit", f"{MOST_KNOWN} pods are known, which is the limit")
+            elif spec.model not in self._models and len(self._models) >= MOST_MODELS:
+                refusals.add(shown, "limit", f"{MOST_MODELS} models are known, which is the limit")
+            else:
+                self._models.add(spec.model)
+                self._known[topic] = _Known(spec, address, now)
+        for topic, known in list(self._known.items()):
+            if now - known.seen > self._forget_seconds:
                 del self._known[topic]
         self._refused = refusals.end()
         self.progress.succeeded()

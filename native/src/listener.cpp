@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <stdexcept>
 #include <system_error>
+#include <unordered_map>
 #include <utility>
 
 #include "lookup.hpp"
@@ -23,6 +24,8 @@ constexpr std::chrono::seconds kHandshake{10};
 constexpr std::chrono::milliseconds kLookAround{1000};
 constexpr std::chrono::milliseconds kAcceptPause{50};
 constexpr int kBacklog = 1024;
+// Accepted in a row, before those that are there already are heard: others wait for the lock meanwhile.
+constexpr int kAccepts = 64;
 constexpr size_t kRead = 4096;
 
 void watch(int events, int operation, int descriptor, uint32_t for_what) {
@@ -58,17 +61,23 @@ bool begins(std::string_view text, std::string_view with) { return text.substr(0
 
 // --- takers ---
 
-Listener::Taker::Taker(std::shared_ptr<Listener> listener, std::string topic)
+Listener::Taker::Taker(std::shared_ptr<Listener> listener, std::string topic, bool is_whole)
     : listener_(std::move(listener)),
       topic_(std::move(topic)),
+      is_whole_(is_whole),
       woken_(checked(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "eventfd")) {
   const std::lock_guard guard(listener_->lock_);
   for (const Taker* other : listener_->takers_)
-    if (begins(topic_, other->topic_) || begins(other->topic_, topic_))
+    if (takes(other->topic_) || other->takes(topic_))
       throw std::invalid_argument("connections of the topic " + other->topic_ + " are taken already");
   listener_->takers_.push_back(this);
   Callers& callers = listener_->callers_;
-  for (auto each = callers.begin(); each != callers.end();) listener_->offer(each++);
+  std::vector<Callers::iterator> waiting;
+  for (auto each = callers.begin(); each != callers.end(); ++each)
+    if (each->second.topic && takes(*each->second.topic)) waiting.push_back(each);
+  std::sort(waiting.begin(), waiting.end(),
+            [](const auto& one, const auto& other) { return one->second.since < other->second.since; });
+  for (const auto each : waiting) listener_->offer(each);
 }
 
 Listener::Taker::~Taker() {
@@ -77,16 +86,17 @@ Listener::Taker::~Taker() {
   takers.erase(std::remove(takers.begin(), takers.end(), this), takers.end());
 }
 
-bool Listener::Taker::has_arrival() const {
-  const std::lock_guard guard(listener_->lock_);
-  return arrival_.has_value();
+bool Listener::Taker::takes(std::string_view topic) const {
+  return is_whole_ ? topic == topic_ : begins(topic, topic_);
 }
 
 std::optional<Listener::Arrival> Listener::Taker::take() {
-  // First: what comes meanwhile wakes once more, for nothing.
-  uint64_t ignored;
-  (void)!::read(woken_.get(), &ignored, sizeof ignored);
   const std::lock_guard guard(listener_->lock_);
+  // Within the lock: else it may stay readable with nothing to take, and its stream's thread would never sleep again.
+  uint64_t ignored;
+  // NOLINTNEXTLINE(clang-analyzer-unix.BlockInCriticalSection): it does not wait
+  (void)!::read(woken_.get(), &ignored, sizeof ignored);
+  has_arrival_ = false;
   return std::exchange(arrival_, std::nullopt);
 }
 
@@ -116,9 +126,12 @@ std::vector<Listener::Heard> Listener::unclaimed() const {
   return all;
 }
 
-std::vector<Listener::Heard> Listener::heard() const {
+std::vector<Listener::Heard> Listener::taken() const {
   const std::lock_guard guard(lock_);
-  return {heard_.begin(), heard_.end()};
+  std::vector<Heard> all;
+  for (const Taker* each : takers_)
+    if (each->latest_) all.push_back(*each->latest_);
+  return all;
 }
 
 void Listener::run() {
@@ -132,7 +145,7 @@ void Listener::run() {
     for (int i = 0; i < count; ++i) {
       const epoll_event& event = ready[static_cast<size_t>(i)];
       if (event.data.fd == listening_.get()) {
-        is_full = !accept_all();
+        is_full = !accept_some();
       } else if (event.data.fd != woken_.get()) {
         serve(event.data.fd, event.events);
       }
@@ -145,8 +158,8 @@ void Listener::run() {
 }
 
 // False when the process has no descriptor left.
-bool Listener::accept_all() {
-  while (true) {
+bool Listener::accept_some() {
+  for (int accepted = 0; accepted < kAccepts; ++accepted) {
     sockaddr_storage from{};
     socklen_t size = sizeof from;
     auto* const any = reinterpret_cast<sockaddr*>(&from);
@@ -155,7 +168,7 @@ bool Listener::accept_all() {
       if (errno == EINTR || errno == ECONNABORTED) continue;
       return errno == EAGAIN;
     }
-    if (!make_room()) continue;
+    make_room();
     set_up_connection(socket.get());
     const int number = socket.get();
     callers_.try_emplace(number, Caller(std::move(socket), written(from, size), max_frame_));
@@ -166,17 +179,23 @@ bool Listener::accept_all() {
       callers_.erase(number);
     }
   }
+  return true;
 }
 
-// Whoever has not even made a handshake goes first: scans and probes shall not keep engines out.
-bool Listener::make_room() {
-  if (callers_.size() < kMost) return true;
-  auto oldest = callers_.end();
-  for (auto each = callers_.begin(); each != callers_.end(); ++each)
-    if (!each->second.is_open && (oldest == callers_.end() || each->second.since < oldest->second.since)) oldest = each;
-  if (oldest == callers_.end()) return false;
-  callers_.erase(oldest);
-  return true;
+// Whoever has not even made a handshake goes first, then one of the address that most come from: neither scans and
+// probes nor one client's connections shall keep engines out.
+void Listener::make_room() {
+  if (callers_.size() < kMost) return;
+  std::unordered_map<std::string_view, size_t> open_from;
+  for (const auto& [socket, caller] : callers_)
+    if (caller.is_open) ++open_from[caller.address];
+  const auto of_its_address = [&](const Caller& caller) {
+    return caller.is_open ? open_from.at(caller.address) : callers_.size() + 1;
+  };
+  callers_.erase(std::max_element(callers_.begin(), callers_.end(), [&](const auto& one, const auto& other) {
+    const size_t first = of_its_address(one.second), second = of_its_address(other.second);
+    return first != second ? first < second : one.second.since > other.second.since;
+  }));
 }
 
 void Listener::serve(int socket, uint32_t events) {
@@ -227,14 +246,16 @@ bool Listener::read(Caller& caller) {
 void Listener::offer(Callers::iterator found) {
   Caller& caller = found->second;
   if (!caller.topic) return;
-  if (heard_.size() < kMostHeard || heard_.contains(*caller.topic)) heard_[*caller.topic] = caller.address;
   Taker* const taker = taker_of(*caller.topic);
   if (taker == nullptr) {
     watch(events_.get(), EPOLL_CTL_MOD, found->first, EPOLLRDHUP);  // watched since it was accepted: cannot fail
     return;
   }
   epoll_ctl(events_.get(), EPOLL_CTL_DEL, found->first, nullptr);
-  taker->arrival_ = Arrival{std::move(caller.socket), std::move(caller.zmtp), std::move(caller.bytes)};
+  taker->latest_.emplace(*caller.topic, std::move(caller.address));
+  taker->arrival_ =
+      Arrival{std::move(caller.socket), std::move(caller.zmtp), std::move(*caller.topic), std::move(caller.bytes)};
+  taker->has_arrival_ = true;
   callers_.erase(found);
   const uint64_t one = 1;
   (void)!write(taker->woken_.get(), &one, sizeof one);
@@ -248,7 +269,7 @@ void Listener::expire() {
 
 Listener::Taker* Listener::taker_of(std::string_view topic) const {
   for (Taker* each : takers_)
-    if (begins(topic, each->topic_)) return each;
+    if (each->takes(topic)) return each;
   return nullptr;
 }
 

@@ -38,7 +38,12 @@ nb::object frames_of(Subscription& self) {
   return frames;
 }
 
-nb::list pairs_of(const std::vector<Listener::Heard>& heard) {
+nb::list pairs_of(const Listener& listener, std::vector<Listener::Heard> (Listener::*ask)() const) {
+  std::vector<Listener::Heard> heard;
+  {
+    nb::gil_scoped_release release;  // its thread may be busy with many who dial in
+    heard = (listener.*ask)();
+  }
   nb::list pairs;
   for (const auto& [topic, address] : heard)
     pairs.append(nb::make_tuple(nb::bytes(topic.data(), topic.size()), nb::str(address.c_str())));
@@ -83,8 +88,8 @@ void bind_sources(nb::module_& m) {
             or_os_error([&] { new (self) Listener(host, port, max_frame); });
           },
           nb::arg("host"), nb::arg("port"), nb::arg("max_frame"))
-      .def("unclaimed", [](const Listener& self) { return pairs_of(self.unclaimed()); })
-      .def("heard", [](const Listener& self) { return pairs_of(self.heard()); });
+      .def("unclaimed", [](const Listener& self) { return pairs_of(self, &Listener::unclaimed); })
+      .def("taken", [](const Listener& self) { return pairs_of(self, &Listener::taken); });
   nb::class_<Subscription, MessageSource>(m, "Subscription")
       .def(
           "__init__",
@@ -98,15 +103,16 @@ void bind_sources(nb::module_& m) {
           nb::arg("heartbeat_timeout_ms"))
       .def(
           "__init__",
-          [](Subscription* self, std::shared_ptr<Listener> listener, const nb::bytes& topic, uint32_t heartbeat_ms,
-             uint32_t heartbeat_timeout_ms) {
+          [](Subscription* self, std::shared_ptr<Listener> listener, const nb::bytes& topic, bool is_whole,
+             uint32_t heartbeat_ms, uint32_t heartbeat_timeout_ms) {
             or_os_error([&] {
               const uint64_t max_frame = listener->max_frame();
-              new (self)
-                  Subscription(std::move(listener), settings_of(topic, max_frame, heartbeat_ms, heartbeat_timeout_ms));
+              new (self) Subscription(std::move(listener), is_whole,
+                                      settings_of(topic, max_frame, heartbeat_ms, heartbeat_timeout_ms));
             });
           },
-          nb::arg("listener"), nb::arg("topic"), nb::arg("heartbeat_ms"), nb::arg("heartbeat_timeout_ms"))
+          nb::arg("listener"), nb::arg("topic"), nb::arg("is_whole"), nb::arg("heartbeat_ms"),
+          nb::arg("heartbeat_timeout_ms"))
       .def("fileno", &Subscription::descriptor)
       .def_prop_ro("is_pending", &Subscription::is_pending)
       .def("receive", &frames_of)

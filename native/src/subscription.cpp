@@ -77,9 +77,9 @@ Subscription::Subscription(const std::string& host, uint16_t port, Settings sett
   connect();
 }
 
-Subscription::Subscription(std::shared_ptr<Listener> listener, Settings settings)
+Subscription::Subscription(std::shared_ptr<Listener> listener, bool is_whole, Settings settings)
     : settings_(std::move(settings)), pause_(kFirstPause) {
-  taker_.emplace(std::move(listener), settings_.topic);
+  taker_.emplace(std::move(listener), settings_.topic, is_whole);
   watch_clock();
   set_alarm(Clock::time_point::max());
   epoll_event event{.events = EPOLLIN, .data = {.fd = taker_->descriptor()}};
@@ -118,7 +118,7 @@ bool Subscription::receive(Message& message) {
   if (phase_ == Phase::kLookingUp && lookup_->is_done()) finish_looking_up();
   if (phase_ == Phase::kConnecting) finish_connecting();
   if (taker_ && phase_ == Phase::kWaiting) take_arrival();
-  bool is_read = false;
+  bool is_replaced = false;
   for (int reads = 0; news_.empty() && phase_ == Phase::kConnected;) {
     size_t used = 0;
     const Zmtp::Step step = zmtp_->next({buffer_.data.get() + begin_, end_ - begin_}, used, message);
@@ -131,12 +131,17 @@ bool Subscription::receive(Message& message) {
       lose(true);
     } else if (step == Zmtp::Step::kOpened) {
       opened();
-    } else if (++reads > kReads || !read()) {
-      is_read = reads <= kReads;
+    } else if (++reads > kReads) {
+      is_replaced = false;
       break;
+    } else {
+      // Asked first: what came before the other connection is still read.
+      is_replaced = taker_ && taker_->has_arrival();
+      is_read_out_ = is_read_out_ && !is_replaced;
+      if (!read()) break;
     }
   }
-  if (taker_ && is_read && phase_ == Phase::kConnected && taker_->has_arrival()) {
+  if (is_replaced && phase_ == Phase::kConnected) {
     lose(false);
     take_arrival();
   }
@@ -164,7 +169,7 @@ void Subscription::take_arrival() {
   watched_ = EPOLLIN;
   phase_ = Phase::kConnected;
   zmtp_.emplace(std::move(arrival->zmtp));
-  zmtp_->insist(settings_.topic);
+  zmtp_->insist(std::move(arrival->topic));
   rest_ = std::move(arrival->unread);
   take_up();
   opened();

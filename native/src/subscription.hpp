@@ -48,9 +48,10 @@ class Subscription final : public MessageSource {
   // A name is looked up before each connection, as it may have moved, and its addresses are tried one after the other.
   // std::system_error when the process has no descriptor left.
   Subscription(const std::string& host, uint16_t port, Settings settings);
-  // To the engine that dials in and publishes with such a topic. One that dials in after it stands for it, and is heard
-  // when all that came before is read. std::invalid_argument when somebody takes such connections there already.
-  Subscription(std::shared_ptr<Listener> listener, Settings settings);
+  // To the engine that dials in and publishes with such a topic, or with this one where it `is_whole`. One that dials
+  // in after it stands for it, and is heard when all that came before is read. std::invalid_argument when somebody
+  // takes such connections there already.
+  Subscription(std::shared_ptr<Listener> listener, bool is_whole, Settings settings);
   ~Subscription() override;
 
   // Nothing is received any more.

@@ -150,7 +150,7 @@ bool Zmtp::deliver(std::string_view bytes, size_t& used, Message& message) {
     message.frames.emplace_back(reinterpret_cast<const uint8_t*>(bytes.data()) + begin, length);
   const auto [begin, length] = frames_[0];
   frames_.clear();
-  return bytes.substr(begin, std::min(length, topic_.size())) == topic_;
+  return bytes.substr(begin, insists_ ? length : std::min(length, topic_.size())) == topic_;
 }
 
 bool Zmtp::ready(std::string_view body) {

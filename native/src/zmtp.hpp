@@ -33,7 +33,7 @@ class Zmtp {
 
   // The first frame of the message that `bytes` begin with, if all of it is there.
   static std::optional<std::string_view> topic_at(std::string_view bytes);
-  // For a subscription to everything, from now on: the connection is broken by a topic that does not begin so.
+  // For a subscription to everything, from now on: the connection is broken by any other topic.
   void insist(std::string topic);
 
   // What is to be sent; the caller takes away what was.
