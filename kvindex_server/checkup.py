@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from kvindex_server import descriptors, doctor, listening
+from kvindex_server import descriptors, listening
+from kvindex_server.doctor.examination import examine, unknown_model
+from kvindex_server.doctor.facts import Facts, Finding, Probe
+from kvindex_server.doctor.streams import NOT_REACHED, unanswered
 from kvindex_server.errors import DeadlineExceeded, InvalidArgument, KvindexError, NotFound
 from kvindex_server.explain import Explainer, tokens_of
 from kvindex_server.fleet import Fleet
@@ -42,7 +45,7 @@ class Checkup:
         self._lookup = lookup
         self._explainer = Explainer(lookup, fleet.statuses, fleet.adapters)
 
-    def examine(self, query: CheckQuery, check: Check) -> list[doctor.Finding]:
+    def examine(self, query: CheckQuery, check: Check) -> list[Finding]:
         """Findings of the model asked for, or of every model. An unknown model is a finding, too."""
         if not query.model:
             if query.kind is not None:
@@ -52,9 +55,9 @@ class Checkup:
             try:
                 models = [self._models.get(query.model)]
             except NotFound:
-                return [doctor.unknown_model(query.model, [each.name for each in self._models.all()])]
+                return [unknown_model(query.model, [each.name for each in self._models.all()])]
         if not models:
-            return [doctor.unknown_model("", [])]
+            return [unknown_model("", [])]
         registrations = [spec for spec, _ in self._fleet.registrations()]
         names = {model.name for model in models}
         streams = [each for each in self._fleet.statuses() if each.model in names]
@@ -63,7 +66,7 @@ class Checkup:
         found = []
         for model in models:
             of_model = [each for each in streams if each.model == model.name]
-            found += doctor.examine(self._facts(model, of_model, registrations, reached, query, check))
+            found += examine(self._facts(model, of_model, registrations, reached, query, check))
             check()
         return found
 
@@ -75,10 +78,10 @@ class Checkup:
         reached: dict[str, str],
         query: CheckQuery,
         check: Check,
-    ) -> doctor.Facts:
+    ) -> Facts:
         specs = {spec.pod: spec for spec in registrations if spec.model == model.name}
         tokenizer = model.tokenizer
-        return doctor.Facts(
+        return Facts(
             model=model.name,
             block_size=model.index.block_size,
             seed=model.index.seed,
@@ -97,7 +100,7 @@ class Checkup:
             probe=None if query.kind is None else self._probe(query, query.kind, check),
         )
 
-    def _probe(self, query: CheckQuery, kind: Kind, check: Check) -> doctor.Probe:
+    def _probe(self, query: CheckQuery, kind: Kind, check: Check) -> Probe:
         asked = Query(query.model, kind, query.text, query.tokens, b"", query.pods, query.lora_name, query.cache_salt)
         engine_tokens = tokens_of(query.engine_tokens, len(query.engine_tokens) // 4)
         try:
@@ -107,8 +110,8 @@ class Checkup:
         except DeadlineExceeded:
             raise
         except KvindexError as error:
-            return doctor.Probe(kind, error=error.message, engine_tokens=engine_tokens)
-        return doctor.Probe(
+            return Probe(kind, error=error.message, engine_tokens=engine_tokens)
+        return Probe(
             kind,
             tokens=tokens_of(prompt.tokens, prompt.total_tokens),
             engine_tokens=engine_tokens,
@@ -133,9 +136,9 @@ def _reached(streams: list[StreamStatus], registrations: list[PodSpec]) -> dict[
     dial_in = {(spec.model, spec.pod) for spec in registrations if spec.bind}
     endpoints = []
     for stream in streams:
-        silent = not stream.messages or stream.state is StreamState.DOWN or doctor.NOT_REACHED in stream.trust_reason
+        silent = not stream.messages or stream.state is StreamState.DOWN or NOT_REACHED in stream.trust_reason
         if silent and (stream.model, stream.pod) not in dial_in:
             endpoints.append(stream.endpoint)
-        if stream.replay_endpoint and (silent or doctor.unanswered(stream)):
+        if stream.replay_endpoint and (silent or unanswered(stream)):
             endpoints.append(stream.replay_endpoint)
     return reach(islice(endpoints, MAX_REACHED), REACH_SECONDS)

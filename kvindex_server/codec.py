@@ -6,8 +6,10 @@ from typing import Any, NoReturn, Protocol, TypedDict, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from kvindex_server import _core, doctor
+from kvindex_server import _core
 from kvindex_server.checkup import CheckQuery
+from kvindex_server.doctor.examination import worst
+from kvindex_server.doctor.facts import Finding
 from kvindex_server.errors import InvalidArgument
 from kvindex_server.explain import Explanation, tokens_of
 from kvindex_server.lookup import (
@@ -259,9 +261,9 @@ def encode_placement(answer: PlacementAnswer) -> bytes:
     ).SerializeToString()
 
 
-def encode_check(findings: Sequence[doctor.Finding]) -> bytes:
+def encode_check(findings: Sequence[Finding]) -> bytes:
     """A CheckResponse."""
-    response = kvindex_pb2.CheckResponse(status=kvindex_pb2.CheckStatus.ValueType(doctor.worst(findings)))
+    response = kvindex_pb2.CheckResponse(status=kvindex_pb2.CheckStatus.ValueType(worst(findings)))
     for each in findings:
         response.checks.add(
             name=each.name,

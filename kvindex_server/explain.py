@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvindex_server import _core
 from kvindex_server._core import Left
-from kvindex_server.doctor import NO_SALT, NOR_SALT
+from kvindex_server.doctor.facts import NO_SALT, NOR_SALT
 from kvindex_server.lookup import Check, Located, Lookup, Prompt, Query
 from kvindex_server.models import Model
 from kvindex_server.removals import Departure, Memory, remembered, shown

@@ -14,10 +14,11 @@ import pytest
 from event_encoding import Removed, Stored, maps
 from publisher import Publisher, free_port
 
-from kvindex_server import checkup, doctor
+from kvindex_server import checkup
 from kvindex_server._core import Index
 from kvindex_server.config import ModelSettings, PodSettings, Settings
-from kvindex_server.doctor import Facts, Finding, Probe, Status, examine
+from kvindex_server.doctor.examination import CHECKS, MAX_FINDINGS, examine, worst
+from kvindex_server.doctor.facts import NO_SALT, Facts, Finding, Probe, Status
 from kvindex_server.explain import End, Explainer, PodExplanation
 from kvindex_server.lookup import Lookup, Query
 from kvindex_server.metrics import Metrics
@@ -91,7 +92,7 @@ WELL = Facts(
         total_blocks=4,
         blocks={"a:8000": 3},
         salted=True,
-        other_contexts={"adapter 'adapter'": 0, doctor.NO_SALT: 0},
+        other_contexts={"adapter 'adapter'": 0, NO_SALT: 0},
     ),
 )
 
@@ -214,7 +215,7 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
         Status.FAIL,
         "4 blocks of the probe are held with no",
     ),
-    "salt": (with_probe(other_contexts={doctor.NO_SALT: 4}), "salt", Status.FAIL, "4 blocks"),
+    "salt": (with_probe(other_contexts={NO_SALT: 4}), "salt", Status.FAIL, "4 blocks"),
     "salts in use, none asked with": (
         replace(with_probe(salted=False, blocks={}), dialects=(replace(DIALECT, beginnings=(9, 4)),)),
         "salt",
@@ -295,7 +296,7 @@ SICK: dict[str, tuple[Facts, str, Status, str]] = {
     ),
     "gap": (with_stream(state=StreamState.GAP, gaps=1), "stream_state", Status.FAIL, "GAP, 1 holes"),
     "adapter and salt": (
-        with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0, "no adapter and no salt": 4}),
+        with_probe(blocks={}, other_contexts={"no adapter": 0, NO_SALT: 0, "no adapter and no salt": 4}),
         "lora",
         Status.FAIL,
         "4 blocks of the probe are held with no adapter and no salt, 0 as it was asked",
@@ -314,9 +315,9 @@ def of(found: list[Finding], name: str) -> list[Finding]:
 
 def test_a_healthy_fleet_passes_every_check() -> None:
     found = examine(WELL)
-    assert [each.name for each in found] == list(doctor.CHECKS)
+    assert [each.name for each in found] == list(CHECKS)
     assert {each.name: each.status for each in found if each.status is not Status.PASS} == {}
-    assert doctor.worst(found) is Status.PASS
+    assert worst(found) is Status.PASS
 
 
 def test_where_engines_dial_in_no_pod_can_do_without_its_topic() -> None:
@@ -341,13 +342,13 @@ def test_what_is_wrong_is_found(case: str) -> None:
 
 def test_every_check_can_fail() -> None:
     """No check is there that no case turns away from PASS."""
-    assert {name for _, name, _, _ in SICK.values()} == set(doctor.CHECKS)
+    assert {name for _, name, _, _ in SICK.values()} == set(CHECKS)
 
 
 def test_findings_of_one_check_are_bounded() -> None:
     streams = [stream(rank=rank, decode_errors={"bad_batch": 1}) for rank in range(200)]
     found = of(examine(replace(WELL, streams=streams)), "decode_errors")
-    assert len(found) == doctor.MAX_FINDINGS + 1
+    assert len(found) == MAX_FINDINGS + 1
     assert (found[-1].status, found[-1].evidence) == (Status.FAIL, "136 more")
 
 
@@ -383,8 +384,8 @@ def test_a_connection_is_tried_to_whom_nothing_is_heard_from(monkeypatch: pytest
 
 def test_what_both_differences_explain_is_told_of_neither_alone() -> None:
     """Without the salt as much is held as without salt and adapter: the adapter is not to blame, nor the other way."""
-    for alone in ("no adapter", doctor.NO_SALT):
-        others = {"no adapter": 0, doctor.NO_SALT: 0, "no adapter and no salt": 4, alone: 4}
+    for alone in ("no adapter", NO_SALT):
+        others = {"no adapter": 0, NO_SALT: 0, "no adapter and no salt": 4, alone: 4}
         found = examine(with_probe(blocks={}, other_contexts=others))
         told = [each.evidence for name in ("lora", "salt") for each in of(found, name) if each.status is Status.FAIL]
         assert len(told) == 1 and "and no salt" not in told[0]
@@ -401,7 +402,7 @@ def test_salts_in_use_are_told_but_blamed_only_for_a_miss() -> None:
 
 
 def test_a_salt_is_not_cleared_by_a_prompt_that_nobody_holds() -> None:
-    nothing = examine(with_probe(blocks={}, other_contexts={"no adapter": 0, doctor.NO_SALT: 0}))
+    nothing = examine(with_probe(blocks={}, other_contexts={"no adapter": 0, NO_SALT: 0}))
     assert [each.status for each in of(nothing, "salt")] == [Status.SKIP]
 
 
@@ -441,7 +442,7 @@ def test_statuses_and_ends_are_those_of_the_proto() -> None:
 
 def test_every_check_and_end_has_its_row_in_the_runbook() -> None:
     rows = set(re.findall(r"^\| `([a-zA-Z_]+)` \|", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE))
-    assert rows == set(doctor.CHECKS) | {each.name for each in End}
+    assert rows == set(CHECKS) | {each.name for each in End}
 
 
 # --- who answers ---
@@ -517,7 +518,7 @@ class Running:
     def check(self, **fields: Any) -> dict[str, list[pb.CheckResult]]:
         answer = self.admin.Check(pb.CheckRequest(**fields), timeout=10)
         assert answer.status == max(each.status for each in answer.checks if each.status != pb.CHECK_STATUS_SKIP)
-        return {name: [each for each in answer.checks if each.name == name] for name in doctor.CHECKS}
+        return {name: [each for each in answer.checks if each.name == name] for name in CHECKS}
 
     def explain(self, **fields: Any) -> dict[str, pb.PodExplanation]:
         asked = {"model": MODEL, "tokens": pb.Tokens(ids=TOKENS), **fields}
