@@ -64,7 +64,7 @@ native-test: setup ## Build the C++ tests with ASan and UBSan, then with TSan, a
 	  $(BIN)/cmake -S native -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVINDEX_NATIVE_TESTS=ON -DKVINDEX_SANITIZE=$$sanitizer > /dev/null; \
 	  $(BIN)/cmake --build $$build; \
-	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
+	  $(BIN)/ctest --test-dir $$build --parallel 2 --output-on-failure; \
 	done
 
 sanitized-test: setup ## Run the multi-threaded Python tests over a core built with ASan, then with TSan
