@@ -119,12 +119,10 @@ class Fleet:
 
     def _check_topic(self, spec: PodSpec) -> None:
         """Of two pods that share an endpoint no topic may stand for both."""
+        own = self.key_of(spec)
         for key, each in self._subscribers.items():
-            if (
-                key != self.key_of(spec)
-                and share_an_endpoint(each.spec, spec)
-                and topics_overlap(each.spec.topic, spec.topic)
-            ):
+            # Topics first: endpoints are dearer to compare, and there may be thousands.
+            if key != own and topics_overlap(each.spec.topic, spec.topic) and share_an_endpoint(each.spec, spec):
                 reason = f"begins as that of pod {key[1]!r} at the same endpoint, or that one as this"
                 raise InvalidArgument("topic", reason)
 

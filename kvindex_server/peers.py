@@ -9,6 +9,8 @@ from pathlib import Path
 
 import grpc
 
+from kvindex_server.pods import host
+
 _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
@@ -26,7 +28,7 @@ def resolve(address: str) -> Iterable[tuple[str, str]]:
     name, port = _split(address)
     for *_, found in socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM):
         ip = str(found[0])
-        yield f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name
+        yield f"{host(ip)}:{port}", name
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,11 @@ def split_tcp(endpoint: str, field: str) -> tuple[str, int]:
     return host, port
 
 
+def host(ip: str) -> str:
+    """The address as it stands in an endpoint: IPv6 in brackets."""
+    return f"[{ip}]" if ":" in ip else ip
+
+
 def bound_address(host: str) -> str | None:
     """The IP address to bind for the host of an endpoint; None when that is a name."""
     try:
@@ -105,11 +110,16 @@ def bind_the_same(one: PodSpec, other: PodSpec) -> bool:
     return first < second + other.ranks and second < first + one.ranks
 
 
+def named(topic: str) -> tuple[str, str] | None:
+    """(pod, model) of a topic `kv@POD@MODEL`, either of which may be empty; None of another form."""
+    kind, *names = topic.split("@", 2)
+    return (names[0], names[1]) if kind == "kv" and len(names) == 2 else None
+
+
 def is_whole(topic: str) -> bool:
     """It names one engine, `kv@POD@MODEL`, and is not the beginning of another one's, such as `kv@POD@MODEL-large`."""
-    kind, _, rest = topic.partition("@")
-    pod, _, model = rest.partition("@")
-    return kind == "kv" and bool(pod and model)
+    names = named(topic)
+    return names is not None and all(names)
 
 
 def topics_overlap(one: str, other: str) -> bool:
@@ -120,8 +130,9 @@ def topics_overlap(one: str, other: str) -> bool:
 
 def share_an_endpoint(one: PodSpec, other: PodSpec) -> bool:
     """Both are bound here, at one endpoint, and told apart by topic."""
-    same = split_tcp(one.endpoint, "endpoint")[0] == split_tcp(other.endpoint, "endpoint")[0]
-    return same and bool(one.topic and other.topic) and bind_the_same(one, other)
+    if not (one.topic and other.topic and bind_the_same(one, other)):
+        return False
+    return split_tcp(one.endpoint, "endpoint")[0] == split_tcp(other.endpoint, "endpoint")[0]
 
 
 def at_rank(endpoint: str, rank: int) -> str:

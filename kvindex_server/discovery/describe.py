@@ -7,7 +7,7 @@ from typing import TypeVar
 from kvindex_server.config import DiscoveryDefaults
 from kvindex_server.discovery.engine import EventSources
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.pods import PodSpec
+from kvindex_server.pods import PodSpec, host
 
 T = TypeVar("T")
 
@@ -95,11 +95,6 @@ def describe(
         return spec.validate()
     except InvalidArgument as error:
         raise NotDescribed("invalid", str(error)) from None
-
-
-def host(ip: str) -> str:
-    """The address as it stands in an endpoint: IPv6 in brackets."""
-    return f"[{ip}]" if ":" in ip else ip
 
 
 def _first(*values: T | None) -> T:

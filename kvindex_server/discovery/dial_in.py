@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from kvindex_server import listening
 from kvindex_server._core import Listener
 from kvindex_server.config import ConfigError, DialInSettings, DiscoveryDefaults
-from kvindex_server.discovery.describe import host
 from kvindex_server.discovery.source import Changed, Found, Progress, Refusals, Sight
 from kvindex_server.errors import InvalidArgument
-from kvindex_server.pods import PodSpec, at_rank, bound_address, split_tcp
+from kvindex_server.pods import PodSpec, at_rank, bound_address, host, named, split_tcp
 
 _log = logging.getLogger(__name__)
 
@@ -132,11 +131,12 @@ class DialInSource:
 
     def _describe(self, topic: bytes, address: str) -> PodSpec:
         try:
-            kind, pod, model = topic.decode().split("@", 2)
-        except ValueError:
-            raise InvalidArgument("topic", "is not of the form kv@POD@MODEL") from None
-        if kind != "kv":
+            names = named(topic.decode())
+        except UnicodeDecodeError:
+            names = None
+        if names is None:
             raise InvalidArgument("topic", "is not of the form kv@POD@MODEL")
+        pod, model = names
         defaults = self._defaults
         replay = defaults.replay_port if address else 0
         return PodSpec(

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Iterable
 
 from kvindex_server.config import DiscoveryDefaults, DnsSettings
-from kvindex_server.discovery.describe import NotDescribed, Told, describe, host
+from kvindex_server.discovery.describe import NotDescribed, Told, describe
 from kvindex_server.discovery.engine import Engines, EventSources, Known, Life
 from kvindex_server.discovery.source import NOT_ANSWERED, Changed, Found, Progress, Refusals, Sight
+from kvindex_server.pods import host
 
 Resolve = Callable[[str], Iterable[str]]
 """A name's addresses. OSError when they cannot be had."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from kvindex_server.config import DiscoveryDefaults, KubernetesSettings
 from kvindex_server.discovery.api import ApiFailed, Event, Gone, Object, PodsApi
-from kvindex_server.discovery.describe import NotDescribed, describe, host
+from kvindex_server.discovery.describe import NotDescribed, describe
 from kvindex_server.discovery.engine import Engines, EventSources, Known, Life
 from kvindex_server.discovery.kubepod import KubePod, read_pod
 from kvindex_server.discovery.source import NOT_ANSWERED, Backoff, Changed, Found, Progress, Refusals, Sight
+from kvindex_server.pods import host
 
 _log = logging.getLogger(__name__)
 

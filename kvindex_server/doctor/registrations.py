@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from kvindex_server.doctor.facts import Facts, Finding, Status, of_stream, passed
-from kvindex_server.pods import PodSpec
+from kvindex_server.pods import PodSpec, named
 from kvindex_server.stream import StreamStatus
 
 DESCRIPTORS_OF_STREAM = 12
@@ -105,17 +105,16 @@ def events_heard(facts: Facts) -> Iterator[Finding]:
 def topic(facts: Facts) -> Iterator[Finding]:
     """What a topic tells of pod and model is what is registered."""
     for endpoint, topics in facts.unclaimed.items():
-        for topic in topics:
-            kind, _, rest = topic.partition("@")
-            pod, at, model = rest.partition("@")
-            if kind == "kv" and at and model not in (facts.model, *facts.aliases, *facts.loras):
+        for told in topics:
+            names = named(told)
+            if names and names[1] not in (facts.model, *facts.aliases, *facts.loras):
                 continue  # another model's
             yield Finding(
                 Status.FAIL,
-                f"an engine has dialled in at {endpoint} with the topic {topic!r}, and no pod is registered for it",
+                f"an engine has dialled in at {endpoint} with the topic {told!r}, and no pod is registered for it",
                 "Register its pod with bind, this endpoint and this topic, or turn discovery.dial_in on; its events "
                 "wait in the engine until then.",
-                pod,
+                names[0] if names else "",
             )
     silent = {each.pod for each in facts.streams if not each.messages and each.last_sequence is None}
     filtered = [spec for spec in facts.specs.values() if spec.topic]
@@ -129,17 +128,13 @@ def topic(facts: Facts) -> Iterator[Finding]:
                 else "Register the pod with an empty topic: the registration names it, the topic is only a filter.",
                 spec.pod,
             )
-    named = 0
-    for stream in facts.streams:
-        kind, _, rest = stream.topic.partition("@")
-        pod, at, model = rest.partition("@")
-        if kind == "kv" and at:
-            named += 1
-            yield from _misnamed(facts, stream, pod, model)
+    naming = [(stream, names) for stream in facts.streams if (names := named(stream.topic))]
+    for stream, names in naming:
+        yield from _misnamed(facts, stream, *names)
     if filtered:
         yield passed(f"{len(filtered)} pods filter by topic, and all of them have been heard")
-    elif named:
-        yield passed(f"{named} streams name pod and model in their topic, as they are registered")
+    elif naming:
+        yield passed(f"{len(naming)} streams name pod and model in their topic, as they are registered")
     else:
         yield passed("no pod filters by topic; pod and model come from the registration")
 

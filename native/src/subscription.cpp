@@ -11,7 +11,6 @@
 #include <mutex>
 #include <utility>
 
-#include "descriptor.hpp"
 #include "tcp.hpp"
 
 namespace kvindex {
@@ -83,23 +82,14 @@ Subscription::Subscription(std::shared_ptr<Listener> listener, bool is_whole, Se
   watch_clock();
   set_alarm(Clock::time_point::max());
   epoll_event event{.events = EPOLLIN, .data = {.fd = taker_->descriptor()}};
-  if (epoll_ctl(events_, EPOLL_CTL_ADD, taker_->descriptor(), &event) != 0) {
-    const std::system_error error(errno, std::generic_category(), "epoll");
-    close();
-    throw error;
-  }
+  checked(epoll_ctl(events_.get(), EPOLL_CTL_ADD, taker_->descriptor(), &event), "epoll");
 }
 
 void Subscription::watch_clock() {
-  try {
-    events_ = checked(epoll_create1(EPOLL_CLOEXEC), "epoll");
-    timer_ = checked(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timer");
-    epoll_event event{.events = EPOLLIN, .data = {.fd = timer_}};
-    checked(epoll_ctl(events_, EPOLL_CTL_ADD, timer_, &event), "epoll");
-  } catch (...) {
-    close();
-    throw;
-  }
+  events_ = Descriptor(checked(epoll_create1(EPOLL_CLOEXEC), "epoll"));
+  timer_ = Descriptor(checked(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timer"));
+  epoll_event event{.events = EPOLLIN, .data = {.fd = timer_.get()}};
+  checked(epoll_ctl(events_.get(), EPOLL_CTL_ADD, timer_.get(), &event), "epoll");
 }
 
 Subscription::~Subscription() { close(); }
@@ -107,13 +97,13 @@ Subscription::~Subscription() { close(); }
 void Subscription::close() {
   close_socket();
   taker_.reset();
-  for (int* each : {&timer_, &events_})
-    if (*each >= 0) ::close(std::exchange(*each, -1));
+  timer_.reset();
+  events_.reset();
 }
 
 bool Subscription::receive(Message& message) {
   is_unread_ = is_unread_ && has_news();
-  if (events_ < 0) return false;
+  if (events_.get() < 0) return false;
   take_up();
   if (phase_ == Phase::kLookingUp && lookup_->is_done()) finish_looking_up();
   if (phase_ == Phase::kConnecting) finish_connecting();
@@ -164,7 +154,8 @@ void Subscription::take_arrival() {
   std::optional<Listener::Arrival> arrival = taker_->take();
   if (!arrival) return;
   epoll_event event{.events = EPOLLIN, .data = {.fd = arrival->socket.get()}};
-  if (epoll_ctl(events_, EPOLL_CTL_ADD, arrival->socket.get(), &event) != 0) return;  // the engine will dial in again
+  if (epoll_ctl(events_.get(), EPOLL_CTL_ADD, arrival->socket.get(), &event) != 0)
+    return;  // the engine will dial in again
   socket_ = arrival->socket.release();
   watched_ = EPOLLIN;
   phase_ = Phase::kConnected;
@@ -248,7 +239,7 @@ void Subscription::connect() {
   epoll_event event{.events = EPOLLOUT, .data = {.fd = socket_}};
   const bool is_begun = ::connect(socket_, reinterpret_cast<const sockaddr*>(&address.storage), address.size) == 0 ||
                         errno == EINPROGRESS;
-  if (!is_begun || epoll_ctl(events_, EPOLL_CTL_ADD, socket_, &event) != 0) {
+  if (!is_begun || epoll_ctl(events_.get(), EPOLL_CTL_ADD, socket_, &event) != 0) {
     lose(false);
     return;
   }
@@ -267,7 +258,7 @@ void Subscription::look_up() {
   phase_ = Phase::kLookingUp;
   set_alarm(Clock::time_point::max());
   epoll_event event{.events = EPOLLIN, .data = {.fd = lookup_->descriptor()}};
-  if (epoll_ctl(events_, EPOLL_CTL_ADD, lookup_->descriptor(), &event) != 0) lose(false);
+  if (epoll_ctl(events_.get(), EPOLL_CTL_ADD, lookup_->descriptor(), &event) != 0) lose(false);
 }
 
 void Subscription::finish_looking_up() {
@@ -280,7 +271,7 @@ void Subscription::finish_looking_up() {
 
 void Subscription::give_up_lookup() {
   if (!lookup_) return;
-  epoll_ctl(events_, EPOLL_CTL_DEL, lookup_->descriptor(), nullptr);
+  epoll_ctl(events_.get(), EPOLL_CTL_DEL, lookup_->descriptor(), nullptr);
   lookup_.reset();
 }
 
@@ -347,14 +338,14 @@ void Subscription::set_alarm(Clock::time_point at) {
     when.it_value.tv_sec = seconds.count();
     when.it_value.tv_nsec = std::chrono::duration_cast<std::chrono::nanoseconds>(since - seconds).count();
   }
-  timerfd_settime(timer_, TFD_TIMER_ABSTIME, &when, nullptr);
+  timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &when, nullptr);
 }
 
 void Subscription::watch(uint32_t for_what) {
   if (watched_ == for_what) return;
   watched_ = for_what;
   epoll_event event{.events = for_what, .data = {.fd = socket_}};
-  epoll_ctl(events_, EPOLL_CTL_MOD, socket_, &event);
+  epoll_ctl(events_.get(), EPOLL_CTL_MOD, socket_, &event);
 }
 
 }  // namespace kvindex

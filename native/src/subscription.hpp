@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "descriptor.hpp"
 #include "listener.hpp"
 #include "lookup.hpp"
 #include "message_source.hpp"
@@ -58,14 +59,14 @@ class Subscription final : public MessageSource {
   void close();
 
   // Readable when `receive` has something to do.
-  int descriptor() const { return events_; }
+  int descriptor() const { return events_.get(); }
   // There is news, or what was received already may hold a message: nothing is to be waited for.
   bool is_pending() const { return has_news() || is_unread_; }
 
   // Also does what time demands: connecting again, signs of life.
   bool receive(Message& message) override;
   bool has_news() const override { return !news_.empty(); }
-  ZeroMq::Item item() const override { return {nullptr, events_, POLLIN, 0}; }
+  ZeroMq::Item item() const override { return {nullptr, events_.get(), POLLIN, 0}; }
 
   // What has happened since the last call, in order; the messages received since then come behind it.
   std::vector<Connection> changes();
@@ -94,14 +95,15 @@ class Subscription final : public MessageSource {
   void watch(uint32_t for_what);
 
   const Settings settings_;
-  std::optional<Listener::Taker> taker_;  // where engines dial in; else the following five
+  std::optional<Listener::Taker> taker_;  // where engines dial in; else the following six
   const std::string host_;
   const uint16_t port_ = 0;
   std::optional<Lookup> lookup_;
   std::vector<Address> addresses_;  // of a name, those of its last lookup that are still to be tried
   size_t next_address_ = 0;
   bool is_name_ = false;
-  int events_ = -1, timer_ = -1, socket_ = -1;
+  Descriptor events_, timer_;
+  int socket_ = -1;
   Phase phase_ = Phase::kWaiting;
   bool open_ = false;  // the handshake is made
   uint32_t watched_ = 0;
